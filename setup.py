@@ -1,0 +1,46 @@
+"""Two packages from one tree: `iris_fast` (the trainer) and `iris_kernels` (the kernels alone)."""
+
+from setuptools import find_packages, setup
+
+# What the kernels need, and nothing else.
+KERNELS = [
+    "torch>=2.11",  # tensors, autograd, custom ops
+    "triton>=3.6; platform_system == 'Linux'",  # the GPU kernels; interpreted on a CPU in tests
+]
+
+TRAIN = [
+    "numpy>=1.26",  # image grids, .npz codes
+    "safetensors>=0.5",  # weights and checkpoints, without pickle
+    "tokenizers>=0.21",  # the checkpoints' own tokenizer.json, exactly
+    "jsonargparse[signatures]>=4.38",  # typed command line, YAML, --print_config
+    "accelerate>=1.10",  # trackers: tensorboard, wandb, trackio
+    "huggingface-hub>=0.30",  # a model that the user names by its hub id
+    "pillow>=10",  # PNG
+    "tqdm>=4.66",  # progress bars
+]
+
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",  # both cores
+    "hypothesis>=6.100",  # properties
+    "transformers>=5.17",  # the oracle for Janus
+    "ruff>=0.9",
+]
+
+setup(
+    name="iris-fast",
+    version="0.1.0",
+    description="GRPO with intrinsic rewards for autoregressive text-to-image models, on fused kernels",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["iris_fast", "iris_fast.*"]), "iris_kernels"],
+    package_dir={"iris_kernels": "kernels/iris_kernels"},
+    package_data={"iris_fast": ["**/*.txt", "**/*.jsonl", "**/*.json"]},
+    install_requires=KERNELS,
+    extras_require={
+        "train": TRAIN,
+        "test": TRAIN + TEST,
+    },
+)
