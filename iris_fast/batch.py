@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from iris_kernels import TokenStats
 from torch import Tensor
 
 
@@ -55,3 +56,70 @@ class PackedBatch:
             for name, value in vars(self).items()
         }
         return PackedBatch(**moved)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Per-token statistics of what was sampled, as the sampling op gave them; 0 where no token is.
+
+    `conditional` is the prompt's own distribution at temperature 1, `guided` the one sampled from
+    (cond and uncond mixed, at the temperature, before top-k, top-p and min-p). Without guidance, as
+    in the text, the two differ by the temperature alone. Each field [N, L] float32, on the CPU.
+    """
+
+    conditional: TokenStats
+    guided: TokenStats
+    mask: Tensor  # [N, L] bool
+
+    def take(self, samples: list[int]) -> Trace:
+        """The rows of these samples."""
+        return Trace(
+            conditional=TokenStats(*(field[samples] for field in self.conditional)),
+            guided=TokenStats(*(field[samples] for field in self.guided)),
+            mask=self.mask[samples],
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What was drawn for N samples, prompt-major, on the CPU.
+
+    Example: 2 prompts, G = 2, give N = 4 with `prompts` = [a, a, b, b]. Without a chain of thought
+    `cot_prompt_ids` and `cot_ids` hold empty lists and `text` has L = 0 columns.
+    """
+
+    prompts: list[Prompt]
+    sample_numbers: list[int]  # global, see the legend
+    seed: int
+    cot_prompt_ids: list[list[int]]
+    cot_ids: list[list[int]]  # with the end token, unless cut at max_completion_length
+    cot_texts: list[str]
+    truncated: list[bool]  # the chain of thought was cut
+    image_prompt_ids: list[list[int]]
+    codes_NI: Tensor  # int64
+    text: Trace
+    image: Trace
+
+    def take(self, samples: list[int]) -> Rollout:
+        """The part of these samples, by their place in this rollout."""
+        parts = {}
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                parts[name] = [value[sample] for sample in samples]
+            elif isinstance(value, Trace):
+                parts[name] = value.take(samples)
+            elif isinstance(value, Tensor):
+                parts[name] = value[samples]
+            else:
+                parts[name] = value
+        return Rollout(**parts)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A rollout with its rewards and advantages, [N] float32 each, on the CPU."""
+
+    rollout: Rollout
+    reward_terms: dict[str, Tensor]  # name -> [N], before the weight
+    reward_N: Tensor
+    advantage_N: Tensor

@@ -1,5 +1,34 @@
-"""The one exception that the command line turns into a single line instead of a traceback."""
+"""Mistakes that the user can mend: one line on standard error instead of a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+EXIT_CODE = 2
+FIRST_RANK_SPEAKS_S = 1.0
 
 
 class UserError(ValueError):
     """Something the user can mend: names what is wrong, where, the value found, and the remedy."""
+
+
+def tell(program: str, mistake: UserError) -> int:
+    """Print the mistake's one line, once and not once a rank, and return the exit code.
+
+    Most mistakes are met by every rank. Rank 0 speaks at once; torchrun then ends the others while
+    they still wait here, unless the mistake was theirs alone. Under torchrun the line is also left
+    where its closing report looks for it: that would otherwise end on "to enable traceback see".
+    """
+    line = f"{program}: error: {mistake}"
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        Path(error_file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(FIRST_RANK_SPEAKS_S)
+    print(line, file=sys.stderr, flush=True)
+    return EXIT_CODE

@@ -1,0 +1,348 @@
+"""Every setting, once, with its default and its help. Imports neither torch nor the rest.
+
+Field names are TRL's `GRPOConfig` wherever the meaning is the same, Janus's for guidance.
+Precedence: these defaults < `--preset` < `--config file.yaml` < flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import jsonargparse
+import yaml
+
+from iris_fast.errors import UserError, tell
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How prompts become images; shared by training and `iris_fast.generate`."""
+
+    model: str = "tiny"
+    """Folder of a Janus checkpoint (original or transformers layout), a hub id such as
+    deepseek-ai/Janus-Pro-1B, or `tiny` for the small model built in code."""
+    prompts: str | None = None
+    """Prompt file: .txt (one a line), .jsonl (field `prompt`, other fields go to the rewards), or a
+    Hugging Face datasets path. With --model tiny the default is the package's own file."""
+    template: Literal["janus-pro", "janus-1.3b", "t2i-r1"] = "janus-pro"
+    """Chat template: which role strings surround a prompt."""
+    cot: bool = False
+    """Let the model first write a semantic chain of thought, then draw `PROMPT. COT`."""
+    cot_instruction: str | None = None
+    """Text file with the chain-of-thought instruction, holding the placeholder {prompt}."""
+    max_prompt_length: int = 512
+    """Longest prompt accepted, in tokens."""
+    max_completion_length: int = 256
+    """Longest chain of thought, in tokens; a longer one is cut there."""
+    image_token_num_per_image: int | None = None
+    """Tokens per image, a square number; default: what the checkpoint's image size gives."""
+    cfg_weight: float = 5.0
+    """Classifier-free guidance: logits = uncond + cfg_weight * (cond - uncond)."""
+    temperature: float = 1.0
+    """Sampling temperature of text and image tokens. Log-probs that are trained on, and the
+    `conditional` statistics, stay at temperature 1."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together hold this probability; 1: all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than min_p times the most likely one; 0: none."""
+    seed: int = 42
+    """Seed of everything random. The same seed gives the same images whatever the batch size or
+    the number of ranks."""
+    bf16: bool = False
+    """Compute in bfloat16 (training keeps float32 master weights)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto: the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        """Check every range; raise UserError naming the setting, the value and the remedy."""
+        require_at_least(self, 1, "max_prompt_length", "max_completion_length")
+        require_at_least(self, 0, "top_k", "temperature", "min_p")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number in (0, 1]; 1 is off")
+        require(self.min_p <= 1, "min_p", self.min_p, "give a number in [0, 1]; 0 is off")
+        require(math.isfinite(self.cfg_weight), "cfg_weight", self.cfg_weight, "give a number")
+        tokens = self.image_token_num_per_image
+        if tokens is not None:
+            square = tokens >= 1 and math.isqrt(tokens) ** 2 == tokens
+            require(square, "image_token_num_per_image", tokens, "give a square, such as 576")
+        if self.prompts is None and self.model != "tiny":
+            raise UserError(
+                f"prompts: --model {self.model} needs a prompt file; add --prompts FILE "
+                "(.txt, one a line, or .jsonl with a field `prompt`)"
+            )
+
+
+@dataclass(kw_only=True)
+class GenerateConfig(SamplingConfig):
+    """Settings of `python -m iris_fast.generate`."""
+
+    output_dir: str = "images"
+    """Folder for the PNGs, PROMPT_IMAGE.png, both counted from 0. Existing ones are kept only if
+    --overwrite is false and then stop the command."""
+    num_images_per_prompt: int = 1
+    """Images per prompt."""
+    batch_size: int = 16
+    """Images drawn at a time; changes speed and memory, not the images."""
+    greedy: bool = False
+    """Take the most likely token instead of sampling."""
+    save_codes: str | None = None
+    """Also write the image tokens: an .npz file with `codes` [prompts, images, tokens]."""
+    overwrite: bool = False
+    """Replace images that exist."""
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        super().__post_init__()
+        require_at_least(self, 1, "num_images_per_prompt", "batch_size")
+        if self.save_codes is not None:
+            require(self.save_codes.endswith(".npz"), "save_codes", self.save_codes, "end in .npz")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(SamplingConfig):
+    """Settings of `torchrun -m iris_fast.train`."""
+
+    preset: Literal["tiny", "janus-pro-1b", "janus-pro-7b"] = "tiny"
+    """A named set of defaults: tiny (offline, CPU) or the paper's hyperparameters."""
+    output_dir: str | None = None
+    """Run folder; default: runs/PRESET-NNN, the next free number."""
+    resume_from_checkpoint: bool = False
+    """Go on from the newest complete checkpoint in --output_dir."""
+
+    max_steps: int = 800
+    """Optimizer steps."""
+    per_device_train_batch_size: int = 1
+    """Prompts per micro-batch and rank; each gives num_generations images."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step. All prompts of a step are drawn in one rollout."""
+    num_generations: int = 8
+    """G, images per prompt: the group that the advantage is taken within."""
+    num_iterations: int = 1
+    """Optimizer steps taken on each rollout."""
+
+    reward_funcs: list[str] | None = None
+    """Rewards: image_nsc, text_nsc, image_entropy, text_entropy, constant, random, or any
+    `module:function` taking prompts and images. Default: image_nsc, and text_nsc with --cot true."""
+    reward_weights: list[float] | None = None
+    """A weight per reward, negative to minimise it; default: all 1."""
+    reward_reduction: Literal["sum", "mean"] = "sum"
+    """How an intrinsic reward is reduced over its tokens; the paper sums."""
+    reward_distribution: Literal["conditional", "guided"] = "conditional"
+    """Which distribution intrinsic rewards look at: the prompt's own, or the guided one that was
+    sampled from."""
+    beta: float = 0.01
+    """Weight of the KL term to the reference model; 0 drops the reference."""
+    epsilon: float = 0.2
+    """Clip range of the probability ratio, below."""
+    epsilon_high: float | None = None
+    """Clip range above; default: epsilon."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    """How token losses are normalised, as TRL names it."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation divides the advantage."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after warm-up, to 0 at max_steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW's beta1."""
+    adam_beta2: float = 0.999
+    """AdamW's beta2."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: never."""
+    train_image_head: bool = False
+    """Also train the image head; T2I-R1 and the paper keep everything `gen*` frozen."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, a third more time."""
+
+    save_steps: int = 100
+    """Steps between checkpoints; 0: only at the end."""
+    save_total_limit: int = 2
+    """Newest checkpoints kept."""
+    sample_steps: int = 50
+    """Steps between picture grids; 0: none. The same prompts and seeds every time."""
+    num_sample_prompts: int = 4
+    """Prompts in the picture grid, from the top of the prompt file."""
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Tracker to log to, besides metrics.jsonl."""
+    ddp_timeout: int = 600
+    """Seconds after which a collective that hears nothing from another rank fails."""
+
+    def __post_init__(self) -> None:
+        """Check every range and the settings against each other."""
+        super().__post_init__()
+        require_at_least(
+            self, 1, "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "num_iterations", "save_total_limit", "num_sample_prompts", "ddp_timeout",
+        )  # fmt: skip
+        require(
+            self.num_generations >= 2, "num_generations", self.num_generations,
+            "give 2 or more: an advantage compares images of one prompt",
+        )  # fmt: skip
+        require_at_least(
+            self, 0, "beta", "epsilon", "learning_rate", "warmup_steps", "weight_decay",
+            "max_grad_norm", "save_steps", "sample_steps",
+        )  # fmt: skip
+        require(self.temperature > 0, "temperature", self.temperature, "train above 0: groups of"
+                " equal images teach nothing")  # fmt: skip
+        if self.epsilon_high is not None:
+            require_at_least(self, 0, "epsilon_high")
+        if self.reward_funcs is None:
+            self.reward_funcs = ["image_nsc", "text_nsc"] if self.cot else ["image_nsc"]
+        if self.reward_weights is None:
+            self.reward_weights = [1.0] * len(self.reward_funcs)
+        require(len(self.reward_funcs) > 0, "reward_funcs", "[]", "name at least one reward")
+        require(
+            len(self.reward_weights) == len(self.reward_funcs), "reward_weights",
+            self.reward_weights, f"give one for each of {', '.join(self.reward_funcs)}",
+        )  # fmt: skip
+        for name in self.reward_funcs:
+            if name.startswith("text_") and not self.cot:
+                raise UserError(
+                    f"reward_funcs: {name} looks at the chain of thought, and there is none; "
+                    "add --cot true or drop it"
+                )
+        if self.resume_from_checkpoint and self.output_dir is None:
+            raise UserError(
+                "resume_from_checkpoint: which run? add --output_dir with the folder to go on in"
+            )
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Prompts that one rank draws for one rollout."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+# The paper's hyperparameters; what it leaves open is T2I-R1's. Batch: 8 prompts x G 8 on one GPU.
+PAPER = {"cot": True, "bf16": True, "max_steps": 800, "beta": 0.01, "learning_rate": 1e-6}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "max_steps": 12,
+        "per_device_train_batch_size": 2,
+        "num_generations": 4,
+        "learning_rate": 3e-4,
+        "cot": True,
+        "max_completion_length": 24,
+        "sample_steps": 6,
+        "save_steps": 6,
+    },
+    "janus-pro-1b": PAPER
+    | {
+        "model": "deepseek-ai/Janus-Pro-1B",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    },
+    "janus-pro-7b": PAPER
+    | {
+        "model": "deepseek-ai/Janus-Pro-7B",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_checkpointing": True,
+    },
+}
+
+
+def require(holds: bool, name: str, value: Any, remedy: str) -> None:
+    """Raise UserError unless `holds`."""
+    if not holds:
+        raise UserError(f"{name}: {value} is out of range; {remedy}")
+
+
+def require_at_least(config: SamplingConfig, least: float, *names: str) -> None:
+    """Raise UserError for each named setting that is not a number >= `least`."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            math.isfinite(value) and value >= least, name, value, f"give a number >= {least:g}"
+        )
+
+
+Config = TypeVar("Config", bound=SamplingConfig)
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Reports a mistake as one line on standard error, with the nearest valid name, exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        line = " ".join(str(message).split())
+        line = re.sub(r'Parser key "(.+?)": ', r"\1: ", line)
+        line = re.sub(r"<class '(\w+)'>|typing\.Literal", r"\1", line).replace("a [", "one of [")
+        unknown = re.search(r"unrecognized arguments: (\S+)|Option '(\S+?)' is not accepted", line)
+        if unknown:
+            name = (unknown[1] or unknown[2]).lstrip("-").split("=")[0]
+            names = [action.dest for action in self._actions]
+            near = difflib.get_close_matches(name, names, n=1)
+            line = f"{name}: there is no such setting; " + (
+                f"did you mean {near[0]}?" if near else "--help lists them"
+            )
+        raise UserError(line)
+
+
+def _named_preset(arguments: list[str]) -> str:
+    """The preset that flags or, failing them, a --config file name; defaults depend on it."""
+    chosen = TrainConfig.preset
+    for position, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name not in ("--preset", "--config"):
+            continue
+        value = value or next(iter(arguments[position + 1 :]), "")
+        if name == "--preset":
+            return value
+        if Path(value).is_file():
+            try:
+                settings = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as mistake:
+                raise UserError(
+                    f"config: {value} is not YAML ({' '.join(str(mistake).split())}); mend the "
+                    "file, or start from --print_config"
+                ) from None
+            if isinstance(settings, dict):
+                chosen = settings.get("preset", chosen)
+    return chosen
+
+
+def parse(config_class: type[Config], program: str, arguments: list[str]) -> Config:
+    """The checked settings that `arguments` (without the program's name) ask for.
+
+    Raises UserError, one line, on an unknown or mistyped name or a value that does not fit.
+    """
+    parser = _Parser(prog=program, description=config_class.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of settings.")
+    parser.add_class_arguments(config_class)
+    if config_class is TrainConfig:
+        preset = _named_preset(arguments)
+        if preset in PRESETS:  # an unknown one is the parser's to report
+            parser.set_defaults(PRESETS[preset])
+    settings = parser.parse_args(arguments)
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{k: v for k, v in settings.as_dict().items() if k in names})
+
+
+def parse_command_line(config_class: type[Config], program: str) -> Config:
+    """`parse` for `sys.argv`, with mistakes told as one line and exit code 2."""
+    try:
+        return parse(config_class, program, sys.argv[1:])
+    except UserError as mistake:
+        sys.exit(tell(program, mistake))
+
+
+def to_yaml(config: SamplingConfig) -> str:
+    """The settings as YAML that `--config` reads back to the same settings."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -1,0 +1,191 @@
+"""Processes: start and end, the few collectives the loop needs, FSDP2, signals.
+
+The same code runs with one process, with or without torchrun, on gloo (CPU) and NCCL (GPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from iris_fast.errors import UserError
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is, where it computes, and how it talks to the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Every rank's `values` (same shape on the CPU everywhere), joined along dim 0."""
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank."""
+        shared = torch.tensor([float(flag)])
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        return bool(shared.item())
+
+    def total(self, value: float) -> float:
+        """Sum over the ranks."""
+        shared = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(shared)
+        return shared.item()
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @contextlib.contextmanager
+    def first_does(self) -> Iterator[bool]:
+        """`with ranks.first_does() as mine: if mine: ...`: work of rank 0 that the others wait for.
+
+        What rank 0 raises of UserError or OSError is raised on every rank: none is left waiting.
+        """
+        failure: UserError | OSError | None = None
+        try:
+            yield self.is_first
+        except (UserError, OSError) as mistake:
+            failure = mistake
+        failure = self.from_first(failure)
+        if failure is not None:
+            raise failure
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that the setting `device` means here; UserError if it is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda was asked for and torch sees no GPU; use --device cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+@contextlib.contextmanager
+def start(wanted_device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Iterator[Ranks]:
+    """Join the process group for as long as the `with` block runs."""
+    device = choose_device(wanted_device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        backend, store=_store(timeout), rank=rank, world_size=world_size, timeout=timeout
+    )
+    _die_with_parent()
+    mesh = init_device_mesh(device.type, (world_size,))
+    try:
+        yield Ranks(rank, world_size, device, mesh)
+    finally:
+        # Anything that still holds a sharded tensor at destruction can abort the process.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """A store of this attempt's own: torchrun keeps one store over restarts, and ranks that find
+    the addresses of the attempt before dial the dead (pytorch#135712)."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for SIGTERM when torchrun is killed outright; its workers would stay as orphans."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def shard(module: nn.Module, blocks: nn.ModuleList, ranks: Ranks, bf16: bool) -> None:
+    """FSDP2 in place: each block a unit of its own, the rest of `module` another.
+
+    Master weights and gradient sums stay float32; with `bf16` blocks compute in bfloat16.
+    """
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else torch.float32,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
+    fully_shard(module, mesh=ranks.mesh, mp_policy=precision)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (a collective), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Write `source`'s parameters, gathered if sharded, into `target`'s, in place: the addresses
+    that a graph or a kernel holds stay right."""
+    targets = dict(target.named_parameters())
+    for name, parameter in source.named_parameters():
+        targets[name].copy_(full(parameter.detach()))
+
+
+class StopSignal:
+    """Remembers SIGTERM and Ctrl-C, so that the loop can end between two steps.
+
+    torchrun passes one Ctrl-C on as two signals; only a second Ctrl-C a while later, from somebody
+    who does not want to wait, interrupts at once.
+    """
+
+    GRACE_S = 2.0
+
+    def __init__(self) -> None:
+        """Nothing is caught before `install`."""
+        self.requested = False
+        self._first_at = 0.0
+
+    def install(self) -> StopSignal:
+        """Catch both signals from now on."""
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self.requested and number == signal.SIGINT and now - self._first_at > self.GRACE_S:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self._first_at = now
+        self.requested = True

@@ -1,0 +1,92 @@
+"""Log-probs and advantages -> the GRPO loss. A pure function.
+
+M tokens of N samples, text and image tokens alike, in any order: `sample_M` says whose each is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The scalar to differentiate, and per-token values (detached) to log."""
+
+    value: Tensor
+    kl_M: Tensor  # k3 estimate of KL(policy || reference), 0 without a reference
+    ratio_M: Tensor
+    clipped_M: Tensor  # bool: the clip decided, so the token's policy gradient is 0
+
+
+def token_weights(
+    loss_type: LossType,
+    sample_M: Tensor,
+    num_samples: int,
+    *,
+    max_completion_length: int,
+    tokens_per_rank: float,
+    accumulation: int,
+) -> Tensor:
+    """Weights w_M with loss = sum(w_M * token loss), so that a sum over the micro-batches and a
+    mean over the ranks give what TRL's GRPOConfig.loss_type describes:
+
+        grpo     mean over samples of each sample's mean over its tokens
+        bnpo     mean over the micro-batch's tokens (depends on how the batch is cut)
+        dr_grpo  sum over tokens / (samples * max_completion_length)
+        dapo     mean over all tokens of the optimizer step, on every rank
+
+    `tokens_per_rank`: all tokens of the step / ranks (dapo). `accumulation`: micro-batches a step.
+    """
+    if loss_type == "dapo":
+        return torch.full_like(sample_M, 1.0 / max(tokens_per_rank, 1.0), dtype=torch.float32)
+    if loss_type == "bnpo":
+        scale = torch.full_like(sample_M, 1.0 / max(len(sample_M), 1), dtype=torch.float32)
+    elif loss_type == "dr_grpo":
+        share = 1.0 / (num_samples * max_completion_length)
+        scale = torch.full_like(sample_M, share, dtype=torch.float32)
+    else:
+        lengths = torch.bincount(sample_M, minlength=num_samples).float()
+        scale = 1.0 / (lengths[sample_M] * num_samples)
+    return scale / accumulation
+
+
+def grpo_loss(
+    logprob_M: Tensor,
+    old_logprob_M: Tensor,
+    reference_logprob_M: Tensor | None,
+    advantage_M: Tensor,
+    weight_M: Tensor,
+    *,
+    beta: float,
+    epsilon: float,
+    epsilon_high: float,
+) -> Loss:
+    """sum_m w_m * -(min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) - beta k3), where
+
+        rho = exp(logprob - old_logprob)
+        k3  = exp(ref - logprob) - (ref - logprob) - 1  >= 0
+
+    All inputs float32 [M]; the gradient flows through `logprob_M` alone.
+    Source: GRPO (arXiv 2402.03300) equation 3 and 4, token by token as in TRL.
+    """
+    ratio = torch.exp(logprob_M - old_logprob_M)
+    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
+    unclipped_gain, clipped_gain = ratio * advantage_M, clipped * advantage_M
+    loss_M = -torch.minimum(unclipped_gain, clipped_gain)
+    kl = torch.zeros_like(loss_M)
+    if reference_logprob_M is not None:
+        gap = reference_logprob_M - logprob_M
+        kl = torch.exp(gap) - gap - 1
+        loss_M = loss_M + beta * kl
+    return Loss(
+        value=(weight_M * loss_M).sum(),
+        kl_M=kl.detach(),
+        ratio_M=ratio.detach(),
+        clipped_M=(clipped_gain < unclipped_gain).detach(),
+    )

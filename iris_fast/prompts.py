@@ -1,0 +1,166 @@
+"""Prompt files -> prompts: read, checked line by line, shuffled, sharded by rank, resumable."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from iris_fast.batch import Prompt
+from iris_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from iris_fast.models.tokenizer import Tokenizer
+
+TINY_PROMPTS = Path(__file__).parent / "tiny" / "prompts.txt"
+
+
+def read_prompts(source: str) -> list[Prompt]:
+    """Prompts of a `.txt` file (one a line), a `.jsonl` file (field `prompt`, the other fields kept
+    in `extra`) or a Hugging Face `datasets` path (its `train` split, or the only one).
+
+    Blank lines at the end of a file do not count. Raises UserError with the file and line number
+    for anything that is not a prompt.
+    """
+    path = Path(source)
+    if path.suffix in (".txt", ".jsonl") and path.is_file():
+        prompts = _from_file(path)
+    elif path.suffix in (".txt", ".jsonl", ".json", ".csv"):
+        problem = "no such file" if not path.exists() else "unknown kind of prompt file"
+        raise UserError(f"prompts: {source}: {problem}; give a .txt or .jsonl file that exists")
+    else:
+        prompts = _from_dataset(source)
+    if not prompts:
+        raise UserError(f"prompts: {source}: there is no prompt in it; write one a line")
+    return prompts
+
+
+def _from_file(path: Path) -> list[Prompt]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    except UnicodeDecodeError as mistake:
+        line_number = path.read_bytes()[: mistake.start].count(b"\n") + 1
+        raise UserError(
+            f"prompts: {path} line {line_number}: not UTF-8 text ({mistake.reason}); save the "
+            "file as UTF-8, or name the right file"
+        ) from None
+    parse = _json_prompt if path.suffix == ".jsonl" else _plain_prompt
+    if lines == [""]:
+        return []
+    return [parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _plain_prompt(line: str, where: str) -> Prompt:
+    return Prompt(_checked(line, where))
+
+
+def _json_prompt(line: str, where: str) -> Prompt:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as mistake:
+        raise UserError(
+            f"prompts: {where}: not JSON ({mistake.msg} at column {mistake.colno}); write one "
+            'object a line, such as {"prompt": "a red cube"}'
+        ) from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        raise UserError(
+            f"prompts: {where}: no text field `prompt`; write one object a line, such as "
+            '{"prompt": "a red cube"}'
+        )
+    return _prompt_of(fields, where)
+
+
+def _prompt_of(fields: dict[str, Any], where: str) -> Prompt:
+    extra = {name: value for name, value in fields.items() if name != "prompt"}
+    return Prompt(_checked(fields["prompt"], where), extra)
+
+
+def _from_dataset(source: str) -> list[Prompt]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"prompts: {source} is no .txt or .jsonl file, and reading it as a Hugging Face "
+            "dataset needs `pip install datasets`"
+        ) from None
+    try:
+        if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(source)
+        else:
+            loaded = datasets.load_dataset(source)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as mistake:
+        raise UserError(
+            f"prompts: {source} cannot be read as a Hugging Face dataset "
+            f"({' '.join(str(mistake).split())}); give a .txt or .jsonl file, or a dataset's path"
+        ) from None
+    if isinstance(loaded, dict):
+        split = "train" if "train" in loaded else next(iter(loaded))
+        loaded = loaded[split]
+    if "prompt" not in loaded.column_names:
+        raise UserError(
+            f"prompts: {source} has no column `prompt` (it has {', '.join(loaded.column_names)}); "
+            "rename the column"
+        )
+    return [_prompt_of(row, f"{source} row {number}") for number, row in enumerate(loaded)]
+
+
+def _checked(text: str, where: str) -> str:
+    """The prompt without surrounding white space; UserError if nothing or something odd is left."""
+    text = text.strip()
+    if not text:
+        raise UserError(f"prompts: {where}: empty prompt; write one or delete the line")
+    for character in text:
+        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t":
+            raise UserError(
+                f"prompts: {where}: control character U+{ord(character):04X} in the prompt; "
+                "delete it"
+            )
+    return text
+
+
+def check_against(
+    tokenizer: Tokenizer, prompts: Iterable[Prompt], max_prompt_length: int, source: str
+) -> None:
+    """Raise UserError for a prompt that the model cannot take: one longer than `max_prompt_length`
+    tokens, or one that spells a special token and so would end the prompt early."""
+    for number, prompt in enumerate(prompts, start=1):
+        where = f"prompts: {source} prompt {number} ({prompt.text[:40]!r})"
+        for special in tokenizer.special_strings:
+            if special in prompt.text:
+                raise UserError(f"{where}: holds the special token {special}; take it out")
+        length = len(tokenizer.encode(prompt.text))
+        if length > max_prompt_length:
+            raise UserError(
+                f"{where}: {length} tokens ({len(prompt.text)} characters) are more than "
+                f"max_prompt_length {max_prompt_length}; shorten it or raise --max_prompt_length"
+            )
+
+
+class PromptSource:
+    """An endless, reproducible stream of prompts: every epoch all prompts in a new order.
+
+    The order depends on the seed and the epoch alone, so `cursor`, the number of prompts that all
+    ranks together have taken, is the whole state.
+    """
+
+    def __init__(self, prompts: list[Prompt], seed: int) -> None:
+        """`prompts`: what `read_prompts` gave; `seed`: of the order."""
+        self.prompts = prompts
+        self.seed = seed
+        self.cursor = 0
+
+    def take(self, count: int, rank: int, world_size: int) -> tuple[list[Prompt], list[int]]:
+        """This rank's `count` prompts and their global numbers; moves every rank's cursor on."""
+        first = self.cursor + rank * count
+        numbers = list(range(first, first + count))
+        self.cursor += count * world_size
+        return [self._prompt(number) for number in numbers], numbers
+
+    def _prompt(self, number: int) -> Prompt:
+        epoch, place = divmod(number, len(self.prompts))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return self.prompts[torch.randperm(len(self.prompts), generator=generator)[place]]

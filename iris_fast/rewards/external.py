@@ -1,0 +1,72 @@
+"""Any callable as a reward: `module:function`.
+
+    def redness(prompts: list[str], images: list[PIL.Image.Image]) -> list[float]: ...
+
+`prompts` and `images` are parallel, one entry per sample; the function returns one finite number
+each. A parameter named like a field of the prompt file (or **kwargs) receives that field's values
+as a list, with None where a line lacks it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from iris_fast.batch import Prompt
+from iris_fast.errors import UserError
+
+
+def load(name: str) -> Callable[..., Any]:
+    """The callable that `module:function` names; the current folder is searched too."""
+    module_name, _, function_name = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as mistake:
+        raise UserError(
+            f"reward_funcs: {name}: {mistake}; write module:function, with the module importable "
+            "from the current folder"
+        ) from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"reward_funcs: {name}: {module_name} has no function {function_name!r}")
+    return function
+
+
+def call(name: str, function: Callable[..., Any], prompts: list[Prompt], images: list[Image]) -> Tensor:
+    """[N] float32; UserError unless the function gives one finite number for each sample."""
+    values = function(
+        [prompt.text for prompt in prompts], images, **_wanted_fields(function, prompts)
+    )
+    values = [float(value) for value in values]
+    if len(values) != len(prompts):
+        raise UserError(
+            f"reward_funcs: {name} gave {len(values)} numbers for {len(prompts)} images; return "
+            "one for each"
+        )
+    for value, prompt in zip(values, prompts, strict=True):
+        if not math.isfinite(value):
+            raise UserError(
+                f"reward_funcs: {name} gave {value} for the prompt {prompt.text[:60]!r}; return a "
+                "finite number"
+            )
+    return torch.tensor(values)
+
+
+def _wanted_fields(function: Callable[..., Any], prompts: list[Prompt]) -> dict[str, list[Any]]:
+    fields = sorted({name for prompt in prompts for name in prompt.extra})
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    named = list(parameters)[2:]
+    wanted = [name for name in fields if takes_all or name in named]
+    return {name: [prompt.extra.get(name) for prompt in prompts] for name in wanted}

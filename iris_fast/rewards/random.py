@@ -1,0 +1,14 @@
+"""Control: a reward that knows nothing, uniform in [0, 1), its own number for every sample."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from iris_fast.batch import Rollout
+from iris_fast.randomness import uniforms
+from iris_fast.rewards.reduction import Distribution, Reduction
+
+
+def reward(rollout: Rollout, distribution: Distribution, reduction: Reduction) -> Tensor:
+    """[N], the same for a sample whatever batch or rank it is in."""
+    return uniforms(rollout.seed, "random reward", rollout.sample_numbers, 1)[:, 0]
