@@ -1,0 +1,166 @@
+"""Which token sees which: the attention strategies that `Decoder.forward` can be given.
+
+`PackedAttention` is for sequences laid end to end (training, prefill); `KVCache` is for decoding
+one token per sequence and step. In both, every sequence has its own length, and no padding is
+ever attended: the torch path pads on the *right*, where causality alone hides the pads.
+
+Shapes: T rows, B sequences, L longest sequence, S cache slots, H query heads, J key/value heads,
+d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iris_fast.models.decoder import AttentionStrategy, DecoderConfig
+
+
+class PackedAttention:
+    """Causal attention inside each sequence of a packed batch; differentiable.
+
+    Costs one right-padded copy of q, k and v: [B, L, ...] for `sequence_lengths` of maximum L.
+    """
+
+    def __init__(self, sequence_lengths: list[int], device: torch.device | str = "cpu") -> None:
+        """`sequence_lengths`: tokens of each sequence in packed order, each at least 1."""
+        if not sequence_lengths or min(sequence_lengths) < 1:
+            raise ValueError(
+                f"sequence_lengths must hold positive integers, got {sequence_lengths}"
+            )
+        self.total = sum(sequence_lengths)
+        self.batch, self.longest = len(sequence_lengths), max(sequence_lengths)
+        slots = [
+            row * self.longest + position
+            for row, length in enumerate(sequence_lengths)
+            for position in range(length)
+        ]
+        # Row b * L + t of the padded batch for every packed row; None when nothing is padded.
+        padded = self.total != self.batch * self.longest
+        self.slot_T = torch.tensor(slots, device=device) if padded else None
+
+    def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Context [T, H, d] of query [T, H, d], key and value [T, J, d]."""
+        if query.shape[0] != self.total:
+            raise ValueError(f"expected {self.total} packed rows, got {query.shape[0]}")
+        context = F.scaled_dot_product_attention(
+            self._pad(query),
+            self._pad(key),
+            self._pad(value),
+            is_causal=True,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        context = context.transpose(1, 2).flatten(0, 1)
+        return context if self.slot_T is None else context.index_select(0, self.slot_T)
+
+    def _pad(self, x_THd: Tensor) -> Tensor:
+        if self.slot_T is not None:
+            empty = x_THd.new_zeros(self.batch * self.longest, *x_THd.shape[1:])
+            x_THd = empty.index_copy(0, self.slot_T, x_THd)
+        return x_THd.unflatten(0, (self.batch, self.longest)).transpose(1, 2)
+
+
+class KVCache:
+    """Preallocated keys and values of a batch of sequences, each with its own length.
+
+        cache = KVCache(config, batch, max_length, dtype, device)
+        decoder(prompt_embeds, positions, cache.prefill(prompt_lengths))
+        for _ in range(n):
+            decoder(token_embeds_BD, cache.lengths_B, cache.decode())
+            cache.advance()
+
+    `lengths_B` (int64, on the device) counts the tokens that each sequence holds, and so is also
+    the position of its next token. Tensors are allocated once and written in place: their
+    addresses are stable. A new `prefill` starts all sequences over in the same memory.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """2 * layers * batch * kv_heads * max_length * head_dim elements of `dtype`."""
+        shape = (batch, config.num_kv_heads, max_length, config.head_dim)
+        # Zeros, not empty: a masked slot still meets a probability of 0, and 0 * NaN is NaN.
+        self.keys = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+        ]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.max_length = max_length
+        self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._rows_B = torch.arange(batch, device=device)
+        self._longest = 0  # the host's upper bound of lengths_B, so that no step waits for it
+
+    @property
+    def longest(self) -> int:
+        """Tokens held by the longest sequence, known without asking the device."""
+        return self._longest
+
+    def prefill(self, sequence_lengths: list[int]) -> AttentionStrategy:
+        """Strategy for a packed batch of prompts, one per cache row, in order.
+
+        It keeps their keys and values and attends causally inside each. `lengths_B` is set at
+        once. ValueError if the number of prompts is not the batch or one does not fit.
+        """
+        batch = self.lengths_B.shape[0]
+        if len(sequence_lengths) != batch:
+            raise ValueError(f"{len(sequence_lengths)} prompts for a cache of {batch} sequences")
+        self._need_room(max(sequence_lengths))
+        device = self.lengths_B.device
+        packed = PackedAttention(sequence_lengths, device)
+        lengths = torch.tensor(sequence_lengths, device=device)
+        row_T = self._rows_B.repeat_interleave(lengths, output_size=packed.total)
+        starts_B = lengths.cumsum(0) - lengths
+        position_T = torch.arange(packed.total, device=device) - starts_B[row_T]
+        self.lengths_B.copy_(lengths)
+        self._longest = packed.longest
+
+        def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.keys[layer_index][row_T, :, position_T] = key
+            self.values[layer_index][row_T, :, position_T] = value
+            return packed(layer_index, query, key, value)
+
+        return attention
+
+    def decode(self, read_length: int | None = None) -> AttentionStrategy:
+        """Strategy for one new token per sequence: rows [B, ...], written at `lengths_B`.
+
+        `read_length`: how many slots are read, at least the longest sequence with its new token.
+        By default exactly that many, known on the host; a graph that is replayed while sequences
+        grow passes the largest it will need.
+        """
+        self._need_room(self._longest + 1)
+        live = self._longest + 1 if read_length is None else read_length
+        slot_S = torch.arange(live, device=self.lengths_B.device)
+        mask = (slot_S <= self.lengths_B[:, None])[:, None, None, :]
+
+        def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self.keys[layer_index], self.values[layer_index]
+            keys[self._rows_B, :, self.lengths_B] = key
+            values[self._rows_B, :, self.lengths_B] = value
+            context = F.scaled_dot_product_attention(
+                query[:, :, None],
+                keys[:, :, :live],
+                values[:, :, :live],
+                attn_mask=mask,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            return context[:, :, 0]
+
+        return attention
+
+    def advance(self) -> None:
+        """Counts the tokens that a `decode` step has written."""
+        self.lengths_B += 1
+        self._longest += 1
+
+    def _need_room(self, length: int) -> None:
+        if length > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens per sequence, {length} are needed: "
+                "make max_length larger"
+            )

@@ -1,0 +1,157 @@
+"""The Llama-style decoder, written once, for training and for decoding.
+
+It works on token rows without padding: every row is a real token with its own position. Which
+rows may see which is the business of the attention strategy that the caller passes in
+(`iris_fast.models.attention`), so a packed training batch and one step of cached decoding run the
+same code. Parameter names are those of transformers' LlamaModel.
+
+Shapes: T token rows, D hidden width, H query heads, J key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# attention(layer_index, query_THd, key_TJd, value_TJd) -> context_THd
+AttentionStrategy = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The sizes of a decoder; the names say what transformers' LlamaConfig calls them."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    max_positions: int = 16384
+
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, the mean and the root in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        """A norm over `size` channels, its weight one."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised `x`, in the dtype of `x`."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * theta^(-2i/d): two fp32 tensors [T, 1, d].
+
+    Computed anew in every pass instead of kept as a buffer, because `module.to(bfloat16)` would
+    round a buffer, and bf16 cannot hold positions beyond 256 exactly.
+    """
+    steps = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
+    frequencies = 1.0 / theta ** (steps / head_dim)
+    angles = positions_T.float()[:, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates channel i against channel i + d/2, in fp32; the result has the dtype of the input."""
+    wide = x_THd.float()
+    first, second = wide.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (wide * cos + rotated * sin).to(x_THd.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Projections and rotary positions around whatever attention strategy is in use."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Separate q, k, v and o projections; biases on q, k, v only if the config says so."""
+        super().__init__()
+        width, bias = config.hidden_size, config.qkv_bias
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, width, bias=False)
+
+    def forward(
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: AttentionStrategy, index: int
+    ) -> Tensor:
+        """Context rows [T, D]."""
+        query, key, value = (
+            project(x_TD).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        return self.o_proj(attention(index, query, key, value).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Three bias-free projections."""
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Rows [T, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class DecoderLayer(nn.Module):
+    """One block: attention and MLP, each behind its norm, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        """`index` is what the attention strategy is told."""
+        super().__init__()
+        self.index = index
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: AttentionStrategy
+    ) -> Tensor:
+        """Rows [T, D]."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, attention, self.index)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Decoder(nn.Module):
+    """Token embedding, N layers, final norm. The embedding is applied by the caller."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        """Weights as torch initialises them; a checkpoint overwrites them."""
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, embeds_TD: Tensor, positions_T: Tensor, attention: AttentionStrategy
+    ) -> Tensor:
+        """Final-norm hidden states [T, D] of rows `embeds_TD` at `positions_T` (int64)."""
+        cos, sin = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta)
+        hidden_TD = embeds_TD
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD, cos, sin, attention)
+        return self.norm(hidden_TD)

@@ -1,0 +1,171 @@
+"""Janus / Janus-Pro as a policy: one decoder, a text head, an image head.
+
+State-dict names are those of transformers' JanusForConditionalGeneration, without the vision
+tower, its aligner (image understanding) and the VQ, none of which the policy runs.
+
+Shapes: T token rows of a packed batch, D hidden width, V text vocabulary, K codebook entries, e
+codebook width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import iris_kernels
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iris_fast.batch import PackedBatch
+from iris_fast.models.attention import PackedAttention
+from iris_fast.models.decoder import AttentionStrategy, Decoder, DecoderConfig
+from iris_fast.models.vq import VQConfig
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the understanding tower. It is not run here, only carried to the next export."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_size: int
+    patch_size: int
+    num_positions: int
+
+
+@dataclass(frozen=True)
+class JanusConfig:
+    """Everything a Janus checkpoint's shapes follow from."""
+
+    decoder: DecoderConfig
+    vq: VQConfig
+    vision: VisionConfig
+    image_size: int
+
+    @property
+    def codebook_size(self) -> int:
+        """K: what an image token can be."""
+        return self.vq.codebook_size
+
+    @property
+    def codebook_dim(self) -> int:
+        """e: the width of a codebook entry and of a `generation_embeddings` row."""
+        return self.vq.codebook_dim
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along the side of what one image token covers."""
+        return self.vq.patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        """I: tokens of one image, row-major over its grid."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class GenerationAligner(nn.Module):
+    """Codebook width to decoder width: Linear, GELU, Linear."""
+
+    def __init__(self, codebook_dim: int, width: int) -> None:
+        """[e] -> [D]."""
+        super().__init__()
+        self.fc1 = nn.Linear(codebook_dim, width)
+        self.hidden_layers = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., D] of rows [..., e]."""
+        return self.hidden_layers[0](F.gelu(self.fc1(x)))
+
+
+class GenerationHead(nn.Module):
+    """Decoder width to codebook logits: Linear, GELU, Linear."""
+
+    def __init__(self, width: int, codebook_size: int) -> None:
+        """[D] -> [K]."""
+        super().__init__()
+        self.proj_out = nn.Linear(width, width)
+        self.vision_head = nn.Linear(width, codebook_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., K] of hidden rows [..., D]."""
+        return self.vision_head(F.gelu(self.proj_out(hidden)))
+
+
+class JanusCore(nn.Module):
+    """What the checkpoint calls `model`: decoder and image embedding and head."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        """Modules under the checkpoint's names."""
+        super().__init__()
+        width = config.decoder.hidden_size
+        self.language_model = Decoder(config.decoder)
+        self.generation_embeddings = nn.Embedding(config.codebook_size, config.codebook_dim)
+        self.generation_aligner = GenerationAligner(config.codebook_dim, width)
+        self.generation_head = GenerationHead(width, config.codebook_size)
+
+
+class Janus(nn.Module):
+    """The policy. `lm_head` is a weight of its own, never tied to the token embedding."""
+
+    def __init__(self, config: JanusConfig) -> None:
+        """Random weights; `iris_fast.models.layouts.load_janus` opens a checkpoint."""
+        super().__init__()
+        self.config = config
+        self.model = JanusCore(config)
+        self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
+
+    def embed_text(self, token_ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of text ids [...]."""
+        return self.model.language_model.embed_tokens(token_ids)
+
+    def embed_image(self, codes: Tensor) -> Tensor:
+        """Embeddings [..., D] of codebook indices [...]."""
+        return self.model.generation_aligner(self.model.generation_embeddings(codes))
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of final-norm hidden rows [..., D]."""
+        return self.lm_head(hidden)
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., K] of final-norm hidden rows [..., D]."""
+        return self.model.generation_head(hidden)
+
+    def decode(
+        self, embeds_TD: Tensor, positions_T: Tensor, attention: AttentionStrategy
+    ) -> Tensor:
+        """Final-norm hidden rows [T, D]; see `Decoder.forward`."""
+        return self.model.language_model(embeds_TD, positions_T, attention)
+
+    def forward(
+        self, packed: PackedBatch, temperature: float = 1.0
+    ) -> tuple[iris_kernels.TokenStats, iris_kernels.TokenStats]:
+        """Statistics of the text targets and of the image targets of a packed batch.
+
+        Each field is fp32, shaped like `packed.text_targets` and `packed.image_targets`
+        (`iris_kernels.token_stats` defines them); either may be empty. Only the rows that predict
+        something are projected by the heads. All of it happens inside this one call, since that
+        is when FSDP has the weights gathered.
+        """
+        embeds_TD = self._embed_packed(packed)
+        attention = PackedAttention(packed.sequence_lengths, embeds_TD.device)
+        hidden_TD = self.decode(embeds_TD, packed.positions_T, attention)
+        text = iris_kernels.token_stats(
+            self.text_logits(hidden_TD.index_select(0, packed.text_rows)),
+            packed.text_targets,
+            temperature=temperature,
+        )
+        image = iris_kernels.token_stats(
+            self.image_logits(hidden_TD.index_select(0, packed.image_rows)),
+            packed.image_targets,
+            temperature=temperature,
+        )
+        return text, image
+
+    def _embed_packed(self, packed: PackedBatch) -> Tensor:
+        # Both embeddings run on all rows and `where` picks: the rows of one kind cannot be counted
+        # without waiting for the device, and the aligner is 0.3% of the decoder's work.
+        is_image_T = packed.is_image_T
+        text = self.embed_text(packed.token_ids_T.masked_fill(is_image_T, 0))
+        image = self.embed_image(packed.token_ids_T.masked_fill(~is_image_T, 0))
+        return torch.where(is_image_T[:, None], image, text)

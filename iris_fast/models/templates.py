@@ -1,0 +1,110 @@
+"""Chat templates: how a prompt becomes the text that the model was trained to continue.
+
+A turn is `ROLE: text` and an empty line; the assistant's open turn is `ROLE:` without a space.
+The role strings are all that differs between the Janus checkpoints, and using the wrong ones
+costs image quality without any error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from iris_fast.errors import UserError
+from iris_fast.models.tokenizer import IMAGE_START, JanusTokenizer
+
+PLACEHOLDER = "{prompt}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """Role strings, and the system sentence in front of the chain-of-thought stage, if any."""
+
+    name: str
+    user: str
+    assistant: str
+    cot_system: str = ""
+
+    def image_prompt(self, text: str) -> str:
+        """Text after which the next token is the first image code."""
+        return self._turns(text) + IMAGE_START
+
+    def cot_prompt(self, instruction_text: str) -> str:
+        """Text after which the model answers the instruction in words."""
+        system = f"{self.cot_system}\n\n" if self.cot_system else ""
+        return system + self._turns(instruction_text)
+
+    def _turns(self, text: str) -> str:
+        return f"{self.user}: {text.strip()}\n\n{self.assistant}:"
+
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template("janus-pro", "<|User|>", "<|Assistant|>"),
+        Template("janus-1.3b", "User", "Assistant"),
+        # What T2I-R1 trained Janus-Pro with: the older model's roles, and a system sentence.
+        Template(
+            "t2i-r1",
+            "User",
+            "Assistant",
+            "You help people to draw: you think about what a picture should show.",
+        ),
+    )
+}
+
+
+def get_template(name: str) -> Template:
+    """The template called `name`. UserError lists the names there are."""
+    if name not in TEMPLATES:
+        raise UserError(f"no template {name!r}: choose one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def load_instruction(path: str | Path | None = None) -> str:
+    """The chain-of-thought instruction: a text with `{prompt}` where the prompt goes.
+
+    None is the one that comes with the package. UserError if the file cannot be read as UTF-8
+    text or has no `{prompt}`.
+    """
+    file = Path(__file__).with_name("cot_instruction.txt") if path is None else Path(path)
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the instruction file {file} cannot be read ({error}): give a UTF-8 text file"
+        ) from error
+    if PLACEHOLDER not in text:
+        raise UserError(
+            f"the instruction file {file} has no {PLACEHOLDER}: "
+            "write it where each prompt is to be put in"
+        )
+    return text
+
+
+def fill_instruction(instruction: str, prompt: str) -> str:
+    """The instruction with the prompt in place; braces elsewhere, or in the prompt, are text."""
+    return instruction.replace(PLACEHOLDER, prompt.strip())
+
+
+def join_prompt(prompt: str, cot: str) -> str:
+    """`PROMPT. COT`: what is drawn when a chain of thought was written.
+
+    Spaces and full stops at the end of the prompt give way to the one of the joint; an empty
+    chain of thought leaves the prompt as it is.
+    """
+    cot = cot.strip()
+    return f"{prompt.strip().rstrip(' .')}. {cot}" if cot else prompt
+
+
+def image_prompt_ids(tokenizer: JanusTokenizer, template: Template, text: str) -> list[int]:
+    """Ids of the image prompt: BOS first, image-start last."""
+    return tokenizer.encode(template.image_prompt(text))
+
+
+def unconditional_ids(ids: list[int], tokenizer: JanusTokenizer) -> list[int]:
+    """The unconditional row of an image prompt: all between BOS and image-start becomes pad.
+
+    Same length, hence same positions. These pads are attended: the model was trained with them.
+    """
+    return [ids[0], *[tokenizer.pad_id] * (len(ids) - 2), ids[-1]]

@@ -1,0 +1,140 @@
+"""Weight files: safetensors and .bin, single and sharded, read lazily and written checked.
+
+Nothing here can run code from a file: safetensors holds none, and `.bin` files go through
+`torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from iris_fast.errors import UserError
+
+# In order of preference.
+SINGLE_FILES = ["model.safetensors", "pytorch_model.bin"]
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. UserError if it cannot be read as one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as JSON ({error}): download or export it again"
+        ) from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} should hold a JSON object, found a {type(data).__name__}")
+    return data
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder by name, on the CPU, in their stored dtype.
+
+    They are mapped from their files: memory is used when, and if, they are read. UserError names
+    a missing, damaged or unsafe file.
+    """
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return _read_file(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return _read_shards(folder, index)
+    names = ", ".join(f"{name} or {name}.index.json" for name in SINGLE_FILES)
+    raise UserError(f"no weights in {folder}: expected {names}")
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map: download it again")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard:
+            raise UserError(f"{index} points outside its folder, to {shard!r}: not read")
+        if not (folder / shard).is_file():
+            raise UserError(f"{folder / shard} is missing, {index.name} lists it: download it")
+        tensors |= _read_file(folder / shard)
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        raise UserError(
+            f"{folder / weight_map[absent[0]]} has no tensor {absent[0]!r}, which {index.name} "
+            f"promises ({len(absent)} in all): download it again"
+        )
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path} is damaged or no safetensors file ({error}): download it again"
+            ) from error
+    return _read_bin(path)
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors (a pickle can run code), so it was not opened: "
+            "convert it to safetensors on a machine that you can lose"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is damaged or not a zip file of torch.save ({reason}): download it again"
+        ) from error
+    if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()):
+        raise UserError(f"{path} should hold a dict of tensors and nothing else")
+    return data
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str | int = "5GB"
+) -> None:
+    """Writes safetensors into `folder` (with an index if more than one), re-reads and compares.
+
+    UserError if the file system does not take them or gives something else back.
+    """
+    kept: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        # The library drops tensors that share memory (views, or weights tied by accident).
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        kept[name] = tensor
+    try:
+        save_torch_state_dict(kept, folder, max_shard_size=max_shard_size)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write weights into {folder} ({error}): is the disk full?"
+        ) from error
+    back = read_tensors(folder)
+    for name, tensor in kept.items():
+        if name not in back or not _same_bits(tensor, back[name]):
+            raise UserError(
+                f"{folder} gives back something else than was written for {name!r}: "
+                "the disk is full or faulty"
+            )
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    # As bytes: NaN would differ from itself.
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
