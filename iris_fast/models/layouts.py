@@ -20,7 +20,7 @@ from iris_fast.models.hub import resolve_model
 from iris_fast.models.janus import Janus, JanusConfig
 from iris_fast.models.names import to_transformers
 from iris_fast.models.tokenizer import JanusTokenizer
-from iris_fast.models.vq import VQ
+from iris_fast.models.vq import VQModel
 from iris_fast.models.weights import read_tensors
 
 __all__ = ["VQ_PREFIX", "JanusCheckpoint", "export_janus", "load_janus", "untouched_shapes"]
@@ -41,7 +41,7 @@ class JanusCheckpoint:
     """
 
     model: Janus
-    vq: VQ
+    vq: VQModel
     tokenizer: JanusTokenizer
     config: JanusConfig
     untouched: dict[str, Tensor]
@@ -71,7 +71,7 @@ def load_janus(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config = build_config(raw, layout, shapes, folder, config_overrides)
     with torch.device("meta"):
-        model, vq = Janus(config), VQ(config.vq)
+        model, vq = Janus(config), VQModel(config.vq)
     _check_shapes(model, vq, config, shapes, folder)
     if len(tokenizer) > config.decoder.vocab_size:
         raise UserError(
@@ -116,7 +116,7 @@ def untouched_shapes(config: JanusConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_shapes(
-    model: Janus, vq: VQ, config: JanusConfig, shapes: Mapping[str, torch.Size], folder: Path
+    model: Janus, vq: VQModel, config: JanusConfig, shapes: Mapping[str, torch.Size], folder: Path
 ) -> None:
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     expected |= {VQ_PREFIX + name: tuple(t.shape) for name, t in vq.state_dict().items()}

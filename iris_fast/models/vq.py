@@ -224,7 +224,7 @@ class Quantizer(nn.Module):
         return F.normalize(self.embedding(codes), dim=-1)
 
 
-class VQ(nn.Module):
+class VQModel(nn.Module):
     """The whole autoencoder; frozen wherever it is loaded."""
 
     def __init__(self, config: VQConfig) -> None:

@@ -1,0 +1,98 @@
+"""A tiny Janus, made in code: the real architecture, tokenizer and layouts, small enough for a CPU.
+
+64 pixels, 8 x 8 image tokens out of a codebook of 256, a decoder of 4 layers and 128 channels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from iris_fast.models.decoder import DecoderConfig
+from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
+from iris_fast.models.layouts import JanusCheckpoint, untouched_shapes
+from iris_fast.models.templates import load_instruction
+from iris_fast.models.tokenizer import KNOWN_SPECIALS, JanusTokenizer
+from iris_fast.models.vq import VQConfig, VQModel
+
+PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
+
+TEXT_TOKENS = 480  # 256 bytes and the merges learned from the prompts
+VOCAB_SIZE = 512  # larger than the tokenizer, as in the real checkpoints
+EXTRA_SPECIALS = ["<patch_placeholder>", "<|User|>", "<|Assistant|>"]
+WEIGHT_STD = 0.02
+
+TINY_CONFIG = JanusConfig(
+    decoder=DecoderConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=352,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=32,
+        max_positions=1024,
+    ),
+    vq=VQConfig(
+        codebook_size=256,
+        codebook_dim=8,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=(1, 1, 1, 1),
+        num_res_blocks=1,
+    ),
+    vision=VisionConfig(
+        hidden_size=32, num_layers=1, num_heads=2, mlp_size=64, patch_size=8, num_positions=64
+    ),
+    image_size=64,
+)
+
+
+def build_tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> JanusCheckpoint:
+    """A tiny Janus with random weights: the same for the same seed, whatever was drawn before."""
+    config = TINY_CONFIG
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, vq = Janus(config), VQModel(config.vq)
+        for module in model.modules():
+            _initialise(module)
+        untouched = {
+            name: torch.randn(shape) * WEIGHT_STD
+            for name, shape in untouched_shapes(config).items()
+        }
+    untouched = {name: tensor.to(dtype) for name, tensor in untouched.items()}
+    vq.eval().requires_grad_(False)
+    return JanusCheckpoint(
+        model.to(dtype), vq.to(dtype), build_tokenizer(), config, untouched, "transformers", None
+    )
+
+
+def _initialise(module: nn.Module) -> None:
+    """Llama's initialisation; the VQ keeps torch's, which suits convolutions."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(weight, Tensor):
+        nn.init.normal_(weight, std=WEIGHT_STD)
+    if isinstance(module, nn.Linear) and bias is not None:
+        nn.init.zeros_(bias)
+
+
+def build_tokenizer() -> JanusTokenizer:
+    """A byte-level BPE over the tiny prompts and the default instruction, with Janus's specials."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TEXT_TOKENS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    lines = PROMPTS_FILE.read_text(encoding="utf-8").splitlines()
+    backend.train_from_iterator([*lines, load_instruction()], trainer)
+    specials = [*KNOWN_SPECIALS.values(), *EXTRA_SPECIALS]
+    backend.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in specials]
+    )
+    return JanusTokenizer(backend, {})
