@@ -132,7 +132,8 @@ class TrainConfig(SamplingConfig):
 
     reward_funcs: list[str] | None = None
     """Rewards: image_nsc, text_nsc, image_entropy, text_entropy, constant, random, or any
-    `module:function` taking prompts and images. Default: image_nsc, and text_nsc with --cot true."""
+    `module:function` taking prompts and images. Default: image_nsc, with --cot true also
+    text_nsc."""
     reward_weights: list[float] | None = None
     """A weight per reward, negative to minimise it; default: all 1."""
     reward_reduction: Literal["sum", "mean"] = "sum"
@@ -179,7 +180,7 @@ class TrainConfig(SamplingConfig):
     sample_steps: int = 50
     """Steps between picture grids; 0: none. The same prompts and seeds every time."""
     num_sample_prompts: int = 4
-    """Prompts in the picture grid, from the top of the prompt file."""
+    """Prompts in the picture grid, evenly spaced over the prompt file."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Tracker to log to, besides metrics.jsonl."""
     ddp_timeout: int = 600
@@ -269,9 +270,7 @@ def require_at_least(config: SamplingConfig, least: float, *names: str) -> None:
     """Raise UserError for each named setting that is not a number >= `least`."""
     for name in names:
         value = getattr(config, name)
-        require(
-            math.isfinite(value) and value >= least, name, value, f"give a number >= {least:g}"
-        )
+        require(math.isfinite(value) and value >= least, name, value, f"give a number >= {least:g}")
 
 
 Config = TypeVar("Config", bound=SamplingConfig)

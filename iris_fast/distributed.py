@@ -163,7 +163,7 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 
 
 class StopSignal:
-    """Remembers SIGTERM and Ctrl-C, so that the loop can end between two steps.
+    """Remembers SIGTERM and Ctrl-C inside its `with` block, so that the loop can end between steps.
 
     torchrun passes one Ctrl-C on as two signals; only a second Ctrl-C a while later, from somebody
     who does not want to wait, interrupts at once.
@@ -172,15 +172,21 @@ class StopSignal:
     GRACE_S = 2.0
 
     def __init__(self) -> None:
-        """Nothing is caught before `install`."""
+        """Nothing is caught before the `with` block."""
         self.requested = False
         self._first_at = 0.0
+        self._before: dict[int, Any] = {}
 
-    def install(self) -> StopSignal:
-        """Catch both signals from now on."""
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
+    def __enter__(self) -> StopSignal:
+        """Catch both signals."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
         return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give both signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
         now = time.monotonic()

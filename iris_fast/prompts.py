@@ -14,9 +14,7 @@ from iris_fast.batch import Prompt
 from iris_fast.errors import UserError
 
 if TYPE_CHECKING:
-    from iris_fast.models.tokenizer import Tokenizer
-
-TINY_PROMPTS = Path(__file__).parent / "tiny" / "prompts.txt"
+    from iris_fast.models.tokenizer import JanusTokenizer
 
 
 def read_prompts(source: str) -> list[Prompt]:
@@ -88,7 +86,9 @@ def _from_dataset(source: str) -> list[Prompt]:
             "dataset needs `pip install datasets`"
         ) from None
     try:
-        if (Path(source) / "state.json").is_file() or (Path(source) / "dataset_dict.json").is_file():
+        if (Path(source) / "state.json").is_file() or (
+            Path(source) / "dataset_dict.json"
+        ).is_file():
             loaded = datasets.load_from_disk(source)
         else:
             loaded = datasets.load_dataset(source)
@@ -123,7 +123,7 @@ def _checked(text: str, where: str) -> str:
 
 
 def check_against(
-    tokenizer: Tokenizer, prompts: Iterable[Prompt], max_prompt_length: int, source: str
+    tokenizer: JanusTokenizer, prompts: Iterable[Prompt], max_prompt_length: int, source: str
 ) -> None:
     """Raise UserError for a prompt that the model cannot take: one longer than `max_prompt_length`
     tokens, or one that spells a special token and so would end the prompt early."""
@@ -132,7 +132,7 @@ def check_against(
         for special in tokenizer.special_strings:
             if special in prompt.text:
                 raise UserError(f"{where}: holds the special token {special}; take it out")
-        length = len(tokenizer.encode(prompt.text))
+        length = len(tokenizer.encode(prompt.text)) - 1  # without BOS
         if length > max_prompt_length:
             raise UserError(
                 f"{where}: {length} tokens ({len(prompt.text)} characters) are more than "

@@ -19,12 +19,13 @@ from iris_fast.models.attention import KVCache
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import (
     TEMPLATES,
+    fill_instruction,
     image_prompt_ids,
     join_prompt,
     load_instruction,
     unconditional_ids,
 )
-from iris_fast.models.tokenizer import Tokenizer
+from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.randomness import uniforms
 
 # Text steps between two looks at the device's "all ended" flag: a look stalls a GPU.
@@ -36,10 +37,15 @@ class Sampler:
     """A model to sample from and everything that turns prompts into its token sequences."""
 
     janus: Janus
-    tokenizer: Tokenizer
+    tokenizer: JanusTokenizer
     config: SamplingConfig
     image_tokens: int
     greedy: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.janus.lm_head.weight.device
 
     @torch.no_grad()
     def rollout(self, prompts: list[Prompt], sample_numbers: list[int]) -> Rollout:
@@ -54,7 +60,7 @@ class Sampler:
         if self.config.cot:
             instruction = load_instruction(self.config.cot_instruction)
             cot_prompt_ids = [
-                self.tokenizer.encode(template.cot_prompt(instruction.replace("{prompt}", text)))
+                self.tokenizer.encode(template.cot_prompt(fill_instruction(instruction, text)))
                 for text in texts
             ]
             cot_ids, text = self._write_text(cot_prompt_ids, sample_numbers)
@@ -84,7 +90,7 @@ class Sampler:
     ) -> tuple[list[list[int]], Trace]:
         """Sample text until every sequence has ended or max_completion_length is reached."""
         longest = self.config.max_completion_length
-        device = self.janus.device
+        device = self.device
         draws_NL = uniforms(self.config.seed, "text", sample_numbers, longest).to(device)
         hidden_ND, cache = self._prefill(prompt_ids, room=longest)
         ended_N = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
@@ -111,7 +117,7 @@ class Sampler:
         """Sample the image codes; the unconditional rows follow the conditional ones."""
         guided = self.config.cfg_weight != 1.0
         draws_NI = uniforms(self.config.seed, "image", sample_numbers, self.image_tokens)
-        draws_NI = draws_NI.to(self.janus.device)
+        draws_NI = draws_NI.to(self.device)
         rows = list(prompt_ids)
         if guided:
             rows += [unconditional_ids(ids, self.tokenizer) for ids in prompt_ids]
@@ -144,7 +150,7 @@ class Sampler:
 
     def _prefill(self, sequences: list[list[int]], room: int) -> tuple[Tensor, KVCache]:
         """Run the prompts; the hidden state after each one's last token, and the filled cache."""
-        device, dtype = self.janus.device, self.janus.dtype
+        device, dtype = self.device, self.janus.lm_head.weight.dtype
         lengths = [len(sequence) for sequence in sequences]
         cache = KVCache(
             self.janus.config.decoder, len(sequences), max(lengths) + room, dtype, device

@@ -43,7 +43,9 @@ def load(name: str) -> Callable[..., Any]:
     return function
 
 
-def call(name: str, function: Callable[..., Any], prompts: list[Prompt], images: list[Image]) -> Tensor:
+def call(
+    name: str, function: Callable[..., Any], prompts: list[Prompt], images: list[Image]
+) -> Tensor:
     """[N] float32; UserError unless the function gives one finite number for each sample."""
     values = function(
         [prompt.text for prompt in prompts], images, **_wanted_fields(function, prompts)

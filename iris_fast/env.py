@@ -1,0 +1,44 @@
+"""`python -m iris_fast.env`: the versions and hardware to paste into a report of a problem."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+PACKAGES = (
+    "torch", "triton", "transformers", "tokenizers", "safetensors", "jsonargparse", "accelerate",
+    "numpy", "pillow", "datasets",
+)  # fmt: skip
+SETTINGS = ("IRIS_KERNELS_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def report() -> str:
+    """The report's lines."""
+    import torch
+
+    from iris_fast import __version__
+
+    lines = [
+        f"iris-fast: {__version__}",
+        f"python: {platform.python_version()} on {platform.platform()}",
+        f"cpu: {os.cpu_count()} cores",
+    ]
+    for name in PACKAGES:
+        try:
+            lines.append(f"{name}: {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name}: not installed")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            lines.append(f"gpu {index}: {properties.name}, {memory}, CUDA {torch.version.cuda}")
+    else:
+        lines.append("gpu: none that torch sees")
+    lines += [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,69 @@
+"""A run's trained model as a checkpoint folder: `python -m iris_fast.export RUN_FOLDER TARGET`.
+
+`--layout transformers` (default) opens with `JanusForConditionalGeneration.from_pretrained`,
+`--layout original` with the original Janus code; both open with `--model TARGET` here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+PROGRAM = "iris_fast.export"
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Write a run's trained model as a checkpoint folder."
+    )
+    parser.add_argument("run_folder", type=Path, help="the --output_dir of a training run")
+    parser.add_argument("target", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument("--layout", choices=("transformers", "original"), default="transformers")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16"
+    )
+    return parser.parse_args()
+
+
+def export(run_folder: Path, target: Path, layout: str, dtype_name: str) -> Path:
+    """Write the newest complete checkpoint of `run_folder` to `target`; UserError if there is none
+    or the target cannot be written."""
+    import torch
+    import yaml
+
+    from iris_fast import checkpoint
+    from iris_fast.errors import UserError
+    from iris_fast.inputs import open_model
+    from iris_fast.models.layouts import export_janus
+
+    config_file = run_folder / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"run_folder: {run_folder} holds no run (no config.yaml)")
+    newest, faults = checkpoint.newest(run_folder / "checkpoints")
+    for fault in faults:
+        print(f"{PROGRAM}: warning: {fault}", file=sys.stderr)
+    if newest is None:
+        raise UserError(f"run_folder: {run_folder} holds no complete checkpoint; train first")
+    opened = open_model(yaml.safe_load(config_file.read_text())["model"], torch.float32)
+    checkpoint.load_policy_weights(newest, opened.model)
+    written = export_janus(opened, target, layout, dtype=getattr(torch, dtype_name))
+    print(f"{newest} written to {written} ({layout} layout, {dtype_name})")
+    return written
+
+
+def main() -> int:
+    """The command; its exit code."""
+    asked = arguments()
+    from iris_fast.errors import UserError, tell
+
+    try:
+        export(asked.run_folder, asked.target, asked.layout, asked.dtype)
+    except UserError as mistake:
+        return tell(PROGRAM, mistake)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

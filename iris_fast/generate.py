@@ -1,0 +1,106 @@
+"""Images for people: `python -m iris_fast.generate --model FOLDER --prompts FILE`.
+
+Under torchrun the prompts are shared out over the ranks. An image depends on its prompt, its number
+and the seed, not on the batch size or the number of ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from iris_fast.config import GenerateConfig, parse_command_line
+
+PROGRAM = "iris_fast.generate"
+# Before torch is imported: a typo is answered at once.
+CONFIG = parse_command_line(GenerateConfig, PROGRAM) if __name__ == "__main__" else None
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from iris_fast import distributed
+from iris_fast.distributed import Ranks
+from iris_fast.errors import UserError, tell
+from iris_fast.inputs import open_inputs
+from iris_fast.pictures import decode_images, save_png
+from iris_fast.rollout import Sampler
+
+COLLECTIVE_TIMEOUT_S = 3600.0
+
+
+def generate(config: GenerateConfig) -> None:
+    """Draw every prompt `num_images_per_prompt` times into `output_dir`; UserError as `train`."""
+    with distributed.start(config.device, COLLECTIVE_TIMEOUT_S) as ranks:
+        inputs = open_inputs(config, torch.bfloat16 if config.bf16 else torch.float32)
+        count = config.num_images_per_prompt
+        paths = [
+            Path(config.output_dir) / f"{prompt:05d}_{image:02d}.png"
+            for prompt in range(len(inputs.prompts))
+            for image in range(count)
+        ]
+        refuse_to_overwrite(config, paths, ranks)
+        opened = inputs.checkpoint
+        model, vq = opened.model.to(ranks.device), opened.vq.to(ranks.device)
+        sampler = Sampler(model, opened.tokenizer, config, inputs.image_tokens, config.greedy)
+        mine = range(ranks.rank, len(paths), ranks.world_size)
+        codes = torch.zeros(len(paths), inputs.image_tokens, dtype=torch.int64)
+        bar = tqdm(
+            total=len(mine),
+            unit="image",
+            disable=None if ranks.is_first else True,
+            dynamic_ncols=True,
+        )
+        for start in range(0, len(mine), config.batch_size):
+            numbers = list(mine[start : start + config.batch_size])
+            samples = [inputs.prompts[number // count] for number in numbers]
+            rollout = sampler.rollout(samples, numbers)
+            codes[numbers] = rollout.codes_NI
+            for number, picture in zip(numbers, decode_images(vq, rollout.codes_NI), strict=True):
+                save_png(picture, paths[number])
+            bar.update(len(numbers))
+        bar.close()
+        codes = ranks.gather(codes[None]).sum(dim=0)
+        if ranks.is_first:
+            if config.save_codes:
+                shape = (len(inputs.prompts), count, inputs.image_tokens)
+                np.savez(config.save_codes, codes=codes.view(shape).numpy())
+            print(f"{len(paths)} images in {config.output_dir}")
+
+
+def refuse_to_overwrite(config: GenerateConfig, paths: list[Path], ranks: Ranks) -> None:
+    """UserError if an image, or the codes file, is there already, or the folder is unwritable."""
+    targets = [*paths, *([Path(config.save_codes)] if config.save_codes else [])]
+    with ranks.first_does() as mine:
+        if mine:
+            standing = [path for path in targets if path.exists()]
+            if standing and not config.overwrite:
+                raise UserError(
+                    f"output_dir: {standing[0]} is there already and is not written over; name "
+                    "another --output_dir, or add --overwrite true"
+                )
+            try:
+                for folder in {path.parent for path in targets}:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    probe = folder / ".iris_fast_probe"
+                    probe.touch()
+                    probe.unlink()
+            except OSError as mistake:
+                raise UserError(
+                    f"output_dir: {mistake.filename} cannot be written ({mistake.strerror}); name "
+                    "a folder that you may write to"
+                ) from None
+
+
+def main(config: GenerateConfig) -> int:
+    """`generate`, with the user's mistakes told in one line; the exit code."""
+    try:
+        generate(config)
+    except UserError as mistake:
+        return tell(PROGRAM, mistake)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(CONFIG))

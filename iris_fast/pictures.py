@@ -1,0 +1,70 @@
+"""Image codes -> pixels -> PNG files and grids."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from iris_fast.errors import UserError
+from iris_fast.models.vq import VQModel, to_uint8
+
+DECODED_AT_ONCE = 16
+GAP_PIXELS = 4
+
+
+@torch.no_grad()
+def decode_images(vq: VQModel, codes_NI: Tensor) -> list[Image.Image]:
+    """One RGB picture for each row of codes, a square grid read row by row."""
+    device = next(vq.parameters()).device
+    pictures = []
+    for part in codes_NI.split(DECODED_AT_ONCE):
+        pixels = to_uint8(vq.decode(part.to(device))).cpu().numpy()
+        pictures += [Image.fromarray(picture) for picture in pixels]
+    return pictures
+
+
+def check_image_tokens(asked: int | None, checkpoint_tokens: int) -> int:
+    """Tokens per image: as asked, or what the checkpoint's image size gives."""
+    if asked is None:
+        return checkpoint_tokens
+    if math.isqrt(asked) ** 2 != asked or asked > checkpoint_tokens:
+        raise UserError(
+            f"image_token_num_per_image: {asked} is no square up to the {checkpoint_tokens} tokens "
+            "that this model draws; leave it out"
+        )
+    return asked
+
+
+def grid(rows: list[list[Image.Image]], captions: list[str]) -> Image.Image:
+    """Pictures in rows, each row under its caption (cut to the row's width)."""
+    width, height = rows[0][0].size
+    font = ImageFont.load_default(size=max(11, height // 24))
+    caption_height = sum(font.getmetrics()) + GAP_PIXELS
+    row_height = height + caption_height + GAP_PIXELS
+    columns = len(rows[0])
+    sheet = Image.new(
+        "RGB", (columns * (width + GAP_PIXELS) + GAP_PIXELS, len(rows) * row_height), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    for number, (pictures, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = number * row_height
+        text = " ".join(caption.split())
+        while text and pen.textlength(text, font=font) > sheet.width - 2 * GAP_PIXELS:
+            text = text[:-2].rstrip("…") + "…" if len(text) > 2 else ""
+        pen.text((GAP_PIXELS, top + 1), text, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            left = GAP_PIXELS + column * (width + GAP_PIXELS)
+            sheet.paste(picture, (left, top + caption_height))
+    return sheet
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write to a neighbour and rename, so that a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    picture.save(partial, format="PNG")
+    partial.replace(path)

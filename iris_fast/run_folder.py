@@ -1,0 +1,126 @@
+"""The run folder: claimed without ever writing over another run, and found again on resume.
+
+config.yaml  metrics.jsonl  samples/step_NNNNN.png  checkpoints/step_NNNNN/  report.html
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from iris_fast.config import TrainConfig, to_yaml
+from iris_fast.distributed import Ranks
+from iris_fast.errors import UserError
+
+# Settings that a resumed run may change; the others would make it a different run.
+MAY_CHANGE = {
+    "output_dir", "resume_from_checkpoint", "max_steps", "save_steps", "save_total_limit",
+    "sample_steps", "num_sample_prompts", "report_to", "ddp_timeout", "device",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "beta", "epsilon", "epsilon_high", "preset",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run; `resumed` says whether it was there before."""
+
+    path: Path
+    resumed: bool
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Picture grids."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training state."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """The run on one page."""
+        return self.path / "report.html"
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started these workers again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def choose(config: TrainConfig, ranks: Ranks) -> RunFolder:
+    """Which folder the run will use; nothing is written yet.
+
+    UserError if the folder holds anything and resuming was not asked for, or if there is no such
+    run to resume, or if the settings are another run's.
+    """
+    name = ranks.from_first(config.output_dir or str(_numbered(config.preset)))
+    path = Path(name)
+    if is_restart() and (path / "config.yaml").is_file():
+        return RunFolder(path, resumed=True)
+    if config.resume_from_checkpoint:
+        if not (path / "config.yaml").is_file():
+            raise UserError(
+                f"resume_from_checkpoint: {path} holds no run (no config.yaml); check --output_dir"
+            )
+        _compare(path, config)
+        return RunFolder(path, resumed=True)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output_dir: {path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f"output_dir: {path} is not empty and nothing in it is written over; name another, or "
+            "go on with the run in it: --resume_from_checkpoint true"
+        )
+    return RunFolder(path, resumed=False)
+
+
+def claim(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> None:
+    """Make the folder and its config.yaml; UserError if that cannot be written."""
+    with ranks.first_does() as mine:
+        if mine:
+            try:
+                folder.samples.mkdir(parents=True, exist_ok=True)
+                folder.checkpoints.mkdir(exist_ok=True)
+                partial = folder.path / ".config.yaml.partial"
+                partial.write_text(to_yaml(config), encoding="utf-8")
+                partial.replace(folder.path / "config.yaml")
+            except OSError as mistake:
+                raise UserError(
+                    f"output_dir: {folder.path} cannot be written ({mistake.strerror}); name a "
+                    "folder that you may write to, on a disk with room"
+                ) from None
+
+
+def _numbered(preset: str) -> Path:
+    """runs/PRESET-NNN: the next free number, or after a restart the one this launch had taken."""
+    taken = sorted(Path("runs").glob(f"{preset}-[0-9][0-9][0-9]"))
+    if is_restart() and taken:
+        return taken[-1]
+    number = int(taken[-1].name[-3:]) + 1 if taken else 1
+    return Path("runs") / f"{preset}-{number:03d}"
+
+
+def _compare(path: Path, config: TrainConfig) -> None:
+    try:
+        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(f"resume_from_checkpoint: {path / 'config.yaml'} is damaged; restore it")
+    for name, value in asdict(config).items():
+        if name not in MAY_CHANGE and before.get(name) != value:
+            raise UserError(
+                f"resume_from_checkpoint: {path} was run with {name} {before.get(name)}, and now "
+                f"{name} is {value}; give the same, or start a new run in another --output_dir"
+            )

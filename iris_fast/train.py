@@ -1,0 +1,296 @@
+"""The training loop: `torchrun -m iris_fast.train [--preset P] [--config FILE] [--setting value]`.
+
+prompts -> rollout -> rewards -> advantages -> loss -> optimizer -> checkpoint and log
+"""
+
+from __future__ import annotations
+
+import sys
+
+from iris_fast.config import TrainConfig, parse_command_line
+
+PROGRAM = "iris_fast.train"
+# Before torch is imported: a typo is answered at once.
+CONFIG = parse_command_line(TrainConfig, PROGRAM) if __name__ == "__main__" else None
+
+import copy
+import functools
+import resource
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint as recompute
+
+from iris_fast import checkpoint, distributed, run_folder
+from iris_fast.checkpoint import Progress
+from iris_fast.distributed import Ranks, StopSignal, copy_weights
+from iris_fast.errors import UserError, tell
+from iris_fast.inputs import open_inputs
+from iris_fast.log import Log, rollout_metrics
+from iris_fast.models.janus import Janus
+from iris_fast.models.vq import VQModel
+from iris_fast.pictures import decode_images, grid, save_png
+from iris_fast.prompts import PromptSource
+from iris_fast.report import write_report
+from iris_fast.rewards import load_rewards, score
+from iris_fast.rollout import Sampler
+from iris_fast.update import prepare, update
+
+SAMPLES_PER_PROMPT = 4
+
+
+@dataclass
+class Models:
+    """The three copies of the weights, and what turns codes into pixels.
+
+    `policy` is trained: float32 master weights, sharded over the ranks. `sampler` draws with a
+    whole copy, refreshed in place after each step. `reference` is the frozen start (beta > 0).
+    """
+
+    policy: Janus
+    reference: Janus | None
+    sampler: Sampler
+    vq: VQModel
+
+
+def train(config: TrainConfig) -> None:
+    """Run, or go on with, the training that `config` describes.
+
+    UserError for whatever the user can mend; SIGTERM or Ctrl-C save a checkpoint and return.
+    """
+    with StopSignal() as stop, distributed.start(config.device, config.ddp_timeout) as ranks:
+        folder = run_folder.choose(config, ranks)
+        rewards = load_rewards(config.reward_funcs)
+        models, prompts = load_inputs(config, ranks)
+        optimizer = make_optimizer(models.policy, config)
+        run_folder.claim(folder, config, ranks)
+        progress = restore(folder, models.policy, optimizer, config, ranks)
+        prompts.cursor = progress.cursor
+        log = Log(folder, config, progress.step, ranks)
+        log.say(f"run folder: {folder.path}")
+        copy_weights(models.policy, models.sampler.janus)
+        try:
+            if progress.step == 0:
+                draw_samples(models, prompts, folder, 0, config, ranks)
+            loop(models, optimizer, prompts, rewards, progress, folder, log, config, ranks, stop)
+        finally:
+            log.close()
+            if ranks.is_first:
+                write_report(folder)
+        if ranks.is_first:
+            done = "stopped by a signal, saved" if stop.requested else "finished"
+            print(f"{done} at step {progress.step}; report: {folder.report}")
+            if progress.step < config.max_steps:
+                print(f"go on with: --output_dir {folder.path} --resume_from_checkpoint true")
+
+
+def loop(
+    models: Models,
+    optimizer: torch.optim.Optimizer,
+    prompts: PromptSource,
+    rewards: dict[str, Any],
+    progress: Progress,
+    folder: run_folder.RunFolder,
+    log: Log,
+    config: TrainConfig,
+    ranks: Ranks,
+    stop: StopSignal,
+) -> None:
+    """Steps until max_steps or a signal; each `num_iterations` steps share one rollout."""
+    batches = None
+    saved_at = progress.step
+    while progress.step < config.max_steps and not ranks.any(stop.requested):
+        started = time.perf_counter()
+        if progress.scored is None:
+            drawn, numbers = prompts.take(config.prompts_per_step, ranks.rank, ranks.world_size)
+            samples, sample_numbers = repeat(drawn, numbers, config.num_generations)
+            rollout = models.sampler.rollout(samples, sample_numbers)
+            images = functools.partial(decode_images, models.vq, rollout.codes_NI)
+            progress.scored = score(rollout, rewards, images, config, ranks)
+            progress.cursor = prompts.cursor
+            batches = None
+        rolled_out = time.perf_counter()
+        if batches is None:
+            batches = prepare(
+                progress.scored, models.policy, models.reference, config, ranks,
+                progress.old_logprobs,
+            )  # fmt: skip
+        set_learning_rate(optimizer, progress.step, config)
+        losses = update(models.policy, optimizer, batches, config, ranks)
+        copy_weights(models.policy, models.sampler.janus)
+        progress.step += 1
+        metrics = {
+            "step": progress.step,
+            **rollout_metrics(progress.scored, config, ranks),
+            **losses,
+            "learning_rate": optimizer.param_groups[0]["lr"],
+            **speed(started, rolled_out, config, ranks),
+        }
+        if progress.step % config.num_iterations == 0:
+            progress.scored = progress.old_logprobs = None
+        else:
+            progress.old_logprobs = [batch.old_logprob_M.cpu() for batch in batches]
+        log.step(metrics)
+        last = progress.step == config.max_steps
+        if config.sample_steps and (progress.step % config.sample_steps == 0 or last):
+            draw_samples(models, prompts, folder, progress.step, config, ranks)
+        if last or (config.save_steps and progress.step % config.save_steps == 0):
+            save(folder, models, optimizer, progress, config, ranks)
+            saved_at = progress.step
+    if saved_at < progress.step:
+        save(folder, models, optimizer, progress, config, ranks)
+
+
+def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource]:
+    """Prompts, checked, and the model in its three roles."""
+    inputs = open_inputs(config, torch.float32)
+    opened = inputs.checkpoint
+    compute_dtype = torch.bfloat16 if config.bf16 else torch.float32
+    frozen = copy.deepcopy(opened.model).to(ranks.device, compute_dtype).requires_grad_(False)
+    sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
+    reference = copy.deepcopy(opened.model).requires_grad_(False) if config.beta else None
+    policy = opened.model
+    freeze(policy, config)
+    for model in filter(None, (policy, reference)):
+        model.to(ranks.device)
+        distributed.shard(model, model.model.language_model.layers, ranks, config.bf16)
+    vq = opened.vq.to(ranks.device)
+    return Models(policy, reference, sampler, vq), PromptSource(inputs.prompts, config.seed)
+
+
+def freeze(policy: Janus, config: TrainConfig) -> None:
+    """Train the language model and its head; everything `gen*` stays, but for train_image_head."""
+    policy.model.generation_embeddings.requires_grad_(False)
+    policy.model.generation_aligner.requires_grad_(False)
+    policy.model.generation_head.requires_grad_(config.train_image_head)
+    if config.gradient_checkpointing:
+        for block in policy.model.language_model.layers:
+            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+
+
+def make_optimizer(policy: Janus, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over what is trained."""
+    return torch.optim.AdamW(
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
+    """The rate of the update that leads from `step` to `step + 1`: a function of the step alone."""
+    if step < config.warmup_steps:
+        share = (step + 1) / (config.warmup_steps + 1)
+    else:
+        span = max(config.max_steps - config.warmup_steps, 1)
+        left = 1 - (step - config.warmup_steps) / span
+        cosine = 0.5 * (1 + torch.cos(torch.tensor((1 - left) * torch.pi, dtype=torch.float64)))
+        share = {"linear": left, "cosine": cosine.item(), "constant": 1.0}[config.lr_scheduler_type]
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * share
+
+
+def repeat(prompts: list, numbers: list[int], num_generations: int) -> tuple[list, list[int]]:
+    """Each prompt G times, with the samples' global numbers."""
+    samples = [prompt for prompt in prompts for _ in range(num_generations)]
+    sample_numbers = [n * num_generations + g for n in numbers for g in range(num_generations)]
+    return samples, sample_numbers
+
+
+def restore(
+    folder: run_folder.RunFolder,
+    policy: Janus,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    ranks: Ranks,
+) -> Progress:
+    """The newest sound checkpoint's state, or a fresh start."""
+    if not folder.resumed:
+        return Progress()
+    path, faults = ranks.from_first(
+        checkpoint.newest(folder.checkpoints) if ranks.is_first else None
+    )
+    if ranks.is_first:
+        for fault in faults:
+            print(f"{PROGRAM}: warning: {fault}", file=sys.stderr)
+    if path is None:
+        if run_folder.is_restart():
+            return Progress()
+        raise UserError(
+            f"resume_from_checkpoint: {folder.checkpoints} holds no complete checkpoint; start "
+            "anew in another --output_dir"
+        )
+    return checkpoint.load(path, policy, optimizer, ranks)
+
+
+def save(
+    folder: run_folder.RunFolder,
+    models: Models,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    config: TrainConfig,
+    ranks: Ranks,
+) -> None:
+    """One checkpoint."""
+    checkpoint.save(
+        folder.checkpoints, models.policy, optimizer, progress, ranks, config.save_total_limit
+    )
+
+
+def draw_samples(
+    models: Models,
+    prompts: PromptSource,
+    folder: run_folder.RunFolder,
+    step: int,
+    config: TrainConfig,
+    ranks: Ranks,
+) -> None:
+    """The picture grid of a step: always the same prompts and random numbers. Rank 0 draws."""
+    with ranks.first_does() as mine:
+        if mine:
+            count = min(config.num_sample_prompts, len(prompts.prompts))
+            chosen = prompts.prompts[:: len(prompts.prompts) // count][:count]
+            # Numbers below 0: streams that no training sample uses.
+            numbers = [-1 - n for n in range(len(chosen))]
+            samples, sample_numbers = repeat(chosen, numbers, SAMPLES_PER_PROMPT)
+            rollout = models.sampler.rollout(samples, sample_numbers)
+            images = decode_images(models.vq, rollout.codes_NI)
+            rows = [
+                images[start : start + SAMPLES_PER_PROMPT]
+                for start in range(0, len(images), SAMPLES_PER_PROMPT)
+            ]
+            captions = [prompt.text for prompt in chosen]
+            save_png(grid(rows, captions), folder.samples / f"step_{step:05d}.png")
+
+
+def speed(started: float, rolled_out: float, config: TrainConfig, ranks: Ranks) -> dict[str, float]:
+    """Wall times of a step on rank 0 (s), its images per second, and the peak memory (bytes)."""
+    now = time.perf_counter()
+    images = config.prompts_per_step * config.num_generations * ranks.world_size
+    if ranks.device.type == "cuda":
+        peak_memory_bytes = torch.cuda.max_memory_allocated()
+    else:
+        peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "rollout_s": rolled_out - started,
+        "train_s": now - rolled_out,
+        "images_per_s": images / (now - started),
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+
+
+def main(config: TrainConfig) -> int:
+    """`train`, with the user's mistakes told in one line; the exit code."""
+    try:
+        train(config)
+    except UserError as mistake:
+        return tell(PROGRAM, mistake)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(CONFIG))
