@@ -1,0 +1,18 @@
+"""Fused kernels for the statistics that sampling and training a token model need.
+
+    token_stats          logits -> logprob, nsc, entropy, lse of one token a row, differentiable
+    guided_sample        cond and uncond logits -> a sampled token and its statistics, one launch
+
+Every op has a Triton path for GPUs and a torch path for everything else; `IRIS_KERNELS_BACKEND`
+(triton, torch, auto) chooses. The package imports torch and triton and nothing else.
+"""
+
+from .guided_sample import GuidedSample, guided_sample
+from .token_stats import TokenStats, token_stats
+
+__all__ = [
+    "GuidedSample",
+    "TokenStats",
+    "guided_sample",
+    "token_stats",
+]

@@ -1,0 +1,451 @@
+"""Classifier-free guidance, sampling and the sampled token's statistics, in one launch.
+
+    mixed_j = uncond_j + cfg_weight (cond_j - uncond_j)
+    token   ~ softmax(mixed / temperature), after top_k, top_p and min_p
+    conditional = token_stats(cond, token)                 at temperature 1
+    guided      = token_stats(mixed, token, temperature)   before truncation
+
+Bytes moved for R rows of b-byte logits: 2 R V b, read once while a row fits one block, from the
+L2 cache again after that.
+
+**The same token on every backend.** Sampling is the inverse CDF: the first column whose cumulated
+weight exceeds uniform * total. Weights are the integers
+
+    w_j = floor(2^40 exp2(t_j)),    t_j = (mixed_j - max mixed) log2(e) / temperature
+
+whose sums do not depend on their order, and exp2 is a fixed polynomial evaluated with separately
+rounded fp32 operations. So equal logits and an equal uniform give an equal token, bit for bit,
+whatever the backend, the block size or the rows beside it. A class with p < 2^-40 max p has weight
+0 and is never drawn; at most V 2^-40 of the probability is lost so.
+
+Shapes: R rows, V columns, chunk C rows.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._backend import constant, jit, tl, triton, use_triton
+from ._checks import (
+    check_logits,
+    check_per_row,
+    check_temperature,
+    check_vocab_size,
+    fold_rows,
+    last_dim_contiguous,
+)
+from .token_stats import (
+    CHUNK_ELEMENTS,
+    FLOOR,
+    LOG2_E,
+    TokenStats,
+    accumulate,
+    chunk_stats,
+    finish,
+    row_offset,
+)
+
+# 2^f on [-1/2, 1/2] to 1.9e-7: 1 + f (c1 + f (c2 + ...)), minimax by Lawson's iteration.
+EXP2_POLYNOMIAL = (
+    0.6931470036506653,
+    0.24022242426872253,
+    0.05550733581185341,
+    0.009671512991189957,
+    0.001326472731307149,
+)
+LOWEST = -64.0  # below this the weight is 0 for certain, and the exponent still fits a float
+WEIGHT_BITS = 40
+EXPONENT_BIAS = 127 + WEIGHT_BITS
+_C1, _C2, _C3, _C4, _C5 = (constant(c) for c in EXP2_POLYNOMIAL)
+_LOWEST, _BIAS = constant(LOWEST), constant(EXPONENT_BIAS)
+
+
+class GuidedSample(NamedTuple):
+    """Sampled tokens (int64) and their statistics under both distributions."""
+
+    token_ids: Tensor
+    conditional: TokenStats
+    guided: TokenStats
+
+
+# --- Triton kernel --------------------------------------------------------------------------------
+
+
+@jit
+def _load_pair(cond, uncond, columns, V):
+    """Raw cond and uncond logits of a block, -inf beyond V; cond twice where there is no uncond."""
+    c = tl.load(cond + columns, mask=columns < V, other=float("-inf"))
+    if uncond is None:
+        return c, c
+    return c, tl.load(uncond + columns, mask=columns < V, other=float("-inf"))
+
+
+@jit
+def _mix(c, u, cfg_weight, GUIDED: tl.constexpr):
+    """u + cfg_weight (c - u), -inf where either is; each operation rounded by itself."""
+    c = c.to(tl.float32)
+    if not GUIDED:
+        return c
+    u = u.to(tl.float32)
+    ruled_out = (c == float("-inf")) | (u == float("-inf"))
+    return tl.where(ruled_out, float("-inf"), u + cfg_weight * (c - u))
+
+
+@jit
+def _weights(mixed, m, threshold, scale, GREEDY: tl.constexpr):
+    """Integer sampling weights; needs floating-point fusion off, see the module docstring."""
+    if GREEDY:
+        return tl.where(mixed == m, 1, 0).to(tl.int64)
+    t = tl.maximum((mixed - m) * scale, _LOWEST)  # NaN becomes _LOWEST, that is weight 0
+    n = tl.floor(t + 0.5)
+    f = t - n
+    power = 1.0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
+    power *= ((n.to(tl.int32) + _BIAS) << 23).to(tl.float32, bitcast=True)
+    return tl.where(mixed >= threshold, power, 0.0).to(tl.int64)
+
+
+@jit
+def _store_stats(out, row, rows, stats):
+    """logprob, nsc, entropy, lse of one row, into the four planes of `out`."""
+    for i in tl.static_range(4):
+        tl.store(out + i * rows + row, stats[i])
+
+
+@jit
+def _sample_kernel(
+    cond, uncond, uniform, threshold, token_ids, conditional, guided,
+    cond_inner, cond_stride_outer, cond_stride_inner,
+    uncond_inner, uncond_stride_outer, uncond_stride_inner,
+    rows, V, log_V, cfg_weight, scale, inv_temperature, floor, unit_scale, unit_floor,
+    GREEDY: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    GUIDED: tl.constexpr = uncond is not None
+    cond += row_offset(row, cond_inner, cond_stride_outer, cond_stride_inner)
+    if GUIDED:
+        uncond += row_offset(row, uncond_inner, uncond_stride_outer, uncond_stride_inner)
+    lanes = tl.arange(0, BLOCK)
+    if ONE_BLOCK:
+        c, u = _load_pair(cond, uncond, lanes, V)
+
+    m = float("-inf")
+    for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
+        if not ONE_BLOCK:
+            c, u = _load_pair(cond, uncond, start + lanes, V)
+        m = tl.maximum(m, tl.max(_mix(c, u, cfg_weight, GUIDED), axis=0))
+
+    lowest_kept = float("-inf") if threshold is None else tl.load(threshold + row)
+    total = tl.zeros([], tl.int64)
+    for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
+        if not ONE_BLOCK:
+            c, u = _load_pair(cond, uncond, start + lanes, V)
+        mixed = _mix(c, u, cfg_weight, GUIDED)
+        total += tl.sum(_weights(mixed, m, lowest_kept, scale, GREEDY), axis=0)
+
+    # The first column whose cumulated weight exceeds `wanted` is as many columns in as do not.
+    wanted = (tl.load(uniform + row).to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+    wanted = 0 * wanted if GREEDY else tl.minimum(wanted, total - 1)
+    token = tl.zeros([], tl.int32)
+    seen = tl.zeros([], tl.int64)
+    for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
+        if not ONE_BLOCK:
+            c, u = _load_pair(cond, uncond, start + lanes, V)
+        mixed = _mix(c, u, cfg_weight, GUIDED)
+        weights = _weights(mixed, m, lowest_kept, scale, GREEDY)
+        cumulated = seen + tl.cumsum(weights, axis=0)
+        token += tl.sum(((cumulated <= wanted) & (start + lanes < V)).to(tl.int32), axis=0)
+        seen += tl.sum(weights, axis=0)
+    token = tl.where(total == 0, 0, token)
+    tl.store(token_ids + row, token.to(tl.int64))
+
+    m_c, s_c, sd_c, d_c = float("-inf"), 0.0, 0.0, 0.0
+    m_g, s_g, sd_g, d_g = float("-inf"), 0.0, 0.0, 0.0
+    for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
+        if not ONE_BLOCK:
+            c, u = _load_pair(cond, uncond, start + lanes, V)
+        mixed = _mix(c, u, cfg_weight, GUIDED)
+        m_c, s_c, sd_c, d_c = accumulate(
+            c.to(tl.float32), start + lanes, start, token, m_c, s_c, sd_c, d_c,
+            unit_scale, unit_floor, True, V,
+        )  # fmt: skip
+        m_g, s_g, sd_g, d_g = accumulate(
+            mixed, start + lanes, start, token, m_g, s_g, sd_g, d_g, scale, floor, True, V
+        )
+    c_token, u_token = _load_pair(cond, uncond, token, V)
+    stats = finish(
+        c_token.to(tl.float32), m_c, s_c, sd_c, d_c, unit_scale, 1.0, unit_floor, V, log_V
+    )
+    _store_stats(conditional, row, rows, stats)
+    mixed_token = _mix(c_token, u_token, cfg_weight, GUIDED)
+    stats = finish(mixed_token, m_g, s_g, sd_g, d_g, scale, inv_temperature, floor, V, log_V)
+    _store_stats(guided, row, rows, stats)
+
+
+# --- Launcher -------------------------------------------------------------------------------------
+
+
+def sample_launch(vocab_size: int) -> dict[str, int | bool]:
+    """A whole row in registers up to V = 16384, else blocks of 8192."""
+    whole = max(64, triton.next_power_of_2(vocab_size))
+    block = whole if whole <= 16384 else 8192
+    return {
+        "BLOCK": block,
+        "ONE_BLOCK": block == whole,
+        "num_warps": max(1, min(16, block // 512)),
+        "enable_fp_fusion": False,  # fused multiply-adds would round differently from torch
+    }
+
+
+def _sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, vocab_size):
+    cond, uncond = (t if t is None or fold_rows(t) else t.contiguous() for t in (cond, uncond))
+    outer, inner, *strides = fold_rows(cond)
+    rows = outer * inner
+    _, *uncond_layout = (1, 1, 0, 0) if uncond is None else fold_rows(uncond)
+    token_ids = cond.new_empty(rows, dtype=torch.int64)
+    conditional, guided = (cond.new_empty((4, rows), dtype=torch.float32) for _ in range(2))
+    greedy = temperature == 0
+    scale = 1.0 if greedy else temperature
+    _sample_kernel[(rows,)](
+        cond, uncond, uniform, threshold, token_ids, conditional, guided,
+        inner, *strides, *uncond_layout, rows, vocab_size, math.log(vocab_size),
+        cfg_weight, LOG2_E / scale, 1 / scale, FLOOR * scale, LOG2_E, FLOOR,
+        GREEDY=greedy, **sample_launch(vocab_size),
+    )  # fmt: skip
+    return token_ids, conditional, guided
+
+
+# --- The torch path -------------------------------------------------------------------------------
+
+
+def mix(cond: Tensor, uncond: Tensor | None, cfg_weight: float) -> Tensor:
+    """uncond + cfg_weight (cond - uncond) in fp32; -inf where either is."""
+    c = cond.float()
+    if uncond is None:
+        return c
+    u = uncond.float()
+    mixed = (c - u).mul_(cfg_weight).add_(u)
+    return mixed.masked_fill_((c == -math.inf) | (u == -math.inf), -math.inf)
+
+
+def sampling_weights(mixed: Tensor, row_max: Tensor, scale: float) -> Tensor:
+    """floor(2^40 exp2((mixed - row_max) scale)) as int64, the same bits as in the kernel."""
+    t = mixed.sub(row_max).mul_(scale)
+    t = torch.fmax(t, t.new_full((), LOWEST))  # NaN becomes LOWEST, that is weight 0
+    n = t.add(0.5).floor_()
+    f = t.sub_(n)
+    power = f * EXP2_POLYNOMIAL[-1]
+    for coefficient in (*EXP2_POLYNOMIAL[-2::-1], 1.0):
+        power.add_(coefficient)
+        if coefficient != 1.0:
+            power.mul_(f)
+    power *= (n.to(torch.int32).add_(EXPONENT_BIAS) << 23).view(torch.float32)
+    return power.to(torch.int64)
+
+
+def truncation_threshold(
+    mixed: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor | None:
+    """The smallest mixed logit [R] that top_k, then top_p, then min_p leave; None: all stay."""
+    thresholds = []
+    scale = LOG2_E / temperature
+    row_max = mixed.amax(-1, keepdim=True)
+    if 0 < top_k < mixed.shape[-1]:
+        thresholds.append(mixed.topk(top_k, dim=-1).values[:, -1])
+    if top_p < 1:
+        ordered = mixed.sort(-1, descending=True).values
+        weights = sampling_weights(ordered, row_max, scale)
+        if thresholds:
+            weights.masked_fill_(ordered < thresholds[0][:, None], 0)
+        cumulated = weights.cumsum(-1)
+        wanted = cumulated[:, -1:].double() * top_p
+        kept = ((cumulated - weights).double() < wanted).sum(-1, keepdim=True)
+        thresholds.append(ordered.gather(-1, kept.sub_(1).clamp_(min=0))[:, 0])
+    if min_p > 0:
+        thresholds.append(row_max[:, 0] + math.log(min_p) * temperature)
+    if not thresholds:
+        return None
+    return torch.stack(thresholds).amax(0)
+
+
+def _sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, vocab_size):
+    cond, uncond = (
+        None if t is None else t.reshape(-1, t.shape[-1])[:, :vocab_size] for t in (cond, uncond)
+    )
+    rows = cond.shape[0]
+    token_ids = cond.new_empty(rows, dtype=torch.int64)
+    conditional, guided = (cond.new_empty((4, rows), dtype=torch.float32) for _ in range(2))
+    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
+    buffers = [cond.new_empty((min(chunk, rows), vocab_size), dtype=torch.float32) for _ in "de"]
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        d, e = (b[: part.stop - start] for b in buffers)
+        mixed = mix(cond[part], None if uncond is None else uncond[part], cfg_weight)
+        tokens = _draw(
+            mixed, uniform[part], None if threshold is None else threshold[part], temperature
+        )
+        token_ids[part] = tokens
+        conditional[:, part] = torch.stack(chunk_stats(cond[part], tokens, 1.0, d, e)[:4])
+        guided[:, part] = torch.stack(chunk_stats(mixed, tokens, temperature or 1.0, d, e)[:4])
+    return token_ids, conditional, guided
+
+
+def _draw(mixed: Tensor, uniform: Tensor, threshold: Tensor | None, temperature: float) -> Tensor:
+    row_max = mixed.amax(-1, keepdim=True)
+    if temperature == 0:
+        weights = (mixed == row_max).long()
+        uniform = torch.zeros_like(uniform)
+    else:
+        weights = sampling_weights(mixed, row_max, LOG2_E / temperature)
+        if threshold is not None:
+            weights.masked_fill_(mixed < threshold[:, None], 0)
+    cumulated = weights.cumsum(-1)
+    total = cumulated[:, -1]
+    wanted = torch.minimum((uniform.double() * total.double()).long(), total - 1)
+    token = torch.searchsorted(cumulated, wanted[:, None], right=True)[:, 0]
+    return token.masked_fill_(total == 0, 0)
+
+
+# --- Custom op ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("iris_kernels::guided_sample", mutates_args=())
+def _guided_sample_op(
+    cond: Tensor, uncond: Tensor | None, uniform: Tensor, cfg_weight: float, temperature: float,
+    top_k: int, top_p: float, min_p: float, vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if cond.is_cpu and not bool(((uniform >= 0) & (uniform < 1)).all()):
+        raise ValueError("uniform holds numbers outside [0, 1): draw it with torch.rand")
+    shape = cond.shape[:-1]
+    if not uniform.numel():
+        return _empty_outputs(cond)
+    threshold = None
+    if temperature != 0 and (0 < top_k < vocab_size or top_p < 1 or min_p > 0):
+        rows = (
+            None if t is None else t.reshape(-1, t.shape[-1])[:, :vocab_size]
+            for t in (cond, uncond)
+        )  # fmt: skip
+        threshold = truncation_threshold(mix(*rows, cfg_weight), temperature, top_k, top_p, min_p)
+    run = _sample_triton if use_triton(cond) else _sample_torch
+    token_ids, conditional, guided = run(
+        cond, uncond, uniform.reshape(-1), threshold, cfg_weight, temperature, vocab_size
+    )
+    return token_ids.view(shape), conditional.view(4, *shape), guided.view(4, *shape)
+
+
+@_guided_sample_op.register_fake
+def _(cond, *_):
+    return _empty_outputs(cond)
+
+
+def _empty_outputs(cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shape = cond.shape[:-1]
+    return (
+        cond.new_empty(shape, dtype=torch.int64),
+        cond.new_empty((4, *shape), dtype=torch.float32),
+        cond.new_empty((4, *shape), dtype=torch.float32),
+    )
+
+
+# --- Public ---------------------------------------------------------------------------------------
+
+
+def guided_sample(
+    cond_logits: Tensor,
+    uncond_logits: Tensor | None,
+    uniform: Tensor,
+    *,
+    cfg_weight: float,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    vocab_size: int | None = None,
+) -> GuidedSample:
+    """Sample a token a row from guided logits, and score it under both distributions.
+
+    mixed = uncond + cfg_weight * (cond - uncond) in float32, or cond where `uncond_logits` is
+    None; the token is the inverse CDF of softmax(mixed / temperature) at `uniform`: the first
+    column whose cumulated probability exceeds it. A pure function: no hidden random state, no host
+    sync, safe in a CUDA graph; the same token on every backend and in every batch (how, and to what
+    it is exact: the module's docstring). A class of probability 0 is never drawn.
+
+    Truncation is that of Hugging Face's generate, in its order: top_k keeps the k largest, top_p
+    the smallest set of largest ones whose probability reaches top_p, min_p those with at least
+    min_p times the largest probability. Ties with the last one kept are all kept. Untruncated
+    sampling is one launch on a GPU; truncation adds torch's topk or sort.
+
+    Args:
+        cond_logits: (..., V) float32, bfloat16 or float16. Strides as in `token_stats`, but a copy
+            is also made where the leading dimensions do not merge into two.
+        uncond_logits: the same shape, dtype and device, or None for plain sampling.
+        uniform: (...) float32 in [0, 1), one number a row, drawn outside.
+        cfg_weight: guidance; 1 is the conditional distribution. A run-time value.
+        temperature: a positive number, a run-time value; 0 is greedy: the first largest mixed
+            logit, whatever `uniform` and the truncation (`guided` is then taken at temperature 1).
+        top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
+        vocab_size: columns from here on do not exist. None: all exist.
+
+    Returns:
+        GuidedSample(token_ids int64 (...), conditional, guided), both TokenStats of float32 (...):
+        `conditional` of the cond logits at temperature 1, `guided` of mixed / temperature, each
+        over all V classes: a truncated distribution has nsc -inf. No output carries gradients;
+        score the tokens again with `token_stats` to train on them.
+        A class that either branch holds at -inf is ruled out. A row of nothing but -inf gives
+        token 0 with logprob -inf. NaN logits are never drawn, and make that row's statistics NaN.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range; `uniform` outside
+            [0, 1), which is looked for on the CPU only and clamped on a GPU.
+    """
+    check_logits("cond_logits", cond_logits)
+    if cond_logits.dtype == torch.float64:
+        raise ValueError("cond_logits has dtype torch.float64: cast it with .float()")
+    rows = cond_logits.shape[:-1]
+    check_per_row("uniform", uniform, rows, cond_logits.device)
+    if uniform.dtype != torch.float32:
+        raise ValueError(f"uniform has dtype {uniform.dtype}: draw it as float32")
+    if uncond_logits is not None:
+        _check_same_kind(cond_logits, uncond_logits)
+        uncond_logits = last_dim_contiguous(uncond_logits.detach())
+    _check_range("cfg_weight", cfg_weight, -math.inf < cfg_weight < math.inf, "a finite number")
+    check_temperature(temperature, zero_allowed=True)
+    _check_range("top_k", top_k, top_k >= 0, "0 for all, or a positive integer")
+    _check_range("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]")
+    _check_range("min_p", min_p, 0 <= min_p <= 1, "a number in [0, 1]")
+    token_ids, conditional, guided = _guided_sample_op(
+        last_dim_contiguous(cond_logits.detach()), uncond_logits, uniform.detach(),
+        float(cfg_weight), float(temperature), top_k, float(top_p), float(min_p),
+        check_vocab_size(vocab_size, cond_logits.shape[-1]),
+    )  # fmt: skip
+    return GuidedSample(token_ids, TokenStats(*conditional), TokenStats(*guided))
+
+
+def _check_same_kind(cond: Tensor, uncond: Tensor) -> None:
+    for what in ("shape", "dtype", "device"):
+        ours, theirs = getattr(cond, what), getattr(uncond, what)
+        if ours != theirs:
+            raise ValueError(
+                f"uncond_logits has {what} {theirs} but cond_logits has {ours}: make them equal"
+            )
+
+
+def _check_range(name: str, value: float, right: bool, remedy: str) -> None:
+    if not right:
+        raise ValueError(f"{name} is {value}: pass {remedy}")
+
+
+def guided_sample_reference(
+    cond_logits: Tensor,
+    uncond_logits: Tensor,
+    uniform: Tensor,
+    *,
+    cfg_weight: float,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The token in plain torch: softmax, cumsum, searchsorted. Exact away from CDF steps."""
+    mixed = uncond_logits + cfg_weight * (cond_logits - uncond_logits)
+    cumulated = torch.softmax(mixed / temperature, -1).cumsum(-1)
+    wanted = uniform[..., None] * cumulated[..., -1:]
+    return torch.searchsorted(cumulated, wanted, right=True)[..., 0]

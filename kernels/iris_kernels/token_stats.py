@@ -1,0 +1,558 @@
+"""Log-probability, negative self-certainty, entropy and logsumexp of one token a row, fused.
+
+With x = logits / temperature over V classes, p = softmax(x) and a the row's token:
+
+    lse     = logsumexp(x)
+    logprob = x_a - lse                                 d/dx_j = 1[j = a] - p_j
+    nsc     = mean(x) - lse + log V = -KL(uniform || p)  d/dx_j = 1/V - p_j
+    entropy = lse - sum_j p_j x_j                        d/dx_j = -p_j (log p_j + entropy)
+                                                         d lse/dx_j = p_j
+
+Bytes moved for R rows of b-byte logits: forward R V b (one read), backward 2 R V b (one read, one
+write); saved for backward beside the logits: five fp32 numbers a row.
+
+Everything is computed from d_j = logits_j - max(logits), in fp32, so that the size of the logits
+costs no precision: s = sum_j exp(d_j / T) and log s = log1p(s - exp(d_a / T)) where the token is
+the maximum, hence a logprob near 0 keeps its digits. -inf logits have p_j = 0 and contribute
+nothing to the entropy or to any product with p_j.
+
+Shapes: R rows, V columns (classes that exist), chunk C rows.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._backend import jit, tl, triton, use_triton
+from ._checks import (
+    IGNORED,
+    check_ids_in_range,
+    check_logits,
+    check_temperature,
+    check_token_ids,
+    check_vocab_size,
+    fold_rows,
+    last_dim_contiguous,
+    row_parts,
+)
+
+LOG2_E = math.log2(math.e)
+# exp(-1000) is 0 in float32 and in float64. Distances to the maximum are cut there (in units of
+# the temperature), so that -inf * 0 never arises.
+FLOOR = -1000.0
+CHUNK_ELEMENTS = 1 << 19  # torch path: 2 MB of fp32 a buffer, which stays in cache
+
+
+class TokenStats(NamedTuple):
+    """Per-row statistics, each float32 and shaped like `token_ids`."""
+
+    logprob: Tensor
+    nsc: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+# --- Triton kernels -------------------------------------------------------------------------------
+
+
+@jit
+def row_offset(row, inner, stride_outer, stride_inner):
+    """Where row `row` starts; int64, since R * V passes 2^31."""
+    row = row.to(tl.int64)
+    return (row // inner) * stride_outer + (row % inner) * stride_inner
+
+
+@jit
+def accumulate(x, columns, seen, target, m, s, sd, d_sum, scale, floor, TAIL: tl.constexpr, V):
+    """Take a block of logits into the running sums over columns other than `target`.
+
+    With d = x - m and e = exp(d / T): s = sum e, sd = sum e d, both without the target; d_sum =
+    sum d with it. `m` is the running maximum, -inf while nothing finite was seen (then s = sd = 0).
+    """
+    m_new = tl.maximum(m, tl.max(x, axis=0))
+    reference = tl.where(m_new == float("-inf"), 0.0, m_new)  # keeps -inf - -inf out
+    shift = tl.where(m == float("-inf"), 0.0, m - reference)
+    d = x - reference
+    bounded = tl.maximum(d, floor, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.where(columns == target, 0.0, tl.exp2(bounded * scale))
+    if TAIL:
+        d = tl.where(columns < V, d, 0.0)
+    shift_bounded = tl.maximum(shift, floor)
+    rescale = tl.exp2(shift_bounded * scale)
+    sd = (sd + shift_bounded * s) * rescale + tl.sum(e * bounded, axis=0)
+    s = s * rescale + tl.sum(e, axis=0)
+    d_sum = d_sum + shift * seen + tl.sum(d, axis=0)
+    return m_new, s, sd, d_sum
+
+
+@jit
+def log_one_plus(y):
+    """log(1 + y), y >= 0, to full relative precision for small y: 2 atanh(y / (2 + y))."""
+    z = y / (2.0 + y)
+    z2 = z * z
+    series = 1.0 / 13 + z2 * (1.0 / 15)
+    series = 1.0 / 9 + z2 * (1.0 / 11 + z2 * series)
+    series = 1.0 + z2 * (1.0 / 3 + z2 * (1.0 / 5 + z2 * (1.0 / 7 + z2 * series)))
+    return tl.where(y < 1.0, 2.0 * z * series, tl.log(1.0 + y))
+
+
+@jit
+def finish(x_target, m, s, sd, d_sum, scale, inv_temperature, floor, V, log_V):
+    """The running sums of a whole row -> logprob, nsc, entropy, lse, saved maximum, saved sum."""
+    dead = (m == float("-inf")) & (d_sum == float("-inf"))  # all -inf: no distribution
+    m = tl.where(dead, 0.0, m)
+    d_target = x_target - m
+    bounded = tl.maximum(d_target, floor, propagate_nan=tl.PropagateNan.ALL)
+    e_target = tl.exp2(bounded * scale)
+    others, sd = s, sd + e_target * bounded
+    s = tl.where(dead, 1.0, others + e_target)
+    log_s = tl.where(d_target == 0.0, log_one_plus(others), log_one_plus(s - 1.0))
+    minus_inf = float("-inf")
+    logprob = tl.where(dead, minus_inf, d_target * inv_temperature - log_s)
+    entropy = tl.where(dead, 0.0, log_s - sd / s * inv_temperature)
+    lse = tl.where(dead, minus_inf, m * inv_temperature + log_s)
+    nsc = d_sum / V * inv_temperature + (log_V - log_s)
+    nsc = tl.minimum(nsc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return logprob, tl.where(dead, minus_inf, nsc), entropy, lse, m, s
+
+
+@jit
+def _forward_kernel(
+    logits, token_ids, mask, logprob, nsc, entropy, lse, row_max, sum_exp,
+    inner, stride_outer, stride_inner, V, log_V, scale, inv_temperature, floor,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    target = tl.load(token_ids + row).to(tl.int32)
+    kept = target != -100
+    if mask is not None:
+        kept = kept & tl.load(mask + row)
+    if not kept:
+        zero = 0.0
+        tl.store(logprob + row, zero)
+        tl.store(nsc + row, zero)
+        tl.store(entropy + row, zero)
+        tl.store(lse + row, zero)
+        tl.store(row_max + row, zero)
+        tl.store(sum_exp + row, 1.0)
+        return
+    logits += row_offset(row, inner, stride_outer, stride_inner)
+    m, s, sd, d_sum = float("-inf"), 0.0, 0.0, 0.0
+    whole = V // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns).to(tl.float32)
+        m, s, sd, d_sum = accumulate(
+            x, columns, start, target, m, s, sd, d_sum, scale, floor, False, V
+        )
+    if whole < V:
+        columns = whole + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        m, s, sd, d_sum = accumulate(
+            x, columns, whole, target, m, s, sd, d_sum, scale, floor, True, V
+        )
+    exists = (target >= 0) & (target < V)
+    x_target = tl.load(logits + target, mask=exists, other=float("nan")).to(tl.float32)
+    out = finish(x_target, m, s, sd, d_sum, scale, inv_temperature, floor, V, log_V)
+    tl.store(logprob + row, out[0])
+    tl.store(nsc + row, out[1])
+    tl.store(entropy + row, out[2])
+    tl.store(lse + row, out[3])
+    tl.store(row_max + row, out[4])
+    tl.store(sum_exp + row, out[5])
+
+
+@jit
+def _scaled(grad, row, factor):
+    """An upstream gradient times `factor`, 0 where autograd sent none."""
+    return 0.0 if grad is None else tl.load(grad + row) * factor
+
+
+@jit
+def _backward_kernel(
+    logits, grad, token_ids, mask, row_max, sum_exp, entropy,
+    grad_logprob, grad_nsc, grad_entropy, grad_lse,
+    inner, stride_outer, stride_inner, grad_inner, grad_stride_outer, grad_stride_inner,
+    columns_held, V, scale, inv_temperature, floor,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    grad += row_offset(row, grad_inner, grad_stride_outer, grad_stride_inner)
+    target = tl.load(token_ids + row).to(tl.int32)
+    kept = target != -100
+    if mask is not None:
+        kept = kept & tl.load(mask + row)
+    if not kept:
+        tl.store(grad + columns, tl.zeros([BLOCK], grad.dtype.element_ty), columns < columns_held)
+        return
+    logits += row_offset(row, inner, stride_outer, stride_inner)
+    x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    s = tl.load(sum_exp + row)
+    on_target = _scaled(grad_logprob, row, inv_temperature)
+    on_all = _scaled(grad_nsc, row, inv_temperature)
+    on_p = _scaled(grad_lse, row, inv_temperature) - on_target - on_all
+    on_entropy = _scaled(grad_entropy, row, inv_temperature)
+    on_p = (on_p + on_entropy * (log_one_plus(s - 1.0) - tl.load(entropy + row))) / s
+    on_pd = on_entropy * inv_temperature / s
+    d = x - tl.load(row_max + row)
+    bounded = tl.maximum(d, floor, propagate_nan=tl.PropagateNan.ALL)
+    g = tl.exp2(bounded * scale) * (on_p - on_pd * bounded) + on_all / V
+    g += tl.where(columns == target, on_target, 0.0)
+    g = tl.where(columns < V, g, 0.0)
+    tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=columns < columns_held)
+
+
+# --- Launchers ------------------------------------------------------------------------------------
+
+
+def forward_launch(vocab_size: int) -> dict[str, int]:
+    """Block and warps: 32 elements a thread once the vocabulary is large enough."""
+    block = min(max(triton.next_power_of_2(vocab_size), 64), 8192)
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+
+
+def backward_launch(columns: int) -> dict[str, int]:
+    """Smaller blocks than forward: nothing is reduced, so more programs hide more latency."""
+    block = min(max(triton.next_power_of_2(columns), 64), 4096)
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+
+
+def _scalars(temperature: float) -> tuple[float, float, float]:
+    return LOG2_E / temperature, 1 / temperature, FLOOR * temperature
+
+
+def _forward_triton(logits, token_ids, mask, temperature, vocab_size, outputs) -> None:
+    for rows, part in row_parts(logits, levels=2):
+        outer, inner, stride_outer, stride_inner = fold_rows(part)
+        _forward_kernel[(outer * inner,)](
+            part, token_ids[rows], None if mask is None else mask[rows],
+            *(out[rows] for out in outputs), inner, stride_outer, stride_inner,
+            vocab_size, math.log(vocab_size), *_scalars(temperature), **forward_launch(vocab_size),
+        )  # fmt: skip
+
+
+def _backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size):
+    for rows, part in row_parts(logits, levels=2):
+        grad_part = part if grad is logits else grad.view(-1, grad.shape[-1])[rows]
+        outer, inner, *strides = fold_rows(part)
+        _, grad_inner, *grad_strides = fold_rows(grad_part)
+        columns = part.shape[-1]
+        launch = backward_launch(columns)
+        _backward_kernel[(outer * inner, triton.cdiv(columns, launch["BLOCK"]))](
+            part, grad_part, token_ids[rows], None if mask is None else mask[rows],
+            *(t[rows] for t in saved), *(None if g is None else g[rows] for g in upstream),
+            inner, *strides, grad_inner, *grad_strides,
+            columns, vocab_size, *_scalars(temperature), **launch,
+        )  # fmt: skip
+
+
+# --- The torch path -------------------------------------------------------------------------------
+
+
+class _Buffers:
+    """Two [chunk rows, V] buffers in the compute dtype, reused by every chunk."""
+
+    def __init__(self, logits: Tensor, vocab_size: int):
+        self.rows = max(1, CHUNK_ELEMENTS // vocab_size)
+        shape = (min(self.rows, max(1, math.prod(logits.shape[:-1]))), vocab_size)
+        self.pair = [logits.new_empty(shape, dtype=compute_dtype(logits)) for _ in range(2)]
+
+    def chunks(self, logits: Tensor):
+        """(flat row numbers, logits [C, V_held], buffer [C, V], buffer [C, V]) of every chunk."""
+        for rows, part in row_parts(logits, levels=1):
+            flat = part.view(-1, part.shape[-1])
+            for start in range(rows.start, rows.stop, self.rows):
+                stop = min(start + self.rows, rows.stop)
+                a, b = (buffer[: stop - start] for buffer in self.pair)
+                yield slice(start, stop), flat[start - rows.start : stop - rows.start], a, b
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """float32, but float64 for float64 logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _distances(x: Tensor, out: Tensor, row_max: Tensor) -> Tensor:
+    """x - row_max[:, None] into `out`."""
+    if x.dtype != out.dtype:  # one conversion pass is faster than mixed arithmetic
+        x = out.copy_(x)
+    return torch.sub(x, row_max[:, None], out=out)
+
+
+def _bound(d: Tensor, may_be_infinite: Tensor, temperature: float) -> None:
+    """Cut -inf in `d` to the floor; where looking costs no sync, only if there is any."""
+    if not d.is_cpu or may_be_infinite.any():
+        d.clamp_(min=FLOOR * temperature)
+
+
+def chunk_stats(x, token_ids, temperature, d, e) -> tuple[Tensor, ...]:
+    """Statistics of one chunk [C, V], as the ops' six outputs; `d`, `e` are buffers [C, V]."""
+    row_max = x.amax(-1).to(d.dtype)
+    dead = row_max == -math.inf
+    row_max = row_max.masked_fill_(dead, 0.0)
+    _distances(x, d, row_max)
+    d_sum = _row_sum(d)
+    d_target = d.gather(1, token_ids[:, None])[:, 0]
+    _bound(d, d_sum == -math.inf, temperature)
+    torch.mul(d, LOG2_E / temperature, out=e).exp2_()
+    sd = _row_sum(d.mul_(e))
+    e_target = e.gather(1, token_ids[:, None])[:, 0]
+    # The sum without the target: where the target is the maximum, 1 + others would lose digits.
+    others = _row_sum(e.scatter_(1, token_ids[:, None], 0.0))
+    s = (others + e_target).masked_fill_(dead, 1.0)
+    log_s = torch.where(d_target == 0, others, s - 1).log1p_()
+    logprob = (d_target / temperature - log_s).masked_fill_(dead, -math.inf)
+    entropy = (log_s - sd / s / temperature).masked_fill_(dead, 0.0)
+    lse = (row_max / temperature + log_s).masked_fill_(dead, -math.inf)
+    columns = x.shape[-1]
+    nsc = (d_sum / columns / temperature + (math.log(columns) - log_s)).clamp_(max=0.0)
+    return logprob, nsc, entropy, lse, row_max, s
+
+
+def _row_sum(t: Tensor) -> Tensor:
+    """Sum of each row, in an order that does not depend on how many rows there are."""
+    # torch splits the sum of a single row over its threads, but never a row among several.
+    return t.sum(-1) if t.shape[0] > 1 else t.expand(2, -1).sum(-1)[:1]
+
+
+def _forward_torch(logits, token_ids, mask, temperature, vocab_size, outputs) -> None:
+    kept = kept_rows(token_ids, mask)
+    fill = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    wrong = kept & ((token_ids < 0) | (token_ids >= vocab_size))
+    ids = token_ids.long().clamp(0, vocab_size - 1)
+    for rows, x, d, e in _Buffers(logits, vocab_size).chunks(logits):
+        chunk = chunk_stats(x[:, :vocab_size], ids[rows], temperature, d, e)
+        for out, value, dropped in zip(outputs, chunk, fill, strict=True):
+            value.masked_fill_(wrong[rows], math.nan)
+            out[rows] = value.masked_fill_(~kept[rows], dropped)
+
+
+def kept_rows(token_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Boolean: the rows that have a token."""
+    kept = token_ids != IGNORED
+    return kept if mask is None else kept & mask
+
+
+def _backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size):
+    row_max, sum_exp, entropy = saved
+    kept = kept_rows(token_ids, mask)
+    ids = token_ids.long().clamp(0, vocab_size - 1)
+    zero = torch.zeros_like(row_max)
+    on_target, on_all, on_entropy, on_lse = (
+        zero if g is None else torch.where(kept, g / temperature, 0.0) for g in upstream
+    )
+    on_p = on_lse - on_target - on_all + on_entropy * (sum_exp.log() - entropy)
+    on_p /= sum_exp
+    on_pd = on_entropy / temperature / sum_exp
+    on_all = on_all / vocab_size
+    with_nsc, with_entropy = upstream[1] is not None, upstream[2] is not None
+    whole_cpu = logits.is_cpu and bool(kept.all())
+    flat_grad = None if grad is logits else grad.view(-1, grad.shape[-1])
+    for rows, part, d, e in _Buffers(logits, vocab_size).chunks(logits):
+        held = part if flat_grad is None else flat_grad[rows]
+        out = held[:, :vocab_size]
+        _distances(part[:, :vocab_size], d, row_max[rows])
+        torch.mul(d, LOG2_E / temperature, out=e).exp2_()
+        if with_entropy:
+            d.clamp_(min=FLOOR * temperature)
+            factor = d.mul_(on_pd[rows, None]).neg_().add_(on_p[rows, None])
+        else:
+            factor = on_p[rows, None]
+        g = out if out.dtype == e.dtype else e
+        torch.mul(e, factor, out=g)
+        if with_nsc:
+            g += on_all[rows, None]
+        at_target = g.gather(1, ids[rows, None]).add_(on_target[rows, None])
+        g.scatter_(1, ids[rows, None], at_target)
+        if not whole_cpu:
+            g.masked_fill_(~kept[rows, None], 0.0)
+        if g is not out:
+            out.copy_(g)
+        held[:, vocab_size:] = 0
+
+
+# --- Custom ops and autograd ----------------------------------------------------------------------
+
+
+@torch.library.custom_op("iris_kernels::token_stats", mutates_args=())
+def _token_stats_op(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, vocab_size: int,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _empty_outputs(logits, token_ids)
+    if token_ids.numel():
+        run = _forward_triton if use_triton(logits) else _forward_torch
+        if token_ids.is_cpu:
+            check_ids_in_range(token_ids, kept_rows(token_ids, mask), vocab_size)
+        run(
+            logits, _flat(token_ids), _flat(mask), temperature, vocab_size,
+            [_flat(out) for out in outputs],
+        )  # fmt: skip
+    return outputs
+
+
+@_token_stats_op.register_fake
+def _(logits, token_ids, *_):
+    return _empty_outputs(logits, token_ids)
+
+
+def _empty_outputs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
+    return tuple(logits.new_empty(token_ids.shape, dtype=compute_dtype(logits)) for _ in range(6))
+
+
+def _flat(per_row: Tensor | None) -> Tensor | None:
+    return None if per_row is None else per_row.reshape(-1)
+
+
+@torch.library.custom_op("iris_kernels::token_stats_backward", mutates_args=())
+def _backward_op(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None,
+    row_max: Tensor, sum_exp: Tensor, entropy: Tensor,
+    grad_logprob: Tensor | None, grad_nsc: Tensor | None,
+    grad_entropy: Tensor | None, grad_lse: Tensor | None,
+    temperature: float, vocab_size: int,
+) -> Tensor:  # fmt: skip
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _run_backward(
+        logits, grad, token_ids, mask, (row_max, sum_exp, entropy),
+        (grad_logprob, grad_nsc, grad_entropy, grad_lse), temperature, vocab_size,
+    )  # fmt: skip
+    return grad
+
+
+@_backward_op.register_fake
+def _(logits, *_):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("iris_kernels::token_stats_backward_", mutates_args={"logits"})
+def _backward_inplace_op(
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None,
+    row_max: Tensor, sum_exp: Tensor, entropy: Tensor,
+    grad_logprob: Tensor | None, grad_nsc: Tensor | None,
+    grad_entropy: Tensor | None, grad_lse: Tensor | None,
+    temperature: float, vocab_size: int,
+) -> None:  # fmt: skip
+    _run_backward(
+        logits, logits, token_ids, mask, (row_max, sum_exp, entropy),
+        (grad_logprob, grad_nsc, grad_entropy, grad_lse), temperature, vocab_size,
+    )  # fmt: skip
+
+
+@_backward_inplace_op.register_fake
+def _(*_):
+    return None
+
+
+def _run_backward(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size) -> None:
+    if token_ids.numel():
+        run = _backward_triton if use_triton(logits) else _backward_torch
+        run(
+            logits, grad, _flat(token_ids), _flat(mask), [_flat(t) for t in saved],
+            [_flat(g) for g in upstream], temperature, vocab_size,
+        )  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, token_ids, mask, ctx.temperature, ctx.vocab_size, ctx.inplace = inputs
+    _, _, entropy, _, row_max, sum_exp = output
+    ctx.mark_non_differentiable(row_max, sum_exp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, token_ids, mask, row_max, sum_exp, entropy)
+
+
+def _backward(ctx, *upstream):
+    logits, *saved = ctx.saved_tensors
+    arguments = (*saved, *upstream[:4], ctx.temperature, ctx.vocab_size)
+    if ctx.inplace:
+        logits = logits.detach()  # shares memory and version, so other readers are found out
+        _backward_inplace_op(logits, *arguments)
+        return logits, None, None, None, None, None
+    return _backward_op(logits, *arguments), None, None, None, None, None
+
+
+_token_stats_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- Public ---------------------------------------------------------------------------------------
+
+
+def token_stats(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Log-probability of `token_ids`, negative self-certainty, entropy and logsumexp of each row.
+
+    With x = logits / temperature, p = softmax(x), V = vocab_size: logprob = x_a - lse,
+    nsc = mean(x) - lse + log V = -KL(uniform || p), entropy = lse - sum(p x), lse = logsumexp(x).
+    All four carry gradients to `logits`, alone or together. The gradient is computed from the
+    logits again; what is kept for it are five numbers a row. See `token_stats_reference` for the
+    same in plain torch.
+
+    Args:
+        logits: (..., V_held) float32, bfloat16 or float16, computed in float32 (float64 is taken
+            by the torch path and computed in float64). Any strides; if those of the last dimension
+            are not 1, a contiguous copy is made.
+        token_ids: (...) int64 or int32 in [0, vocab_size); -100 where a row has no token.
+        temperature: a positive number; a run-time value, so a new one compiles nothing.
+        mask: (...) bool; rows that are False, like rows of -100, give 0 and get gradient 0, and
+            their logits are not used.
+        vocab_size: columns from here on do not exist; their gradient is 0. None: all exist.
+        inplace_backward: write the gradient over the logits, which saves R * V elements. Autograd
+            refuses the backward of any other operation that had kept those logits.
+
+    Returns:
+        TokenStats(logprob, nsc, entropy, lse), each float32 (...).
+        A logit of -inf is a class that is ruled out: nsc is -inf (the uniform distribution has
+        mass there) while the others stay as they are without it; the gradient of nsc remains
+        (1/V - p_j) / temperature. A row of nothing but -inf has logprob, nsc and lse -inf,
+        entropy 0. NaN stays NaN.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range. A token id out of range
+            is found on the CPU; on a GPU looking would cost a sync, so nothing is read out of
+            bounds and that row's statistics and gradients are NaN.
+    """
+    check_logits("logits", logits)
+    check_token_ids(token_ids, mask, logits)
+    check_temperature(temperature)
+    vocab_size = check_vocab_size(vocab_size, logits.shape[-1])
+    logits = last_dim_contiguous(logits)
+    if inplace_backward:
+        _check_overwritable(logits)
+    out = _token_stats_op(logits, token_ids, mask, float(temperature), vocab_size, inplace_backward)
+    return TokenStats(*out[:4])
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "inplace_backward=True, but logits is a leaf: its values would be replaced by its "
+            "gradient; pass the output of an operation or inplace_backward=False"
+        )
+    if any(s == 0 and n > 1 for n, s in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(
+            "inplace_backward=True, but rows of logits share memory (an expanded tensor): "
+            "pass logits.contiguous() or inplace_backward=False"
+        )
+
+
+def token_stats_reference(
+    logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0
+) -> TokenStats:
+    """The same in plain torch: holds several (..., V) tensors, and knows no mask and no -inf."""
+    logprobs = torch.log_softmax(logits.to(compute_dtype(logits)) / temperature, -1)
+    return TokenStats(
+        logprob=logprobs.gather(-1, token_ids[..., None])[..., 0],
+        nsc=logprobs.mean(-1) + math.log(logits.shape[-1]),
+        entropy=-(logprobs.exp() * logprobs).sum(-1),
+        lse=torch.logsumexp(logits.to(compute_dtype(logits)) / temperature, -1),
+    )
