@@ -24,6 +24,8 @@ TEST = [
     "pytest-xdist>=3.6",  # both cores
     "hypothesis>=6.100",  # properties
     "transformers>=5.17",  # the oracle for Janus
+    "datasets>=3",  # prompts from a Hugging Face dataset
+    "tensorboard>=2.16",  # the tracker that needs no account
     "ruff>=0.9",
 ]
 
