@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from iris_fast.models.layouts import export_janus
+from iris_fast.tiny import build_tiny
+
+FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of the random checkpoints in the two real layouts."""
+    if not FIXTURES.is_dir():
+        pytest.skip(f"no fixture checkpoints: {FIXTURES} is absent")
+    return FIXTURES
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Read-only: a test that changes weights builds its own."""
+    return build_tiny(seed=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tiny, tmp_path_factory) -> dict[str, Path]:
+    """The tiny model in both layouts; read-only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return {
+        layout: export_janus(tiny, folder / layout, layout)
+        for layout in ("original", "transformers")
+    }
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
