@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ class JanusCheckpoint:
     `layout` is the one that was read; `path` is None for a model made in memory.
     """
 
-    model: Janus
-    vq: VQModel
+    model: Janus = field(repr=False)
+    vq: VQModel = field(repr=False)
     tokenizer: JanusTokenizer
     config: JanusConfig
-    untouched: dict[str, Tensor]
+    untouched: dict[str, Tensor] = field(repr=False)
     layout: str = "transformers"
     path: Path | None = None
 
