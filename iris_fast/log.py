@@ -132,12 +132,12 @@ class Log:
         if not self._active:
             return
         metrics["warnings"] = find_warnings(metrics, self.history)
-        earlier = self.history[-1]["warnings"] if self.history else {}
+        shown = {name for row in self.history for name in row["warnings"]}
         self._file.write(json.dumps(metrics) + "\n")
         self.history.append(metrics)
         self._bar.write(console_line(metrics))
         for name, warning in metrics["warnings"].items():
-            if name not in earlier:
+            if name not in shown:
                 self._bar.write(f"  warning: {warning}")
         self._bar.update()
         if self.tracker:
@@ -179,7 +179,8 @@ def console_line(metrics: dict[str, Any]) -> str:
     parts = [
         f"step {metrics['step']:>4}",
         f"reward {metrics['reward']:.3f} ± {metrics['reward_std_in_groups']:.3f} in groups",
-        f"nsc {metrics['image_nsc']:.3f}",
+        f"nsc image {metrics['image_nsc']:.3f}"
+        + (f" text {metrics['text_nsc']:.3f}" if "text_nsc" in metrics else ""),
         f"kl {metrics['kl']:.4f}",
         f"grad {metrics['grad_norm']:.3g}",
         f"{metrics['images_per_s']:.1f} images/s",
