@@ -210,10 +210,15 @@ class TrainConfig(SamplingConfig):
         if self.reward_weights is None:
             self.reward_weights = [1.0] * len(self.reward_funcs)
         require(len(self.reward_funcs) > 0, "reward_funcs", "[]", "name at least one reward")
+        twice = [name for name in self.reward_funcs if self.reward_funcs.count(name) > 1]
+        if twice:
+            raise UserError(f"reward_funcs: {twice[0]} is named twice; name it once, with a weight")
         require(
             len(self.reward_weights) == len(self.reward_funcs), "reward_weights",
             self.reward_weights, f"give one for each of {', '.join(self.reward_funcs)}",
         )  # fmt: skip
+        for weight in self.reward_weights:
+            require(math.isfinite(weight), "reward_weights", weight, "give finite numbers")
         for name in self.reward_funcs:
             if name.startswith("text_") and not self.cot:
                 raise UserError(
@@ -283,6 +288,11 @@ class _Parser(jsonargparse.ArgumentParser):
         line = " ".join(str(message).split())
         line = re.sub(r'Parser key "(.+?)": ', r"\1: ", line)
         line = re.sub(r"<class '(\w+)'>|typing\.Literal", r"\1", line).replace("a [", "one of [")
+        line = re.sub(
+            r"Does not validate .*Subtypes: \[list\[(\w+)\].*Given value: (.*)",
+            r"\2 is no list of \1; write one as [a, b]",
+            line,
+        )
         unknown = re.search(r"unrecognized arguments: (\S+)|Option '(\S+?)' is not accepted", line)
         if unknown:
             name = (unknown[1] or unknown[2]).lstrip("-").split("=")[0]
@@ -294,27 +304,51 @@ class _Parser(jsonargparse.ArgumentParser):
         raise UserError(line)
 
 
-def _named_preset(arguments: list[str]) -> str:
+def _files_first(arguments: list[str]) -> list[str]:
+    """The arguments with every --config in front: a flag counts wherever it stands, and jsonargparse
+    would let a file that comes after it win."""
+    files, flags = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            files += [argument, *(value for value in [next(rest, None)] if value is not None)]
+        elif argument.startswith("--config="):
+            files.append(argument)
+        else:
+            flags.append(argument)
+    return files + flags
+
+
+def _named_preset(arguments: list[str]) -> Any:
     """The preset that flags or, failing them, a --config file name; defaults depend on it."""
-    chosen = TrainConfig.preset
+    chosen: Any = TrainConfig.preset
     for position, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name not in ("--preset", "--config"):
             continue
         value = value or next(iter(arguments[position + 1 :]), "")
         if name == "--preset":
-            return value
-        if Path(value).is_file():
-            try:
-                settings = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as mistake:
-                raise UserError(
-                    f"config: {value} is not YAML ({' '.join(str(mistake).split())}); mend the "
-                    "file, or start from --print_config"
-                ) from None
-            if isinstance(settings, dict):
-                chosen = settings.get("preset", chosen)
+            chosen = value
+        elif Path(value).is_file():
+            chosen = _read_settings(value).get("preset", chosen)
     return chosen
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    """What a --config file holds; UserError unless it is a mapping."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as mistake:
+        raise UserError(
+            f"config: {path} is not YAML ({' '.join(str(mistake).split())}); mend the file, or "
+            "start from --print_config"
+        ) from None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"config: {path} holds no settings; write lines such as `max_steps: 100`, or start "
+            "from --print_config"
+        )
+    return settings
 
 
 def parse(config_class: type[Config], program: str, arguments: list[str]) -> Config:
@@ -325,9 +359,10 @@ def parse(config_class: type[Config], program: str, arguments: list[str]) -> Con
     parser = _Parser(prog=program, description=config_class.__doc__, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings.")
     parser.add_class_arguments(config_class)
+    arguments = _files_first(arguments)
     if config_class is TrainConfig:
         preset = _named_preset(arguments)
-        if preset in PRESETS:  # an unknown one is the parser's to report
+        if isinstance(preset, str) and preset in PRESETS:  # others are the parser's to report
             parser.set_defaults(PRESETS[preset])
     settings = parser.parse_args(arguments)
     names = {field.name for field in dataclasses.fields(config_class)}
