@@ -305,8 +305,8 @@ class _Parser(jsonargparse.ArgumentParser):
 
 
 def _files_first(arguments: list[str]) -> list[str]:
-    """The arguments with every --config in front: a flag counts wherever it stands, and jsonargparse
-    would let a file that comes after it win."""
+    """The arguments with every --config in front: a flag counts wherever it stands, while
+    jsonargparse would let a file that comes after it win."""
     files, flags = [], []
     rest = iter(arguments)
     for argument in rest:

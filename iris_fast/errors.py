@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 EXIT_CODE = 2
@@ -16,6 +18,19 @@ class UserError(ValueError):
     """Something the user can mend: names what is wrong, where, the value found, and the remedy."""
 
 
+@contextlib.contextmanager
+def writing(setting: str, path: Path) -> Iterator[None]:
+    """Turns an OSError in the `with` block, which writes `path`, into a UserError about the setting
+    that named the place."""
+    try:
+        yield
+    except OSError as mistake:
+        raise UserError(
+            f"{setting}: {path} cannot be written ({mistake.strerror or mistake}); name a place "
+            "that you may write to, on a disk with room"
+        ) from None
+
+
 def tell(program: str, mistake: UserError) -> int:
     """Print the mistake's one line, once and not once a rank, and return the exit code.
 
@@ -23,11 +38,14 @@ def tell(program: str, mistake: UserError) -> int:
     they still wait here, unless the mistake was theirs alone. Under torchrun the line is also left
     where its closing report looks for it: that would otherwise end on "to enable traceback see".
     """
-    line = f"{program}: error: {mistake}"
+    line = " ".join(f"{program}: error: {mistake}".split())
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        Path(error_file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
+        with contextlib.suppress(OSError):  # the disk may be what the mistake is about
+            Path(error_file).write_text(
+                json.dumps({"message": {"message": line, "extraInfo": extra}})
+            )
     if os.environ.get("RANK", "0") != "0":
         time.sleep(FIRST_RANK_SPEAKS_S)
     print(line, file=sys.stderr, flush=True)

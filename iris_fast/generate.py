@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from iris_fast import distributed
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError, tell
+from iris_fast.errors import UserError, tell, writing
 from iris_fast.inputs import open_inputs
 from iris_fast.pictures import decode_images, save_png
 from iris_fast.rollout import Sampler
@@ -65,7 +65,8 @@ def generate(config: GenerateConfig) -> None:
         if ranks.is_first:
             if config.save_codes:
                 shape = (len(inputs.prompts), count, inputs.image_tokens)
-                np.savez(config.save_codes, codes=codes.view(shape).numpy())
+                with writing("save_codes", Path(config.save_codes)):
+                    np.savez(config.save_codes, codes=codes.view(shape).numpy())
             print(f"{len(paths)} images in {config.output_dir}")
 
 
@@ -76,21 +77,17 @@ def refuse_to_overwrite(config: GenerateConfig, paths: list[Path], ranks: Ranks)
         if mine:
             standing = [path for path in targets if path.exists()]
             if standing and not config.overwrite:
+                setting = "save_codes" if standing[0].suffix == ".npz" else "output_dir"
                 raise UserError(
-                    f"output_dir: {standing[0]} is there already and is not written over; name "
-                    "another --output_dir, or add --overwrite true"
+                    f"{setting}: {standing[0]} is there already and is not written over; name "
+                    f"another --{setting}, or add --overwrite true"
                 )
-            try:
-                for folder in {path.parent for path in targets}:
+            for folder in {path.parent for path in targets}:
+                with writing("output_dir", folder):
                     folder.mkdir(parents=True, exist_ok=True)
                     probe = folder / ".iris_fast_probe"
                     probe.touch()
                     probe.unlink()
-            except OSError as mistake:
-                raise UserError(
-                    f"output_dir: {mistake.filename} cannot be written ({mistake.strerror}); name "
-                    "a folder that you may write to"
-                ) from None
 
 
 def main(config: GenerateConfig) -> int:

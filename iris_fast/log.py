@@ -6,6 +6,7 @@ Units stand in the names (`_s`, `_bytes`, `_tokens`); what has none is a mean pe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from iris_fast.batch import Scored, Trace
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError
+from iris_fast.errors import UserError, writing
 from iris_fast.run_folder import RunFolder
 
 KL_SPIKE_FACTOR = 10.0
@@ -116,11 +117,13 @@ class Log:
         if not self._active:
             return
         self.history = read_metrics(folder.metrics, up_to=step)
+        self._path = folder.metrics
         lines = [json.dumps(row) + "\n" for row in self.history]
-        partial = folder.path / ".metrics.jsonl.partial"
-        partial.write_text("".join(lines))
-        partial.replace(folder.metrics)
-        self._file = folder.metrics.open("a", buffering=1)
+        with writing("output_dir", self._path):
+            partial = folder.path / ".metrics.jsonl.partial"
+            partial.write_text("".join(lines))
+            partial.replace(self._path)
+            self._file = self._path.open("a", buffering=1)
         self._bar = tqdm(
             total=config.max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
         )
@@ -133,7 +136,8 @@ class Log:
             return
         metrics["warnings"] = find_warnings(metrics, self.history)
         shown = {name for row in self.history for name in row["warnings"]}
-        self._file.write(json.dumps(metrics) + "\n")
+        with writing("output_dir", self._path):
+            self._file.write(json.dumps(metrics) + "\n")
         self.history.append(metrics)
         self._bar.write(console_line(metrics))
         for name, warning in metrics["warnings"].items():
@@ -154,7 +158,8 @@ class Log:
         if not self._active:
             return
         self._bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # a line that did not reach the disk was told of
+            self._file.close()
         if self.tracker:
             self.tracker.finish()
 

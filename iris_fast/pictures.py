@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from iris_fast.errors import UserError
+from iris_fast.errors import UserError, writing
 from iris_fast.models.vq import VQModel, to_uint8
 
 DECODED_AT_ONCE = 16
@@ -63,8 +63,10 @@ def grid(rows: list[list[Image.Image]], captions: list[str]) -> Image.Image:
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Write to a neighbour and rename, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+    """Write to a neighbour and rename, so that a reader never meets half a file. UserError if the
+    disk does not take it."""
+    with writing("output_dir", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        picture.save(partial, format="PNG")
+        partial.replace(path)

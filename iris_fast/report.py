@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iris_fast import __version__
+from iris_fast.errors import writing
 from iris_fast.log import read_metrics
 from iris_fast.run_folder import RunFolder
 
@@ -38,7 +39,8 @@ pre { overflow-x: auto; background: #f6f6f6; padding: .75rem; font-size: .8125re
 
 
 def write_report(folder: RunFolder) -> None:
-    """Render the run folder's files as `report.html`, replacing the one before."""
+    """Render the run folder's files as `report.html`, replacing the one before. UserError if the
+    disk does not take it."""
     rows = read_metrics(folder.metrics)
     page = "\n".join(
         [
@@ -60,9 +62,10 @@ def write_report(folder: RunFolder) -> None:
             "</body></html>",
         ]
     )
-    partial = folder.path / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(folder.report)
+    with writing("output_dir", folder.report):
+        partial = folder.path / ".report.html.partial"
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(folder.report)
 
 
 def _warnings(rows: list[dict[str, Any]]) -> str:

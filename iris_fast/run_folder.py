@@ -13,7 +13,7 @@ import yaml
 
 from iris_fast.config import TrainConfig, to_yaml
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError
+from iris_fast.errors import UserError, writing
 
 # Settings that a resumed run may change; the others would make it a different run.
 MAY_CHANGE = {
@@ -89,17 +89,12 @@ def claim(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> None:
     """Make the folder and its config.yaml; UserError if that cannot be written."""
     with ranks.first_does() as mine:
         if mine:
-            try:
+            with writing("output_dir", folder.path):
                 folder.samples.mkdir(parents=True, exist_ok=True)
                 folder.checkpoints.mkdir(exist_ok=True)
                 partial = folder.path / ".config.yaml.partial"
                 partial.write_text(to_yaml(config), encoding="utf-8")
                 partial.replace(folder.path / "config.yaml")
-            except OSError as mistake:
-                raise UserError(
-                    f"output_dir: {folder.path} cannot be written ({mistake.strerror}); name a "
-                    "folder that you may write to, on a disk with room"
-                ) from None
 
 
 def _numbered(preset: str) -> Path:
