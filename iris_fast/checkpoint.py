@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import warnings
@@ -37,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from iris_fast.batch import Prompt, Rollout, Scored, Trace
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError
+from iris_fast.errors import UserError, writing
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 MANIFEST = "manifest.json"
@@ -70,31 +71,54 @@ def save(
     partial = folder / f".partial-{target.name}"
     with ranks.first_does() as mine:
         if mine:
-            for leftover in folder.glob(".partial-*"):
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
+            with writing("output_dir", target):
+                for leftover in folder.glob(".partial-*"):
+                    shutil.rmtree(leftover)
+                partial.mkdir(parents=True)
     failure = ""
     try:
         _write(partial, policy, optimizer, progress, ranks)
     except (OSError, RuntimeError, dcp.CheckpointException) as mistake:
-        failure = " ".join(str(mistake).split())[:300] or type(mistake).__name__
+        failure = _reason(mistake)
     if ranks.any(bool(failure)):
         if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"checkpoint: {target} could not be written ({failure or 'on another rank'}); make "
+            f"output_dir: {target} could not be written ({failure or 'on another rank'}); make "
             "room on the disk and go on with --resume_from_checkpoint true"
         )
     with ranks.first_does() as mine:
         if mine:
-            _seal(partial, progress.step)
-            if target.exists():  # only a broken one can stand here: resuming skips those
-                shutil.rmtree(target)
-            partial.rename(target)
-            _flush(folder)
-            for old in complete_names(folder)[keep:]:
-                shutil.rmtree(old)
+            try:
+                with writing("output_dir", target):
+                    _seal(partial, progress.step)
+                    if target.exists():  # only a broken one can stand here: resuming skips those
+                        shutil.rmtree(target)
+                    partial.rename(target)
+                    _flush(folder)
+            except UserError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            _retire(folder, progress.step, keep)
     return target
+
+
+def _retire(folder: Path, step: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `step`. Later ones can only be broken:
+    the run was resumed before them; they must not count."""
+    kept = [
+        path for path in step_folders(folder) if _step(path) <= step and (path / MANIFEST).is_file()
+    ][:keep]
+    for path in step_folders(folder):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _reason(mistake: BaseException) -> str:
+    """An exception in one line; of a collective one, a rank's own, without its traceback."""
+    if isinstance(mistake, dcp.CheckpointException) and mistake.failures:
+        mistake = next(iter(mistake.failures.values()))[0]
+    return " ".join(str(mistake).split())[:300] or type(mistake).__name__
 
 
 def _write(
@@ -159,28 +183,32 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def complete_names(folder: Path) -> list[Path]:
-    """Checkpoints that have a manifest, newest first; not verified."""
-    return sorted(
-        (path.parent for path in folder.glob(f"step_*/{MANIFEST}")),
-        key=lambda path: int(path.name.removeprefix("step_")),
-        reverse=True,
-    )
+def step_folders(folder: Path) -> list[Path]:
+    """Folders that are named as checkpoints, newest first; not verified."""
+    named = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
+    return sorted(named, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def find_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, judged by its manifest; None if nothing."""
+    if not (path / MANIFEST).is_file():
+        return f"{MANIFEST} is missing"
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
-    except (ValueError, KeyError):
-        return "its manifest is damaged"
-    for name, expected in files.items():
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, (size, digest) in expected.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != digest:
             return f"{name} has changed since it was written"
     return None
 
@@ -188,7 +216,7 @@ def find_fault(path: Path) -> str | None:
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that passes its manifest, and a line for each newer one that fails."""
     faults = []
-    for path in complete_names(folder):
+    for path in step_folders(folder):
         fault = find_fault(path)
         if fault is None:
             return path, faults
@@ -202,7 +230,7 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
     The number of ranks may differ from the one that saved, except in the middle of the passes over
     one rollout: UserError then, and where tensors do not fit the model.
     """
-    state = json.loads((path / "state.json").read_text())
+    state = _read_state(path)
     same_ranks = state["world_size"] == ranks.world_size
     if state["inside_rollout"] and not same_ranks:
         raise UserError(
@@ -215,8 +243,8 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as mistake:
         raise UserError(
-            f"resume_from_checkpoint: {path} does not fit the model "
-            f"({' '.join(str(mistake).split())[:300]}); name the --model of that run"
+            f"resume_from_checkpoint: {path} does not fit the model ({_reason(mistake)}); name the "
+            "--model of that run"
         ) from None
     parts: dict[str, dict[str, Any]] = {"policy": {}, "optimizer": {}}
     for name, value in tensors.items():
@@ -232,7 +260,7 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
     )
     progress = Progress(step=state["step"], cursor=state["cursor"])
     if same_ranks:
-        mine = torch.load(path / f"rank_{ranks.rank}.pt", weights_only=True)
+        mine = _read_rank_state(path / f"rank_{ranks.rank}.pt")
         _set_random_state(mine["random"])
         if mine["scored"] is not None:
             progress.scored = _scored(mine["scored"])
@@ -240,10 +268,39 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
     return progress
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / "state.json").read_text())
+        return {name: state[name] for name in ("step", "cursor", "world_size", "inside_rollout")}
+    except (OSError, ValueError, KeyError, TypeError) as mistake:
+        raise UserError(
+            f"resume_from_checkpoint: {path / 'state.json'} is damaged ({_reason(mistake)}); "
+            f"delete {path}, and the checkpoint before it is taken"
+        ) from None
+
+
+def _read_rank_state(file: Path) -> dict[str, Any]:
+    try:
+        return torch.load(file, weights_only=True)
+    except (pickle.UnpicklingError, OSError, RuntimeError, ValueError, KeyError, EOFError):
+        raise UserError(
+            f"resume_from_checkpoint: {file} is damaged, or holds more than tensors (a pickle can "
+            f"run code), and was not opened; delete {file.parent}, and the checkpoint before it is "
+            "taken"
+        ) from None
+
+
 def load_policy_weights(path: Path, policy: nn.Module) -> None:
-    """The weights alone, into a module that is not sharded, for export."""
+    """The weights alone, into a module that is not sharded, for export. UserError where they do not
+    fit it."""
     weights = {f"policy.{name}": value for name, value in policy.state_dict().items()}
-    dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    try:
+        dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    except (RuntimeError, ValueError, KeyError, AssertionError) as mistake:
+        raise UserError(
+            f"run_folder: {path} does not fit the model of its config.yaml ({_reason(mistake)}); "
+            "put that model back"
+        ) from None
 
 
 def _plain(value: Any) -> Any:
