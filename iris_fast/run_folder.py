@@ -5,8 +5,9 @@ config.yaml  metrics.jsonl  samples/step_NNNNN.png  checkpoints/step_NNNNN/  rep
 
 from __future__ import annotations
 
+import contextlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -15,6 +16,7 @@ from iris_fast.config import TrainConfig, to_yaml
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, writing
 
+LAUNCH = ".launch"
 # Settings that a resumed run may change; the others would make it a different run.
 MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "max_steps", "save_steps", "save_total_limit",
@@ -53,20 +55,38 @@ class RunFolder:
         return self.path / "report.html"
 
 
-def is_restart() -> bool:
-    """Whether torchrun has started these workers again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def _launch() -> str:
+    """Names what started this process: equal for the workers of one torchrun, before and after it
+    starts them again."""
+    parent = os.getppid()
+    started = ""  # since process numbers are used again
+    with contextlib.suppress(OSError, IndexError):
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {parent} {started}"
+
+
+def _is_own(path: Path) -> bool:
+    """Whether this torchrun claimed the folder before it started its workers again. A folder that
+    it only found, and refused, is still somebody else's."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    marker = path / LAUNCH
+    return restarted and marker.is_file() and marker.read_text() == _launch()
 
 
 def choose(config: TrainConfig, ranks: Ranks) -> RunFolder:
-    """Which folder the run will use; nothing is written yet.
+    """Which folder the run will use; nothing is written yet. Rank 0 looks, for all.
 
     UserError if the folder holds anything and resuming was not asked for, or if there is no such
     run to resume, or if the settings are another run's.
     """
-    name = ranks.from_first(config.output_dir or str(_numbered(config.preset)))
-    path = Path(name)
-    if is_restart() and (path / "config.yaml").is_file():
+    with ranks.first_does() as mine:
+        folder = _choose(config) if mine else None
+    return ranks.from_first(folder)
+
+
+def _choose(config: TrainConfig) -> RunFolder:
+    path = Path(config.output_dir) if config.output_dir else _numbered(config.preset)
+    if _is_own(path):
         return RunFolder(path, resumed=True)
     if config.resume_from_checkpoint:
         if not (path / "config.yaml").is_file():
@@ -90,18 +110,22 @@ def claim(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> None:
     with ranks.first_does() as mine:
         if mine:
             with writing("output_dir", folder.path):
-                folder.samples.mkdir(parents=True, exist_ok=True)
+                folder.path.mkdir(parents=True, exist_ok=True)
+                (folder.path / LAUNCH).write_text(_launch())
+                folder.samples.mkdir(exist_ok=True)
                 folder.checkpoints.mkdir(exist_ok=True)
                 partial = folder.path / ".config.yaml.partial"
-                partial.write_text(to_yaml(config), encoding="utf-8")
+                # Without the flag, so that --config config.yaml starts the same run anew.
+                settings = to_yaml(replace(config, resume_from_checkpoint=False))
+                partial.write_text(settings, encoding="utf-8")
                 partial.replace(folder.path / "config.yaml")
 
 
 def _numbered(preset: str) -> Path:
     """runs/PRESET-NNN: the next free number, or after a restart the one this launch had taken."""
     taken = sorted(Path("runs").glob(f"{preset}-[0-9][0-9][0-9]"))
-    if is_restart() and taken:
-        return taken[-1]
+    for path in filter(_is_own, taken):
+        return path
     number = int(taken[-1].name[-3:]) + 1 if taken else 1
     return Path("runs") / f"{preset}-{number:03d}"
 

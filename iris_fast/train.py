@@ -65,8 +65,8 @@ def train(config: TrainConfig) -> None:
         rewards = load_rewards(config.reward_funcs)
         models, prompts = load_inputs(config, ranks)
         optimizer = make_optimizer(models.policy, config)
-        run_folder.claim(folder, config, ranks)
         progress = restore(folder, models.policy, optimizer, config, ranks)
+        run_folder.claim(folder, config, ranks)
         prompts.cursor = progress.cursor
         log = Log(folder, config, progress.step, ranks)
         log.say(f"run folder: {folder.path}")
@@ -78,12 +78,26 @@ def train(config: TrainConfig) -> None:
         finally:
             log.close()
             if ranks.is_first:
-                write_report(folder)
+                report(folder)
         if ranks.is_first:
-            done = "stopped by a signal, saved" if stop.requested else "finished"
-            print(f"{done} at step {progress.step}; report: {folder.report}")
-            if progress.step < config.max_steps:
-                print(f"go on with: --output_dir {folder.path} --resume_from_checkpoint true")
+            done = progress.step >= config.max_steps
+            print(
+                f"{'finished' if done else 'stopped by a signal, saved'} at step {progress.step}; "
+                f"report: {folder.report}"
+            )
+            if not done:
+                print(
+                    "go on with the same command and: "
+                    f"--output_dir {folder.path} --resume_from_checkpoint true"
+                )
+
+
+def report(folder: run_folder.RunFolder) -> None:
+    """Write report.html; a disk that does not take it is no reason for a run to fail."""
+    try:
+        write_report(folder)
+    except UserError as mistake:
+        print(f"{PROGRAM}: warning: {mistake}", file=sys.stderr)
 
 
 def loop(
@@ -208,7 +222,10 @@ def restore(
     config: TrainConfig,
     ranks: Ranks,
 ) -> Progress:
-    """The newest sound checkpoint's state, or a fresh start."""
+    """The newest sound checkpoint's state, or a fresh start where none was written yet.
+
+    UserError if all are broken, or if this one cannot be gone on from as asked.
+    """
     if not folder.resumed:
         return Progress()
     path, faults = ranks.from_first(
@@ -218,13 +235,21 @@ def restore(
         for fault in faults:
             print(f"{PROGRAM}: warning: {fault}", file=sys.stderr)
     if path is None:
-        if run_folder.is_restart():
+        if not faults:  # stopped before its first checkpoint
             return Progress()
         raise UserError(
-            f"resume_from_checkpoint: {folder.checkpoints} holds no complete checkpoint; start "
-            "anew in another --output_dir"
+            f"resume_from_checkpoint: {folder.checkpoints} holds no sound checkpoint; start anew "
+            "in another --output_dir"
         )
-    return checkpoint.load(path, policy, optimizer, ranks)
+    progress = checkpoint.load(path, policy, optimizer, ranks)
+    batches = progress.old_logprobs or []
+    if batches and len(batches) != config.gradient_accumulation_steps:
+        raise UserError(
+            f"resume_from_checkpoint: {path} lies between two passes over one rollout, cut into "
+            f"{len(batches)} micro-batches; resume with --gradient_accumulation_steps "
+            f"{len(batches)}"
+        )
+    return progress
 
 
 def save(
