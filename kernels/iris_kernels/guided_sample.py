@@ -5,8 +5,7 @@
     conditional = token_stats(cond, token)                 at temperature 1
     guided      = token_stats(mixed, token, temperature)   before truncation
 
-Bytes moved for R rows of b-byte logits: 2 R V b, read once while a row fits one block, from the
-L2 cache again after that.
+Bytes moved for R rows of b-byte logits: 2 R V b; the second pass over a row finds it in the cache.
 
 **The same token on every backend.** Sampling is the inverse CDF: the first column whose cumulated
 weight exceeds uniform * total. Weights are the integers
@@ -41,10 +40,10 @@ from .token_stats import (
     FLOOR,
     LOG2_E,
     TokenStats,
-    accumulate,
     chunk_stats,
     finish,
     row_offset,
+    terms,
 )
 
 # 2^f on [-1/2, 1/2] to 1.9e-7: 1 + f (c1 + f (c2 + ...)), minimax by Lawson's iteration.
@@ -56,10 +55,12 @@ EXP2_POLYNOMIAL = (
     0.001326472731307149,
 )
 LOWEST = -64.0  # below this the weight is 0 for certain, and the exponent still fits a float
+ROUND = 1.5 * 2**23  # t + ROUND has no fraction bits left: it holds round(t) in its low ones
+ROUND_BITS = 0x4B400000  # ROUND as bits
 WEIGHT_BITS = 40
-EXPONENT_BIAS = 127 + WEIGHT_BITS
+EXPONENT = 127 + WEIGHT_BITS - ROUND_BITS  # the bits of t + ROUND -> the weight's exponent field
 _C1, _C2, _C3, _C4, _C5 = (constant(c) for c in EXP2_POLYNOMIAL)
-_LOWEST, _BIAS = constant(LOWEST), constant(EXPONENT_BIAS)
+_LOWEST, _ROUND, _EXPONENT = constant(LOWEST), constant(ROUND), constant(EXPONENT)
 
 
 class GuidedSample(NamedTuple):
@@ -74,10 +75,10 @@ class GuidedSample(NamedTuple):
 
 
 @jit
-def _load_pair(cond, uncond, columns, V):
-    """Raw cond and uncond logits of a block, -inf beyond V; cond twice where there is no uncond."""
+def _load_pair(cond, uncond, columns, V, GUIDED: tl.constexpr):
+    """Raw cond and uncond logits, -inf beyond V; cond twice where there is no uncond."""
     c = tl.load(cond + columns, mask=columns < V, other=float("-inf"))
-    if uncond is None:
+    if not GUIDED:
         return c, c
     return c, tl.load(uncond + columns, mask=columns < V, other=float("-inf"))
 
@@ -99,16 +100,39 @@ def _weights(mixed, m, threshold, scale, GREEDY: tl.constexpr):
     if GREEDY:
         return tl.where(mixed == m, 1, 0).to(tl.int64)
     t = tl.maximum((mixed - m) * scale, _LOWEST)  # NaN becomes _LOWEST, that is weight 0
-    n = tl.floor(t + 0.5)
-    f = t - n
+    shifted = t + _ROUND
+    f = t - (shifted - _ROUND)
     power = 1.0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
-    power *= ((n.to(tl.int32) + _BIAS) << 23).to(tl.float32, bitcast=True)
+    exponent = shifted.to(tl.int32, bitcast=True) + _EXPONENT
+    power *= (exponent << 23).to(tl.float32, bitcast=True)
     return tl.where(mixed >= threshold, power, 0.0).to(tl.int64)
 
 
 @jit
-def _store_stats(out, row, rows, stats):
-    """logprob, nsc, entropy, lse of one row, into the four planes of `out`."""
+def _lane_sums(x, reference, in_row, scale, floor):
+    """Per lane: sum of e below the maximum, how many are at it, sum e d, sum d."""
+    d, bounded, e = terms(x, reference, scale, floor)
+    at_max = d == 0.0
+    return (
+        tl.sum(tl.where(at_max, 0.0, e), axis=1),
+        tl.sum(at_max.to(tl.float32), axis=1),
+        tl.sum(e * bounded, axis=1),
+        tl.sum(tl.where(in_row, d, 0.0), axis=1),
+    )
+
+
+@jit
+def _store_stats(
+    out, row, rows, x, m, below, at_max, sd, d_sum, scale, inv_temperature, floor, V, log_V
+):  # fmt: skip
+    """Finish one distribution's sums at the token's logit `x`, into the four planes of `out`."""
+    reference = tl.where(m == float("-inf"), 0.0, m)
+    d_target, _, e_target = terms(x, reference, scale, floor)
+    is_max = d_target == 0.0  # then it is one of those in `at_max`, which keep `others` exact
+    others = tl.sum(at_max, axis=0) - tl.where(is_max, 1.0, 0.0)
+    others += tl.sum(below, axis=0) - tl.where(is_max, 0.0, e_target)
+    sd, d_sum = tl.sum(sd, axis=0), tl.sum(d_sum, axis=0)
+    stats = finish(d_target, e_target, m, reference, others, sd, d_sum, inv_temperature, V, log_V)
     for i in tl.static_range(4):
         tl.store(out + i * rows + row, stats[i])
 
@@ -118,87 +142,97 @@ def _sample_kernel(
     cond, uncond, uniform, threshold, token_ids, conditional, guided,
     cond_inner, cond_stride_outer, cond_stride_inner,
     uncond_inner, uncond_stride_outer, uncond_stride_inner,
-    rows, V, log_V, cfg_weight, scale, inv_temperature, floor, unit_scale, unit_floor,
-    GREEDY: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    rows, V, log_V, cfg_weight, scale, inv_temperature, floor, unit_scale, unit_floor, Q,
+    GREEDY: tl.constexpr, L: tl.constexpr, K: tl.constexpr, Q_POW2: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     GUIDED: tl.constexpr = uncond is not None
     cond += row_offset(row, cond_inner, cond_stride_outer, cond_stride_inner)
     if GUIDED:
         uncond += row_offset(row, uncond_inner, uncond_stride_outer, uncond_stride_inner)
-    lanes = tl.arange(0, BLOCK)
-    if ONE_BLOCK:
-        c, u = _load_pair(cond, uncond, lanes, V)
+    lanes = tl.arange(0, L)
+    tile = lanes[:, None] * Q + tl.arange(0, K)[None, :]  # lane l owns columns [l Q, (l + 1) Q)
 
-    m = float("-inf")
-    for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
-        if not ONE_BLOCK:
-            c, u = _load_pair(cond, uncond, start + lanes, V)
-        m = tl.maximum(m, tl.max(_mix(c, u, cfg_weight, GUIDED), axis=0))
+    m_c = tl.full([L], float("-inf"), tl.float32)
+    m_g = tl.full([L], float("-inf"), tl.float32)
+    for step in range(0, Q, K):
+        c, u = _load_pair(cond, uncond, tile + step, V, GUIDED)
+        m_c = tl.maximum(m_c, tl.max(c.to(tl.float32), axis=1))
+        m_g = tl.maximum(m_g, tl.max(_mix(c, u, cfg_weight, GUIDED), axis=1))
+    m_c, m_g = tl.max(m_c, axis=0), tl.max(m_g, axis=0)
+    reference_c = tl.where(m_c == float("-inf"), 0.0, m_c)
+    reference_g = tl.where(m_g == float("-inf"), 0.0, m_g)
 
     lowest_kept = float("-inf") if threshold is None else tl.load(threshold + row)
-    total = tl.zeros([], tl.int64)
-    for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
-        if not ONE_BLOCK:
-            c, u = _load_pair(cond, uncond, start + lanes, V)
+    weight = tl.zeros([L], tl.int64)
+    zero = tl.zeros([L], tl.float32)
+    below_c, at_max_c, sd_c, d_c = zero, zero, zero, zero
+    below_g, at_max_g, sd_g, d_g = zero, zero, zero, zero
+    for step in range(0, Q, K):
+        c, u = _load_pair(cond, uncond, tile + step, V, GUIDED)
         mixed = _mix(c, u, cfg_weight, GUIDED)
-        total += tl.sum(_weights(mixed, m, lowest_kept, scale, GREEDY), axis=0)
+        weight += tl.sum(_weights(mixed, m_g, lowest_kept, scale, GREEDY), axis=1)
+        in_row = tile + step < V
+        sums = _lane_sums(c.to(tl.float32), reference_c, in_row, unit_scale, unit_floor)
+        below_c, at_max_c, sd_c, d_c = (
+            below_c + sums[0], at_max_c + sums[1], sd_c + sums[2], d_c + sums[3]
+        )  # fmt: skip
+        sums = _lane_sums(mixed, reference_g, in_row, scale, floor)
+        below_g, at_max_g, sd_g, d_g = (
+            below_g + sums[0], at_max_g + sums[1], sd_g + sums[2], d_g + sums[3]
+        )  # fmt: skip
 
-    # The first column whose cumulated weight exceeds `wanted` is as many columns in as do not.
-    wanted = (tl.load(uniform + row).to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-    wanted = 0 * wanted if GREEDY else tl.minimum(wanted, total - 1)
-    token = tl.zeros([], tl.int32)
-    seen = tl.zeros([], tl.int64)
-    for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
-        if not ONE_BLOCK:
-            c, u = _load_pair(cond, uncond, start + lanes, V)
-        mixed = _mix(c, u, cfg_weight, GUIDED)
-        weights = _weights(mixed, m, lowest_kept, scale, GREEDY)
-        cumulated = seen + tl.cumsum(weights, axis=0)
-        token += tl.sum(((cumulated <= wanted) & (start + lanes < V)).to(tl.int32), axis=0)
-        seen += tl.sum(weights, axis=0)
-    token = tl.where(total == 0, 0, token)
+    # The first column whose cumulated weight exceeds `wanted`: first its lane, then its place in
+    # the lane. Each is as far in as there are cumulated weights that do not exceed `wanted`.
+    total = tl.sum(weight, axis=0)
+    if GREEDY:
+        wanted = total * 0
+    else:
+        wanted = (tl.load(uniform + row).to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+        wanted = tl.minimum(wanted, total - 1)
+    passed = tl.cumsum(weight, axis=0) <= wanted
+    lane = tl.sum(passed.to(tl.int32), axis=0)
+    wanted -= tl.sum(tl.where(passed, weight, 0), axis=0)
+    places = tl.arange(0, Q_POW2)
+    columns = lane * Q + places
+    in_lane = tl.where(places < Q, V, 0)
+    c, u = _load_pair(cond, uncond, columns, in_lane, GUIDED)
+    weights = _weights(_mix(c, u, cfg_weight, GUIDED), m_g, lowest_kept, scale, GREEDY)
+    passed = (tl.cumsum(weights, axis=0) <= wanted) & (places < Q)
+    token = tl.where(total == 0, 0, lane * Q + tl.sum(passed.to(tl.int32), axis=0))
     tl.store(token_ids + row, token.to(tl.int64))
 
-    m_c, s_c, sd_c, d_c = float("-inf"), 0.0, 0.0, 0.0
-    m_g, s_g, sd_g, d_g = float("-inf"), 0.0, 0.0, 0.0
-    for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
-        if not ONE_BLOCK:
-            c, u = _load_pair(cond, uncond, start + lanes, V)
-        mixed = _mix(c, u, cfg_weight, GUIDED)
-        m_c, s_c, sd_c, d_c = accumulate(
-            c.to(tl.float32), start + lanes, start, token, m_c, s_c, sd_c, d_c,
-            unit_scale, unit_floor, True, V,
-        )  # fmt: skip
-        m_g, s_g, sd_g, d_g = accumulate(
-            mixed, start + lanes, start, token, m_g, s_g, sd_g, d_g, scale, floor, True, V
-        )
-    c_token, u_token = _load_pair(cond, uncond, token, V)
-    stats = finish(
-        c_token.to(tl.float32), m_c, s_c, sd_c, d_c, unit_scale, 1.0, unit_floor, V, log_V
-    )
-    _store_stats(conditional, row, rows, stats)
-    mixed_token = _mix(c_token, u_token, cfg_weight, GUIDED)
-    stats = finish(mixed_token, m_g, s_g, sd_g, d_g, scale, inv_temperature, floor, V, log_V)
-    _store_stats(guided, row, rows, stats)
+    c, u = _load_pair(cond, uncond, token, V, GUIDED)
+    mixed = _mix(c, u, cfg_weight, GUIDED)
+    _store_stats(
+        conditional, row, rows, c.to(tl.float32), m_c, below_c, at_max_c, sd_c, d_c,
+        unit_scale, 1.0, unit_floor, V, log_V,
+    )  # fmt: skip
+    _store_stats(
+        guided, row, rows, mixed, m_g, below_g, at_max_g, sd_g, d_g,
+        scale, inv_temperature, floor, V, log_V,
+    )  # fmt: skip
 
 
 # --- Launcher -------------------------------------------------------------------------------------
 
 
-def sample_launch(vocab_size: int) -> dict[str, int | bool]:
-    """A whole row in registers up to V = 16384, else blocks of 8192."""
-    whole = max(64, triton.next_power_of_2(vocab_size))
-    block = whole if whole <= 16384 else 8192
+def sample_launch(vocab_size: int, itemsize: int) -> dict[str, int | bool]:
+    """Up to 512 lanes of Q contiguous columns, one to a thread, which reads 16 bytes at a time."""
+    lanes = min(max(triton.next_power_of_2(vocab_size) // 32, 32), 512)
+    columns = triton.cdiv(triton.cdiv(vocab_size, lanes), 16) * 16  # keeps lanes 16-byte aligned
     return {
-        "BLOCK": block,
-        "ONE_BLOCK": block == whole,
-        "num_warps": max(1, min(16, block // 512)),
+        "L": lanes,
+        "K": 16 // itemsize,
+        "Q": columns,
+        "Q_POW2": triton.next_power_of_2(columns),
+        "num_warps": lanes // 32,
         "enable_fp_fusion": False,  # fused multiply-adds would round differently from torch
     }
 
 
-def _sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, vocab_size):
+def sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, vocab_size):
+    """One launch: token_ids [R], conditional [4, R], guided [4, R]."""
     cond, uncond = (t if t is None or fold_rows(t) else t.contiguous() for t in (cond, uncond))
     outer, inner, *strides = fold_rows(cond)
     rows = outer * inner
@@ -206,12 +240,12 @@ def _sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, vo
     token_ids = cond.new_empty(rows, dtype=torch.int64)
     conditional, guided = (cond.new_empty((4, rows), dtype=torch.float32) for _ in range(2))
     greedy = temperature == 0
-    scale = 1.0 if greedy else temperature
+    temperature = temperature or 1.0
     _sample_kernel[(rows,)](
         cond, uncond, uniform, threshold, token_ids, conditional, guided,
         inner, *strides, *uncond_layout, rows, vocab_size, math.log(vocab_size),
-        cfg_weight, LOG2_E / scale, 1 / scale, FLOOR * scale, LOG2_E, FLOOR,
-        GREEDY=greedy, **sample_launch(vocab_size),
+        cfg_weight, LOG2_E / temperature, 1 / temperature, FLOOR * temperature, LOG2_E, FLOOR,
+        GREEDY=greedy, **sample_launch(vocab_size, cond.element_size()),
     )  # fmt: skip
     return token_ids, conditional, guided
 
@@ -233,14 +267,14 @@ def sampling_weights(mixed: Tensor, row_max: Tensor, scale: float) -> Tensor:
     """floor(2^40 exp2((mixed - row_max) scale)) as int64, the same bits as in the kernel."""
     t = mixed.sub(row_max).mul_(scale)
     t = torch.fmax(t, t.new_full((), LOWEST))  # NaN becomes LOWEST, that is weight 0
-    n = t.add(0.5).floor_()
-    f = t.sub_(n)
+    shifted = t + ROUND
+    f = t.sub_(shifted - ROUND)
     power = f * EXP2_POLYNOMIAL[-1]
     for coefficient in (*EXP2_POLYNOMIAL[-2::-1], 1.0):
         power.add_(coefficient)
         if coefficient != 1.0:
             power.mul_(f)
-    power *= (n.to(torch.int32).add_(EXPONENT_BIAS) << 23).view(torch.float32)
+    power *= (shifted.view(torch.int32).add_(EXPONENT) << 23).view(torch.float32)
     return power.to(torch.int64)
 
 
@@ -327,7 +361,7 @@ def _guided_sample_op(
             for t in (cond, uncond)
         )  # fmt: skip
         threshold = truncation_threshold(mix(*rows, cfg_weight), temperature, top_k, top_p, min_p)
-    run = _sample_triton if use_triton(cond) else _sample_torch
+    run = sample_triton if use_triton(cond) else _sample_torch
     token_ids, conditional, guided = run(
         cond, uncond, uniform.reshape(-1), threshold, cfg_weight, temperature, vocab_size
     )

@@ -65,26 +65,62 @@ def row_offset(row, inner, stride_outer, stride_inner):
 
 
 @jit
-def accumulate(x, columns, seen, target, m, s, sd, d_sum, scale, floor, TAIL: tl.constexpr, V):
-    """Take a block of logits into the running sums over columns other than `target`.
-
-    With d = x - m and e = exp(d / T): s = sum e, sd = sum e d, both without the target; d_sum =
-    sum d with it. `m` is the running maximum, -inf while nothing finite was seen (then s = sd = 0).
-    """
-    m_new = tl.maximum(m, tl.max(x, axis=0))
-    reference = tl.where(m_new == float("-inf"), 0.0, m_new)  # keeps -inf - -inf out
-    shift = tl.where(m == float("-inf"), 0.0, m - reference)
+def terms(x, reference, scale, floor):
+    """d = x - reference, the same cut at `floor`, and exp(d / T)."""
     d = x - reference
     bounded = tl.maximum(d, floor, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.where(columns == target, 0.0, tl.exp2(bounded * scale))
+    return d, bounded, tl.exp2(bounded * scale)
+
+
+@jit
+def _move_reference(m, m_new):
+    """The reference for a maximum of `m_new`, and the way to it from that for `m`.
+
+    While nothing finite was seen the maximum is -inf, and 0 stands in: -inf - -inf is NaN.
+    """
+    reference = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return reference, tl.where(m == float("-inf"), 0.0, m - reference)
+
+
+@jit
+def _rescale(s, sd, shift, scale, floor):
+    """sum e and sum e d when every d grows by `shift` (<= 0)."""
+    shift = tl.maximum(shift, floor)
+    factor = tl.exp2(shift * scale)
+    return s * factor, (sd + shift * s) * factor
+
+
+@jit
+def _accumulate(
+    logits, start, offsets, target, V, m, s, sd, d_sum, seen, scale, floor, TAIL: tl.constexpr
+):
+    """Take the tile of logits [L, K] at `start` into the running sums of its L lanes.
+
+    Per lane, with d = x - m and e = exp(d / T): m the maximum so far, s = sum e and sd = sum e d
+    without the target's group of K columns, d_sum = sum d, seen = how many columns. A lane's group
+    is one thread's 16-byte load, so that nothing crosses threads before the row ends.
+    """
+    K: tl.constexpr = offsets.shape[1]
+    columns = start + offsets
+    if TAIL:
+        x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    else:
+        x = tl.load(logits + columns).to(tl.float32)
+    m_new = tl.maximum(m, tl.max(x, axis=1))
+    reference, shift = _move_reference(m, m_new)
+    d, bounded, e = terms(x, reference[:, None], scale, floor)
+    s, sd = _rescale(s, sd, shift, scale, floor)
+    d_sum += shift * seen
     if TAIL:
         d = tl.where(columns < V, d, 0.0)
-    shift_bounded = tl.maximum(shift, floor)
-    rescale = tl.exp2(shift_bounded * scale)
-    sd = (sd + shift_bounded * s) * rescale + tl.sum(e * bounded, axis=0)
-    s = s * rescale + tl.sum(e, axis=0)
-    d_sum = d_sum + shift * seen + tl.sum(d, axis=0)
-    return m_new, s, sd, d_sum
+        seen += tl.sum((columns < V).to(tl.float32), axis=1)
+    else:
+        seen += K
+    # Leaving out the group, not the element, costs one comparison for K elements.
+    others = start // K + tl.arange(0, offsets.shape[0]) != target // K
+    s += tl.where(others, tl.sum(e, axis=1), 0.0)
+    sd += tl.where(others, tl.sum(e * bounded, axis=1), 0.0)
+    return m_new, s, sd, d_sum + tl.sum(d, axis=1), seen
 
 
 @jit
@@ -99,30 +135,28 @@ def log_one_plus(y):
 
 
 @jit
-def finish(x_target, m, s, sd, d_sum, scale, inv_temperature, floor, V, log_V):
-    """The running sums of a whole row -> logprob, nsc, entropy, lse, saved maximum, saved sum."""
+def finish(d_target, e_target, m, reference, others, sd, d_sum, inv_temperature, V, log_V):
+    """A row's sums (`others`: sum e without the target) -> logprob, nsc, entropy, lse, sum e."""
     dead = (m == float("-inf")) & (d_sum == float("-inf"))  # all -inf: no distribution
-    m = tl.where(dead, 0.0, m)
-    d_target = x_target - m
-    bounded = tl.maximum(d_target, floor, propagate_nan=tl.PropagateNan.ALL)
-    e_target = tl.exp2(bounded * scale)
-    others, sd = s, sd + e_target * bounded
     s = tl.where(dead, 1.0, others + e_target)
+    # Where the token is the maximum, 1 + others would lose the digits of a small `others`.
     log_s = tl.where(d_target == 0.0, log_one_plus(others), log_one_plus(s - 1.0))
-    minus_inf = float("-inf")
-    logprob = tl.where(dead, minus_inf, d_target * inv_temperature - log_s)
-    entropy = tl.where(dead, 0.0, log_s - sd / s * inv_temperature)
-    lse = tl.where(dead, minus_inf, m * inv_temperature + log_s)
     nsc = d_sum / V * inv_temperature + (log_V - log_s)
-    nsc = tl.minimum(nsc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return logprob, tl.where(dead, minus_inf, nsc), entropy, lse, m, s
+    minus_inf = float("-inf")
+    return (
+        tl.where(dead, minus_inf, d_target * inv_temperature - log_s),
+        tl.where(dead, minus_inf, tl.minimum(nsc, 0.0, propagate_nan=tl.PropagateNan.ALL)),
+        tl.where(dead, 0.0, log_s - sd / s * inv_temperature),
+        tl.where(dead, minus_inf, reference * inv_temperature + log_s),
+        s,
+    )
 
 
 @jit
 def _forward_kernel(
     logits, token_ids, mask, logprob, nsc, entropy, lse, row_max, sum_exp,
     inner, stride_outer, stride_inner, V, log_V, scale, inv_temperature, floor,
-    BLOCK: tl.constexpr,
+    L: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     target = tl.load(token_ids + row).to(tl.int32)
@@ -130,38 +164,52 @@ def _forward_kernel(
     if mask is not None:
         kept = kept & tl.load(mask + row)
     if not kept:
-        zero = 0.0
-        tl.store(logprob + row, zero)
-        tl.store(nsc + row, zero)
-        tl.store(entropy + row, zero)
-        tl.store(lse + row, zero)
-        tl.store(row_max + row, zero)
+        tl.store(logprob + row, 0.0)
+        tl.store(nsc + row, 0.0)
+        tl.store(entropy + row, 0.0)
+        tl.store(lse + row, 0.0)
+        tl.store(row_max + row, 0.0)
         tl.store(sum_exp + row, 1.0)
         return
     logits += row_offset(row, inner, stride_outer, stride_inner)
-    m, s, sd, d_sum = float("-inf"), 0.0, 0.0, 0.0
-    whole = V // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + columns).to(tl.float32)
-        m, s, sd, d_sum = accumulate(
-            x, columns, start, target, m, s, sd, d_sum, scale, floor, False, V
+    offsets = tl.arange(0, L)[:, None] * K + tl.arange(0, K)[None, :]
+    m = tl.full([L], float("-inf"), tl.float32)
+    s = tl.zeros([L], tl.float32)
+    sd = tl.zeros([L], tl.float32)
+    d_sum = tl.zeros([L], tl.float32)
+    seen = tl.zeros([L], tl.float32)
+    whole = V // (L * K) * (L * K)
+    for start in range(0, whole, L * K):
+        m, s, sd, d_sum, seen = _accumulate(
+            logits, start, offsets, target, V, m, s, sd, d_sum, seen, scale, floor, False
         )
     if whole < V:
-        columns = whole + tl.arange(0, BLOCK)
-        x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-        m, s, sd, d_sum = accumulate(
-            x, columns, whole, target, m, s, sd, d_sum, scale, floor, True, V
+        m, s, sd, d_sum, seen = _accumulate(
+            logits, whole, offsets, target, V, m, s, sd, d_sum, seen, scale, floor, True
         )
+    row_m = tl.max(m, axis=0)
+    reference, shift = _move_reference(m, row_m)
+    s, sd = _rescale(s, sd, shift, scale, floor)
+    others, sd = tl.sum(s, axis=0), tl.sum(sd, axis=0)
+    d_sum = tl.sum(d_sum + shift * seen, axis=0)
+
+    # The target's group, which the sums left out: the others in it, then the target itself.
     exists = (target >= 0) & (target < V)
-    x_target = tl.load(logits + target, mask=exists, other=float("nan")).to(tl.float32)
-    out = finish(x_target, m, s, sd, d_sum, scale, inv_temperature, floor, V, log_V)
+    token = tl.where(exists, target, 0)
+    columns = token // K * K + tl.arange(0, K)
+    x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    _, bounded, e = terms(x, reference, scale, floor)
+    others += tl.sum(tl.where(columns == token, 0.0, e), axis=0)
+    sd += tl.sum(e * bounded, axis=0)
+    x_token = tl.where(exists, tl.load(logits + token).to(tl.float32), float("nan"))
+    d_target, _, e_target = terms(x_token, reference, scale, floor)
+    out = finish(d_target, e_target, row_m, reference, others, sd, d_sum, inv_temperature, V, log_V)
     tl.store(logprob + row, out[0])
     tl.store(nsc + row, out[1])
     tl.store(entropy + row, out[2])
     tl.store(lse + row, out[3])
-    tl.store(row_max + row, out[4])
-    tl.store(sum_exp + row, out[5])
+    tl.store(row_max + row, reference)
+    tl.store(sum_exp + row, out[4])
 
 
 @jit
@@ -197,9 +245,8 @@ def _backward_kernel(
     on_entropy = _scaled(grad_entropy, row, inv_temperature)
     on_p = (on_p + on_entropy * (log_one_plus(s - 1.0) - tl.load(entropy + row))) / s
     on_pd = on_entropy * inv_temperature / s
-    d = x - tl.load(row_max + row)
-    bounded = tl.maximum(d, floor, propagate_nan=tl.PropagateNan.ALL)
-    g = tl.exp2(bounded * scale) * (on_p - on_pd * bounded) + on_all / V
+    _, bounded, e = terms(x, tl.load(row_max + row), scale, floor)
+    g = e * (on_p - on_pd * bounded) + on_all / V
     g += tl.where(columns == target, on_target, 0.0)
     g = tl.where(columns < V, g, 0.0)
     tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=columns < columns_held)
@@ -208,33 +255,42 @@ def _backward_kernel(
 # --- Launchers ------------------------------------------------------------------------------------
 
 
-def forward_launch(vocab_size: int) -> dict[str, int]:
-    """Block and warps: 32 elements a thread once the vocabulary is large enough."""
-    block = min(max(triton.next_power_of_2(vocab_size), 64), 8192)
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+def forward_launch(vocab_size: int, itemsize: int) -> dict[str, int | bool]:
+    """Lanes of 16 bytes, four to a thread once the vocabulary is large enough; 8 warps."""
+    per_lane = 16 // itemsize
+    lanes = min(max(triton.next_power_of_2(vocab_size) // per_lane, 32), 1024)
+    return {
+        "L": lanes,
+        "K": per_lane,
+        "num_warps": max(1, lanes // 128),
+        "enable_fp_fusion": True,
+    }
 
 
-def backward_launch(columns: int) -> dict[str, int]:
+def backward_launch(columns: int) -> dict[str, int | bool]:
     """Smaller blocks than forward: nothing is reduced, so more programs hide more latency."""
     block = min(max(triton.next_power_of_2(columns), 64), 4096)
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512)), "enable_fp_fusion": True}
 
 
 def _scalars(temperature: float) -> tuple[float, float, float]:
     return LOG2_E / temperature, 1 / temperature, FLOOR * temperature
 
 
-def _forward_triton(logits, token_ids, mask, temperature, vocab_size, outputs) -> None:
+def forward_triton(logits, token_ids, mask, temperature, vocab_size, outputs) -> None:
+    """Fill the six flat `outputs` [R]; `token_ids` and `mask` are flat too."""
     for rows, part in row_parts(logits, levels=2):
         outer, inner, stride_outer, stride_inner = fold_rows(part)
         _forward_kernel[(outer * inner,)](
             part, token_ids[rows], None if mask is None else mask[rows],
             *(out[rows] for out in outputs), inner, stride_outer, stride_inner,
-            vocab_size, math.log(vocab_size), *_scalars(temperature), **forward_launch(vocab_size),
+            vocab_size, math.log(vocab_size), *_scalars(temperature),
+            **forward_launch(vocab_size, logits.element_size()),
         )  # fmt: skip
 
 
-def _backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size):
+def backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size):
+    """Fill `grad`: `logits` itself, or contiguous. `saved` and `upstream` are flat [R]."""
     for rows, part in row_parts(logits, levels=2):
         grad_part = part if grad is logits else grad.view(-1, grad.shape[-1])[rows]
         outer, inner, *strides = fold_rows(part)
@@ -384,7 +440,7 @@ def _token_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     outputs = _empty_outputs(logits, token_ids)
     if token_ids.numel():
-        run = _forward_triton if use_triton(logits) else _forward_torch
+        run = forward_triton if use_triton(logits) else _forward_torch
         if token_ids.is_cpu:
             check_ids_in_range(token_ids, kept_rows(token_ids, mask), vocab_size)
         run(
@@ -449,7 +505,7 @@ def _(*_):
 
 def _run_backward(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size) -> None:
     if token_ids.numel():
-        run = _backward_triton if use_triton(logits) else _backward_torch
+        run = backward_triton if use_triton(logits) else _backward_torch
         run(
             logits, grad, _flat(token_ids), _flat(mask), [_flat(t) for t in saved],
             [_flat(g) for g in upstream], temperature, vocab_size,

@@ -1,0 +1,206 @@
+"""Compile every kernel as its launcher would launch it, without a GPU, and read what came out.
+
+    python -m bench.compile_gates [--json FILE]
+
+For sm_80, sm_90 and sm_100 and for real vocabularies: registers, shared memory, spills, and the
+widths of global loads and stores. The launchers themselves run, on tensors without storage; only
+the launch is replaced by a compilation. The exit status is 1 where a kernel spills, or where a
+wide load was expected and is missing.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from iris_kernels.guided_sample import sample_triton
+from iris_kernels.token_stats import backward_triton, forward_triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+VOCABULARIES = (16384, 102400, 151936)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What one kernel became on one architecture."""
+
+    kernel: str
+    case: str
+    arch: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    load_bits: dict[int, int]  # width in bits -> number of global load instructions
+    store_bits: dict[int, int]
+
+
+class _CompileOnlyDriver:
+    """What JITFunction.run asks of a driver before it launches; the device number is the arch."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def captured(arch: int) -> Iterator[list]:
+    """Launches inside compile for `arch` instead, and are collected."""
+    compiled: list = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    driver.set_active(_CompileOnlyDriver(arch))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def inspect(compiled, case: str, arch: int) -> Gate:
+    """Registers, shared memory and spills from the cubin, load and store widths from its SASS."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _run("nvdisasm", "-c", file.name)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])
+    local = int(re.search(r"LOCAL:(\d+)", usage)[1])
+    return Gate(
+        kernel=compiled.metadata.name,
+        case=case,
+        arch=arch,
+        registers=registers,
+        shared_bytes=compiled.metadata.shared,
+        spill_bytes=stack + local,
+        load_bits=_widths(sass, "LDG"),
+        store_bits=_widths(sass, "STG"),
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run(
+        [TOOLS / tool, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _widths(sass: str, instruction: str) -> dict[int, int]:
+    widths: Counter[int] = Counter()
+    for suffix in re.findall(rf"\b{instruction}\.E((?:\.\w+)*)", sass):
+        found = re.search(r"\.(?:[US])?(8|16|64|128|256)\b", suffix)
+        widths[int(found[1]) if found else 32] += 1
+    return dict(sorted(widths.items()))
+
+
+# --- Cases: each calls a launcher as the op would -------------------------------------------------
+
+
+def _rows(count: int, rows: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.empty(rows, dtype=dtype, device="meta") for _ in range(count)]
+
+
+def _logits(rows: int, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(rows, vocab_size, dtype=dtype, device="meta")
+
+
+def _token_stats_forward(vocab_size: int, dtype: torch.dtype) -> None:
+    (ids,) = _rows(1, 4608, torch.int64)
+    forward_triton(_logits(4608, vocab_size, dtype), ids, None, 1.0, vocab_size, _rows(6, 4608))
+
+
+def _token_stats_backward(vocab_size: int, dtype: torch.dtype) -> None:
+    (ids,) = _rows(1, 4608, torch.int64)
+    logits, grad = (_logits(4608, vocab_size, dtype) for _ in range(2))
+    backward_triton(logits, grad, ids, None, _rows(3, 4608), _rows(4, 4608), 1.0, vocab_size)
+
+
+def _guided_sample(vocab_size: int, dtype: torch.dtype) -> None:
+    pair = (_logits(64, vocab_size, dtype) for _ in range(2))
+    (uniform,) = _rows(1, 64)
+    sample_triton(*pair, uniform, None, 5.0, 1.0, vocab_size)
+
+
+CASES: dict[str, Callable[[int, torch.dtype], None]] = {
+    "token_stats forward": _token_stats_forward,
+    "token_stats backward": _token_stats_backward,
+    "guided_sample": _guided_sample,
+}
+
+
+def gates(architectures=ARCHITECTURES, vocabularies=VOCABULARIES) -> Iterator[Gate]:
+    """Compile every case for every architecture, vocabulary and logits type."""
+    for arch in architectures:
+        for name, launch in CASES.items():
+            for vocab_size in vocabularies:
+                for dtype in (torch.bfloat16, torch.float32):
+                    with captured(arch) as compiled:
+                        launch(vocab_size, dtype)
+                    case = f"{name} V={vocab_size} {str(dtype).removeprefix('torch.')}"
+                    for kernel in compiled:
+                        yield inspect(kernel, case, arch)
+
+
+def failures(gate: Gate) -> list[str]:
+    """What this gate should not be, in words."""
+    wrong = []
+    if gate.spill_bytes:
+        wrong.append(f"{gate.spill_bytes} bytes of local memory")
+    if 128 not in gate.load_bits:
+        wrong.append("no 16-byte load")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=VOCABULARIES)
+    arguments = parser.parse_args()
+    print("| case | sm | registers | shared B | spill B | loads | stores | |")
+    print("|---|---|---|---|---|---|---|---|")
+    table, failed = [], False
+    for gate in gates(arguments.arch, arguments.vocabulary):
+        table.append(asdict(gate))
+        wrong = failures(gate)
+        failed |= bool(wrong)
+        print(
+            f"| {gate.case} | {gate.arch} | {gate.registers} | {gate.shared_bytes} "
+            f"| {gate.spill_bytes} | {_words(gate.load_bits)} | {_words(gate.store_bits)} "
+            f"| {'; '.join(wrong) or 'ok'} |",
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+    return int(failed)
+
+
+def _words(widths: dict[int, int]) -> str:
+    return " ".join(f"{count}x{bits}" for bits, count in widths.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

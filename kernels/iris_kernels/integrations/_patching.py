@@ -1,0 +1,97 @@
+"""Put functions in the place of a library's own, wherever it has bound them, and take them out."""
+
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Swap:
+    """`module.name` of the library, and what stands in for it while the patch is on."""
+
+    module: str
+    name: str
+    replacement: Any
+
+
+class Patch:
+    """Swaps of one library. On and off any number of times, each after either."""
+
+    def __init__(self, library: str, known_version: str, swaps: tuple[Swap, ...]):
+        self.library = library
+        self.known_version = known_version
+        self.swaps = swaps
+        self.originals: dict[Swap, Any] = {}
+
+    def on(self) -> list[str]:
+        """Replace every binding inside the library; the names replaced by this call.
+
+        Raises:
+            ImportError: the library is not installed, or one of its modules does not import.
+            RuntimeError: a function is missing or takes other parameters than it is known to.
+        """
+        found = {swap: self._find(swap) for swap in self.swaps}  # all checked before any is changed
+        replaced = []
+        for swap, present in found.items():
+            if present is not swap.replacement:
+                self.originals[swap] = present
+            replaced += self._rebind(self.originals[swap], swap.replacement)
+        return replaced
+
+    def off(self) -> list[str]:
+        """Put the library's own functions back; the names restored, none where the patch is off."""
+        restored = []
+        for swap, original in self.originals.items():
+            restored += self._rebind(swap.replacement, original)
+        self.originals.clear()
+        return restored
+
+    def _find(self, swap: Swap) -> Any:
+        try:
+            module = importlib.import_module(swap.module)
+        except ImportError as error:
+            raise ImportError(
+                f"{swap.module} cannot be imported ({error}): "
+                f"pip install {self.library}=={self.known_version}"
+            ) from error
+        present = getattr(module, swap.name, None)
+        if present is None:
+            raise self._unknown(swap, "it is not there")
+        ours, theirs = _parameters(swap.replacement), _parameters(present)
+        if ours != theirs:
+            raise self._unknown(swap, f"it takes {theirs}, known is {ours}")
+        return present
+
+    def _unknown(self, swap: Swap, what: str) -> RuntimeError:
+        version = importlib.metadata.version(self.library)
+        return RuntimeError(
+            f"{swap.module}.{swap.name} of {self.library} {version} is not the one this patch "
+            f"knows: {what}. Nothing was replaced; use {self.library} {self.known_version}"
+        )
+
+    def _rebind(self, old: Any, new: Any) -> list[str]:
+        names = []
+        for module_name, namespace in self._loaded():
+            for name in [name for name, value in namespace.items() if value is old]:
+                namespace[name] = new
+                names.append(f"{module_name}.{name}")
+        return sorted(names)
+
+    def _loaded(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, module in list(sys.modules.items()):
+            if name == self.library or name.startswith(f"{self.library}."):
+                yield name, vars(module)
+
+
+def _parameters(function: Callable) -> list[tuple[str, Any]]:
+    """Names and defaults. Of an autograd.Function (or what stands in for one): those of `apply`."""
+    if hasattr(function, "forward"):
+        function, skipped = function.forward, 1  # ctx
+    else:
+        function, skipped = getattr(function, "apply", function), 0
+    parameters = list(inspect.signature(function).parameters.values())[skipped:]
+    return [(p.name, p.default) for p in parameters]
