@@ -35,6 +35,7 @@ from ._checks import (
     fold_rows,
     last_dim_contiguous,
 )
+from ._ops import add_op_namespace_prefix
 from .token_stats import (
     CHUNK_ELEMENTS,
     FLOOR,
@@ -344,7 +345,7 @@ def _draw(mixed: Tensor, uniform: Tensor, threshold: Tensor | None, temperature:
 # --- Custom op ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("iris_kernels::guided_sample", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("guided_sample"), mutates_args=())
 def _guided_sample_op(
     cond: Tensor, uncond: Tensor | None, uniform: Tensor, cfg_weight: float, temperature: float,
     top_k: int, top_p: float, min_p: float, vocab_size: int,

@@ -37,6 +37,7 @@ from ._checks import (
     last_dim_contiguous,
     row_parts,
 )
+from ._ops import add_op_namespace_prefix
 
 LOG2_E = math.log2(math.e)
 # exp(-1000) is 0 in float32 and in float64. Distances to the maximum are cut there (in units of
@@ -433,7 +434,7 @@ def _backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature,
 # --- Custom ops and autograd ----------------------------------------------------------------------
 
 
-@torch.library.custom_op("iris_kernels::token_stats", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("token_stats"), mutates_args=())
 def _token_stats_op(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, vocab_size: int,
     inplace_backward: bool,
@@ -463,7 +464,7 @@ def _flat(per_row: Tensor | None) -> Tensor | None:
     return None if per_row is None else per_row.reshape(-1)
 
 
-@torch.library.custom_op("iris_kernels::token_stats_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("token_stats_backward"), mutates_args=())
 def _backward_op(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None,
     row_max: Tensor, sum_exp: Tensor, entropy: Tensor,
@@ -484,7 +485,7 @@ def _(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op("iris_kernels::token_stats_backward_", mutates_args={"logits"})
+@torch.library.custom_op(add_op_namespace_prefix("token_stats_backward_"), mutates_args={"logits"})
 def _backward_inplace_op(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None,
     row_max: Tensor, sum_exp: Tensor, entropy: Tensor,
