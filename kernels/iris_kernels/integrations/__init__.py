@@ -1,6 +1,6 @@
 """The kernels inside TRL and verl.
 
-    patch_trl(), unpatch_trl()      the log-prob and entropy functions of TRL 1.16, and its fused head
+    patch_trl(), unpatch_trl()      log-prob and entropy functions of TRL 1.16, and its fused head
     patch_verl(), unpatch_verl()    those of verl 0.9.1
     SelfCertaintyReward             KL(uniform || p) of completions, for `reward_funcs` of TRL
 

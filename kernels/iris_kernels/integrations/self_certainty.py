@@ -26,16 +26,6 @@ class SelfCertaintyReward:
     completions, without gradient: about a third of what the loss's forward and backward cost.
     Memory: the logits of `batch_size` sequences. To reward uncertainty (IRIS on image tokens),
     give it a negative weight: `GRPOConfig(reward_weights=[-1.0])`.
-
-    Args:
-        model: the causal language model that is trained, the same object. It is read at every call:
-            set `reward.model = trainer.model_wrapped` after the trainer is made where the trainer
-            shards the weights (FSDP, DeepSpeed ZeRO-3).
-        processing_class: the tokenizer that the trainer has.
-        reduction: "mean" over the completion's tokens, or "sum".
-        temperature: of the distribution; 1 is the model's own.
-        batch_size: sequences a forward pass.
-        chat_template_kwargs: as in `GRPOConfig`, for conversational prompts.
     """
 
     __name__ = "self_certainty"  # TRL logs rewards/self_certainty/mean
@@ -50,6 +40,21 @@ class SelfCertaintyReward:
         batch_size: int = 4,
         chat_template_kwargs: dict[str, Any] | None = None,
     ):
+        """Hold what is needed to score; nothing runs yet.
+
+        Args:
+            model: the causal language model that is trained, the same object. It is read at every call:
+                set `reward.model = trainer.model_wrapped` after the trainer is made where the trainer
+                shards the weights (FSDP, DeepSpeed ZeRO-3).
+            processing_class: the tokenizer that the trainer has.
+            reduction: "mean" over the completion's tokens, or "sum".
+            temperature: of the distribution; 1 is the model's own.
+            batch_size: sequences a forward pass.
+            chat_template_kwargs: as in `GRPOConfig`, for conversational prompts.
+
+        Raises:
+            ValueError: `reduction` or `batch_size` is none of the above.
+        """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}: pass 'mean' or 'sum'")
         if batch_size < 1:
