@@ -12,6 +12,7 @@ import torch
 
 from iris_fast.batch import Prompt
 from iris_fast.errors import UserError
+from iris_fast.randomness import generator
 
 if TYPE_CHECKING:
     from iris_fast.models.tokenizer import JanusTokenizer
@@ -27,14 +28,24 @@ def read_prompts(source: str) -> list[Prompt]:
     path = Path(source)
     if path.suffix in (".txt", ".jsonl") and path.is_file():
         prompts = _from_file(path)
-    elif path.suffix in (".txt", ".jsonl", ".json", ".csv"):
-        problem = "no such file" if not path.exists() else "unknown kind of prompt file"
-        raise UserError(f"prompts: {source}: {problem}; give a .txt or .jsonl file that exists")
-    else:
+    elif path.is_file():
+        raise UserError(f"prompts: {source}: unknown kind of file; give a .txt or .jsonl file")
+    elif path.is_dir() or _may_be_hub_id(path):
         prompts = _from_dataset(source)
+    else:
+        raise UserError(
+            f"prompts: {source}: no such file; give a .txt or .jsonl file that exists, or a "
+            "Hugging Face dataset's folder or org/name"
+        )
     if not prompts:
         raise UserError(f"prompts: {source}: there is no prompt in it; write one a line")
     return prompts
+
+
+def _may_be_hub_id(path: Path) -> bool:
+    """Whether org/name rather than a mistyped file: the hub is slow to say that it knows none."""
+    named = path.suffix not in (".txt", ".jsonl", ".json", ".csv")
+    return named and len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
 
 
 def _from_file(path: Path) -> list[Prompt]:
@@ -46,33 +57,46 @@ def _from_file(path: Path) -> list[Prompt]:
             f"prompts: {path} line {line_number}: not UTF-8 text ({mistake.reason}); save the "
             "file as UTF-8, or name the right file"
         ) from None
-    parse = _json_prompt if path.suffix == ".jsonl" else _plain_prompt
+    except OSError as mistake:
+        raise UserError(
+            f"prompts: {path} cannot be read ({mistake.strerror}); check its permissions"
+        ) from None
     if lines == [""]:
         return []
-    return [parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    parse = _json_prompt if path.suffix == ".jsonl" else _plain_prompt
+    return _with_all_fields(
+        [parse(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    )
 
 
 def _plain_prompt(line: str, where: str) -> Prompt:
     return Prompt(_checked(line, where))
 
 
+def _with_all_fields(prompts: list[Prompt]) -> list[Prompt]:
+    """Every prompt with every field of the file, None where its line lacks it: what a reward is
+    given then does not depend on which lines meet in a batch."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.extra)
+    return [Prompt(p.text, {name: p.extra.get(name) for name in names}) for p in prompts]
+
+
 def _json_prompt(line: str, where: str) -> Prompt:
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError as mistake:
+    except (ValueError, RecursionError) as mistake:
         raise UserError(
-            f"prompts: {where}: not JSON ({mistake.msg} at column {mistake.colno}); write one "
-            'object a line, such as {"prompt": "a red cube"}'
+            f"prompts: {where}: not JSON ({mistake}); write one object a line, such as "
+            '{"prompt": "a red cube"}'
         ) from None
+    return _prompt_of(fields, where)
+
+
+def _prompt_of(fields: Any, where: str) -> Prompt:
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         raise UserError(
             f"prompts: {where}: no text field `prompt`; write one object a line, such as "
             '{"prompt": "a red cube"}'
         )
-    return _prompt_of(fields, where)
-
-
-def _prompt_of(fields: dict[str, Any], where: str) -> Prompt:
     extra = {name: value for name, value in fields.items() if name != "prompt"}
     return Prompt(_checked(fields["prompt"], where), extra)
 
@@ -80,15 +104,17 @@ def _prompt_of(fields: dict[str, Any], where: str) -> Prompt:
 def _from_dataset(source: str) -> list[Prompt]:
     try:
         import datasets
+        import huggingface_hub
     except ImportError:
         raise UserError(
             f"prompts: {source} is no .txt or .jsonl file, and reading it as a Hugging Face "
             "dataset needs `pip install datasets`"
         ) from None
+    datasets.logging.set_verbosity_error()  # else every retry is a line
+    huggingface_hub.logging.set_verbosity_error()
+    saved = ("state.json", "dataset_dict.json")
     try:
-        if (Path(source) / "state.json").is_file() or (
-            Path(source) / "dataset_dict.json"
-        ).is_file():
+        if any((Path(source) / name).is_file() for name in saved):
             loaded = datasets.load_from_disk(source)
         else:
             loaded = datasets.load_dataset(source)
@@ -162,5 +188,7 @@ class PromptSource:
 
     def _prompt(self, number: int) -> Prompt:
         epoch, place = divmod(number, len(self.prompts))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return self.prompts[torch.randperm(len(self.prompts), generator=generator)[place]]
+        order = torch.randperm(
+            len(self.prompts), generator=generator(self.seed, "prompt order", epoch)
+        )
+        return self.prompts[order[place]]
