@@ -28,6 +28,8 @@ from iris_fast.errors import UserError
 def load(name: str) -> Callable[..., Any]:
     """The callable that `module:function` names; the current folder is searched too."""
     module_name, _, function_name = name.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
+        raise UserError(f"reward_funcs: {name} is no module:function, such as my_rewards:redness")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -47,10 +49,15 @@ def call(
     name: str, function: Callable[..., Any], prompts: list[Prompt], images: list[Image]
 ) -> Tensor:
     """[N] float32; UserError unless the function gives one finite number for each sample."""
-    values = function(
-        [prompt.text for prompt in prompts], images, **_wanted_fields(function, prompts)
-    )
-    values = [float(value) for value in values]
+    fields = _wanted_fields(name, function, prompts)
+    given = function([prompt.text for prompt in prompts], images, **fields)
+    try:
+        values = [float(value) for value in given]
+    except (TypeError, ValueError) as mistake:
+        raise UserError(
+            f"reward_funcs: {name} gave no list of numbers ({mistake}); return one number for each "
+            "image"
+        ) from None
     if len(values) != len(prompts):
         raise UserError(
             f"reward_funcs: {name} gave {len(values)} numbers for {len(prompts)} images; return "
@@ -65,10 +72,21 @@ def call(
     return torch.tensor(values)
 
 
-def _wanted_fields(function: Callable[..., Any], prompts: list[Prompt]) -> dict[str, list[Any]]:
-    fields = sorted({name for prompt in prompts for name in prompt.extra})
-    parameters = inspect.signature(function).parameters
+def _wanted_fields(
+    name: str, function: Callable[..., Any], prompts: list[Prompt]
+) -> dict[str, list[Any]]:
+    fields = sorted({field for prompt in prompts for field in prompt.extra})
+    signature = inspect.signature(function)
+    parameters = signature.parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    named = list(parameters)[2:]
-    wanted = [name for name in fields if takes_all or name in named]
-    return {name: [prompt.extra.get(name) for prompt in prompts] for name in wanted}
+    first_two, named = list(parameters)[:2], list(parameters)[2:]
+    wanted = [f for f in fields if f in named or (takes_all and f not in first_two)]
+    chosen = {field: [prompt.extra.get(field) for prompt in prompts] for field in wanted}
+    try:
+        signature.bind([], [], **chosen)
+    except TypeError as mistake:
+        raise UserError(
+            f"reward_funcs: {name} cannot be called with prompts, images and the prompt file's "
+            f"fields {', '.join(fields) or '(none)'}: {mistake}; mend its parameters"
+        ) from None
+    return chosen
