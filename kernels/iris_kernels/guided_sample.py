@@ -7,15 +7,9 @@
 
 Bytes moved for R rows of b-byte logits: 2 R V b; the second pass over a row finds it in the cache.
 
-**The same token on every backend.** Sampling is the inverse CDF: the first column whose cumulated
-weight exceeds uniform * total. Weights are the integers
-
-    w_j = floor(2^40 exp2(t_j)),    t_j = (mixed_j - max mixed) log2(e) / temperature
-
-whose sums do not depend on their order, and exp2 is a fixed polynomial evaluated with separately
-rounded fp32 operations. So equal logits and an equal uniform give an equal token, bit for bit,
-whatever the backend, the block size or the rows beside it. A class with p < 2^-40 max p has weight
-0 and is never drawn; at most V 2^-40 of the probability is lost so.
+Sampling is the inverse CDF over integer weights, so that equal logits and an equal uniform give
+the equal token, bit for bit, whatever the backend, the block size and the rows beside it:
+`_inverse_cdf` tells how.
 
 Shapes: R rows, V columns, chunk C rows.
 """
@@ -26,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import constant, jit, tl, triton, use_triton
+from ._backend import jit, tl, triton, use_triton
 from ._checks import (
     check_logits,
     check_per_row,
@@ -35,33 +29,10 @@ from ._checks import (
     fold_rows,
     last_dim_contiguous,
 )
+from ._inverse_cdf import draw, kernel_weights, truncation_threshold
 from ._ops import add_op_namespace_prefix
-from .token_stats import (
-    CHUNK_ELEMENTS,
-    FLOOR,
-    LOG2_E,
-    TokenStats,
-    chunk_stats,
-    finish,
-    row_offset,
-    terms,
-)
-
-# 2^f on [-1/2, 1/2] to 1.9e-7: 1 + f (c1 + f (c2 + ...)), minimax by Lawson's iteration.
-EXP2_POLYNOMIAL = (
-    0.6931470036506653,
-    0.24022242426872253,
-    0.05550733581185341,
-    0.009671512991189957,
-    0.001326472731307149,
-)
-LOWEST = -64.0  # below this the weight is 0 for certain, and the exponent still fits a float
-ROUND = 1.5 * 2**23  # t + ROUND has no fraction bits left: it holds round(t) in its low ones
-ROUND_BITS = 0x4B400000  # ROUND as bits
-WEIGHT_BITS = 40
-EXPONENT = 127 + WEIGHT_BITS - ROUND_BITS  # the bits of t + ROUND -> the weight's exponent field
-_C1, _C2, _C3, _C4, _C5 = (constant(c) for c in EXP2_POLYNOMIAL)
-_LOWEST, _ROUND, _EXPONENT = constant(LOWEST), constant(ROUND), constant(EXPONENT)
+from ._row_math import CHUNK_ELEMENTS, FLOOR, LOG2_E, chunk_stats, finish, row_offset, terms
+from .token_stats import TokenStats
 
 
 class GuidedSample(NamedTuple):
@@ -93,20 +64,6 @@ def _mix(c, u, cfg_weight, GUIDED: tl.constexpr):
     u = u.to(tl.float32)
     ruled_out = (c == float("-inf")) | (u == float("-inf"))
     return tl.where(ruled_out, float("-inf"), u + cfg_weight * (c - u))
-
-
-@jit
-def _weights(mixed, m, threshold, scale, GREEDY: tl.constexpr):
-    """Integer sampling weights; needs floating-point fusion off, see the module docstring."""
-    if GREEDY:
-        return tl.where(mixed == m, 1, 0).to(tl.int64)
-    t = tl.maximum((mixed - m) * scale, _LOWEST)  # NaN becomes _LOWEST, that is weight 0
-    shifted = t + _ROUND
-    f = t - (shifted - _ROUND)
-    power = 1.0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
-    exponent = shifted.to(tl.int32, bitcast=True) + _EXPONENT
-    power *= (exponent << 23).to(tl.float32, bitcast=True)
-    return tl.where(mixed >= threshold, power, 0.0).to(tl.int64)
 
 
 @jit
@@ -172,7 +129,7 @@ def _sample_kernel(
     for step in range(0, Q, K):
         c, u = _load_pair(cond, uncond, tile + step, V, GUIDED)
         mixed = _mix(c, u, cfg_weight, GUIDED)
-        weight += tl.sum(_weights(mixed, m_g, lowest_kept, scale, GREEDY), axis=1)
+        weight += tl.sum(kernel_weights(mixed, m_g, lowest_kept, scale, GREEDY), axis=1)
         in_row = tile + step < V
         sums = _lane_sums(c.to(tl.float32), reference_c, in_row, unit_scale, unit_floor)
         below_c, at_max_c, sd_c, d_c = (
@@ -198,7 +155,7 @@ def _sample_kernel(
     columns = lane * Q + places
     in_lane = tl.where(places < Q, V, 0)
     c, u = _load_pair(cond, uncond, columns, in_lane, GUIDED)
-    weights = _weights(_mix(c, u, cfg_weight, GUIDED), m_g, lowest_kept, scale, GREEDY)
+    weights = kernel_weights(_mix(c, u, cfg_weight, GUIDED), m_g, lowest_kept, scale, GREEDY)
     passed = (tl.cumsum(weights, axis=0) <= wanted) & (places < Q)
     token = tl.where(total == 0, 0, lane * Q + tl.sum(passed.to(tl.int32), axis=0))
     tl.store(token_ids + row, token.to(tl.int64))
@@ -264,46 +221,6 @@ def mix(cond: Tensor, uncond: Tensor | None, cfg_weight: float) -> Tensor:
     return mixed.masked_fill_((c == -math.inf) | (u == -math.inf), -math.inf)
 
 
-def sampling_weights(mixed: Tensor, row_max: Tensor, scale: float) -> Tensor:
-    """floor(2^40 exp2((mixed - row_max) scale)) as int64, the same bits as in the kernel."""
-    t = mixed.sub(row_max).mul_(scale)
-    t = torch.fmax(t, t.new_full((), LOWEST))  # NaN becomes LOWEST, that is weight 0
-    shifted = t + ROUND
-    f = t.sub_(shifted - ROUND)
-    power = f * EXP2_POLYNOMIAL[-1]
-    for coefficient in (*EXP2_POLYNOMIAL[-2::-1], 1.0):
-        power.add_(coefficient)
-        if coefficient != 1.0:
-            power.mul_(f)
-    power *= (shifted.view(torch.int32).add_(EXPONENT) << 23).view(torch.float32)
-    return power.to(torch.int64)
-
-
-def truncation_threshold(
-    mixed: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
-) -> Tensor | None:
-    """The smallest mixed logit [R] that top_k, then top_p, then min_p leave; None: all stay."""
-    thresholds = []
-    scale = LOG2_E / temperature
-    row_max = mixed.amax(-1, keepdim=True)
-    if 0 < top_k < mixed.shape[-1]:
-        thresholds.append(mixed.topk(top_k, dim=-1).values[:, -1])
-    if top_p < 1:
-        ordered = mixed.sort(-1, descending=True).values
-        weights = sampling_weights(ordered, row_max, scale)
-        if thresholds:
-            weights.masked_fill_(ordered < thresholds[0][:, None], 0)
-        cumulated = weights.cumsum(-1)
-        wanted = cumulated[:, -1:].double() * top_p
-        kept = ((cumulated - weights).double() < wanted).sum(-1, keepdim=True)
-        thresholds.append(ordered.gather(-1, kept.sub_(1).clamp_(min=0))[:, 0])
-    if min_p > 0:
-        thresholds.append(row_max[:, 0] + math.log(min_p) * temperature)
-    if not thresholds:
-        return None
-    return torch.stack(thresholds).amax(0)
-
-
 def _sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, vocab_size):
     cond, uncond = (
         None if t is None else t.reshape(-1, t.shape[-1])[:, :vocab_size] for t in (cond, uncond)
@@ -317,29 +234,13 @@ def _sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, voc
         part = slice(start, min(start + chunk, rows))
         d, e = (b[: part.stop - start] for b in buffers)
         mixed = mix(cond[part], None if uncond is None else uncond[part], cfg_weight)
-        tokens = _draw(
+        tokens = draw(
             mixed, uniform[part], None if threshold is None else threshold[part], temperature
         )
         token_ids[part] = tokens
         conditional[:, part] = torch.stack(chunk_stats(cond[part], tokens, 1.0, d, e)[:4])
         guided[:, part] = torch.stack(chunk_stats(mixed, tokens, temperature or 1.0, d, e)[:4])
     return token_ids, conditional, guided
-
-
-def _draw(mixed: Tensor, uniform: Tensor, threshold: Tensor | None, temperature: float) -> Tensor:
-    row_max = mixed.amax(-1, keepdim=True)
-    if temperature == 0:
-        weights = (mixed == row_max).long()
-        uniform = torch.zeros_like(uniform)
-    else:
-        weights = sampling_weights(mixed, row_max, LOG2_E / temperature)
-        if threshold is not None:
-            weights.masked_fill_(mixed < threshold[:, None], 0)
-    cumulated = weights.cumsum(-1)
-    total = cumulated[:, -1]
-    wanted = torch.minimum((uniform.double() * total.double()).long(), total - 1)
-    token = torch.searchsorted(cumulated, wanted[:, None], right=True)[:, 0]
-    return token.masked_fill_(total == 0, 0)
 
 
 # --- Custom op ------------------------------------------------------------------------------------

@@ -11,10 +11,7 @@ With x = logits / temperature over V classes, p = softmax(x) and a the row's tok
 Bytes moved for R rows of b-byte logits: forward R V b (one read), backward 2 R V b (one read, one
 write); saved for backward beside the logits: five fp32 numbers a row.
 
-Everything is computed from d_j = logits_j - max(logits), in fp32, so that the size of the logits
-costs no precision: s = sum_j exp(d_j / T) and log s = log1p(s - exp(d_a / T)) where the token is
-the maximum, hence a logprob near 0 keeps its digits. -inf logits have p_j = 0 and contribute
-nothing to the entropy or to any product with p_j.
+The arithmetic, and how it keeps its precision, is told in `_row_math`.
 
 Shapes: R rows, V columns (classes that exist), chunk C rows.
 """
@@ -27,7 +24,6 @@ from torch import Tensor
 
 from ._backend import jit, tl, triton, use_triton
 from ._checks import (
-    IGNORED,
     check_ids_in_range,
     check_logits,
     check_temperature,
@@ -38,12 +34,22 @@ from ._checks import (
     row_parts,
 )
 from ._ops import add_op_namespace_prefix
-
-LOG2_E = math.log2(math.e)
-# exp(-1000) is 0 in float32 and in float64. Distances to the maximum are cut there (in units of
-# the temperature), so that -inf * 0 never arises.
-FLOOR = -1000.0
-CHUNK_ELEMENTS = 1 << 19  # torch path: 2 MB of fp32 a buffer, which stays in cache
+from ._row_math import (
+    FLOOR,
+    LOG2_E,
+    Buffers,
+    chunk_stats,
+    compute_dtype,
+    distances,
+    finish,
+    kept_rows,
+    log_one_plus,
+    move_reference,
+    rescale,
+    row_offset,
+    scalars,
+    terms,
+)
 
 
 class TokenStats(NamedTuple):
@@ -56,39 +62,6 @@ class TokenStats(NamedTuple):
 
 
 # --- Triton kernels -------------------------------------------------------------------------------
-
-
-@jit
-def row_offset(row, inner, stride_outer, stride_inner):
-    """Where row `row` starts; int64, since R * V passes 2^31."""
-    row = row.to(tl.int64)
-    return (row // inner) * stride_outer + (row % inner) * stride_inner
-
-
-@jit
-def terms(x, reference, scale, floor):
-    """d = x - reference, the same cut at `floor`, and exp(d / T)."""
-    d = x - reference
-    bounded = tl.maximum(d, floor, propagate_nan=tl.PropagateNan.ALL)
-    return d, bounded, tl.exp2(bounded * scale)
-
-
-@jit
-def _move_reference(m, m_new):
-    """The reference for a maximum of `m_new`, and the way to it from that for `m`.
-
-    While nothing finite was seen the maximum is -inf, and 0 stands in: -inf - -inf is NaN.
-    """
-    reference = tl.where(m_new == float("-inf"), 0.0, m_new)
-    return reference, tl.where(m == float("-inf"), 0.0, m - reference)
-
-
-@jit
-def _rescale(s, sd, shift, scale, floor):
-    """sum e and sum e d when every d grows by `shift` (<= 0)."""
-    shift = tl.maximum(shift, floor)
-    factor = tl.exp2(shift * scale)
-    return s * factor, (sd + shift * s) * factor
 
 
 @jit
@@ -108,9 +81,9 @@ def _accumulate(
     else:
         x = tl.load(logits + columns).to(tl.float32)
     m_new = tl.maximum(m, tl.max(x, axis=1))
-    reference, shift = _move_reference(m, m_new)
+    reference, shift = move_reference(m, m_new)
     d, bounded, e = terms(x, reference[:, None], scale, floor)
-    s, sd = _rescale(s, sd, shift, scale, floor)
+    s, sd = rescale(s, sd, shift, scale, floor)
     d_sum += shift * seen
     if TAIL:
         d = tl.where(columns < V, d, 0.0)
@@ -122,35 +95,6 @@ def _accumulate(
     s += tl.where(others, tl.sum(e, axis=1), 0.0)
     sd += tl.where(others, tl.sum(e * bounded, axis=1), 0.0)
     return m_new, s, sd, d_sum + tl.sum(d, axis=1), seen
-
-
-@jit
-def log_one_plus(y):
-    """log(1 + y), y >= 0, to full relative precision for small y: 2 atanh(y / (2 + y))."""
-    z = y / (2.0 + y)
-    z2 = z * z
-    series = 1.0 / 13 + z2 * (1.0 / 15)
-    series = 1.0 / 9 + z2 * (1.0 / 11 + z2 * series)
-    series = 1.0 + z2 * (1.0 / 3 + z2 * (1.0 / 5 + z2 * (1.0 / 7 + z2 * series)))
-    return tl.where(y < 1.0, 2.0 * z * series, tl.log(1.0 + y))
-
-
-@jit
-def finish(d_target, e_target, m, reference, others, sd, d_sum, inv_temperature, V, log_V):
-    """A row's sums (`others`: sum e without the target) -> logprob, nsc, entropy, lse, sum e."""
-    dead = (m == float("-inf")) & (d_sum == float("-inf"))  # all -inf: no distribution
-    s = tl.where(dead, 1.0, others + e_target)
-    # Where the token is the maximum, 1 + others would lose the digits of a small `others`.
-    log_s = tl.where(d_target == 0.0, log_one_plus(others), log_one_plus(s - 1.0))
-    nsc = d_sum / V * inv_temperature + (log_V - log_s)
-    minus_inf = float("-inf")
-    return (
-        tl.where(dead, minus_inf, d_target * inv_temperature - log_s),
-        tl.where(dead, minus_inf, tl.minimum(nsc, 0.0, propagate_nan=tl.PropagateNan.ALL)),
-        tl.where(dead, 0.0, log_s - sd / s * inv_temperature),
-        tl.where(dead, minus_inf, reference * inv_temperature + log_s),
-        s,
-    )
 
 
 @jit
@@ -189,8 +133,8 @@ def _forward_kernel(
             logits, whole, offsets, target, V, m, s, sd, d_sum, seen, scale, floor, True
         )
     row_m = tl.max(m, axis=0)
-    reference, shift = _move_reference(m, row_m)
-    s, sd = _rescale(s, sd, shift, scale, floor)
+    reference, shift = move_reference(m, row_m)
+    s, sd = rescale(s, sd, shift, scale, floor)
     others, sd = tl.sum(s, axis=0), tl.sum(sd, axis=0)
     d_sum = tl.sum(d_sum + shift * seen, axis=0)
 
@@ -274,10 +218,6 @@ def backward_launch(columns: int) -> dict[str, int | bool]:
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 512)), "enable_fp_fusion": True}
 
 
-def _scalars(temperature: float) -> tuple[float, float, float]:
-    return LOG2_E / temperature, 1 / temperature, FLOOR * temperature
-
-
 def forward_triton(logits, token_ids, mask, temperature, vocab_size, outputs) -> None:
     """Fill the six flat `outputs` [R]; `token_ids` and `mask` are flat too."""
     for rows, part in row_parts(logits, levels=2):
@@ -285,7 +225,7 @@ def forward_triton(logits, token_ids, mask, temperature, vocab_size, outputs) ->
         _forward_kernel[(outer * inner,)](
             part, token_ids[rows], None if mask is None else mask[rows],
             *(out[rows] for out in outputs), inner, stride_outer, stride_inner,
-            vocab_size, math.log(vocab_size), *_scalars(temperature),
+            vocab_size, math.log(vocab_size), *scalars(temperature),
             **forward_launch(vocab_size, logits.element_size()),
         )  # fmt: skip
 
@@ -302,77 +242,11 @@ def backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature,
             part, grad_part, token_ids[rows], None if mask is None else mask[rows],
             *(t[rows] for t in saved), *(None if g is None else g[rows] for g in upstream),
             inner, *strides, grad_inner, *grad_strides,
-            columns, vocab_size, *_scalars(temperature), **launch,
+            columns, vocab_size, *scalars(temperature), **launch,
         )  # fmt: skip
 
 
 # --- The torch path -------------------------------------------------------------------------------
-
-
-class _Buffers:
-    """Two [chunk rows, V] buffers in the compute dtype, reused by every chunk."""
-
-    def __init__(self, logits: Tensor, vocab_size: int):
-        self.rows = max(1, CHUNK_ELEMENTS // vocab_size)
-        shape = (min(self.rows, max(1, math.prod(logits.shape[:-1]))), vocab_size)
-        self.pair = [logits.new_empty(shape, dtype=compute_dtype(logits)) for _ in range(2)]
-
-    def chunks(self, logits: Tensor):
-        """(flat row numbers, logits [C, V_held], buffer [C, V], buffer [C, V]) of every chunk."""
-        for rows, part in row_parts(logits, levels=1):
-            flat = part.view(-1, part.shape[-1])
-            for start in range(rows.start, rows.stop, self.rows):
-                stop = min(start + self.rows, rows.stop)
-                a, b = (buffer[: stop - start] for buffer in self.pair)
-                yield slice(start, stop), flat[start - rows.start : stop - rows.start], a, b
-
-
-def compute_dtype(logits: Tensor) -> torch.dtype:
-    """float32, but float64 for float64 logits."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _distances(x: Tensor, out: Tensor, row_max: Tensor) -> Tensor:
-    """x - row_max[:, None] into `out`."""
-    if x.dtype != out.dtype:  # one conversion pass is faster than mixed arithmetic
-        x = out.copy_(x)
-    return torch.sub(x, row_max[:, None], out=out)
-
-
-def _bound(d: Tensor, may_be_infinite: Tensor, temperature: float) -> None:
-    """Cut -inf in `d` to the floor; where looking costs no sync, only if there is any."""
-    if not d.is_cpu or may_be_infinite.any():
-        d.clamp_(min=FLOOR * temperature)
-
-
-def chunk_stats(x, token_ids, temperature, d, e) -> tuple[Tensor, ...]:
-    """Statistics of one chunk [C, V], as the ops' six outputs; `d`, `e` are buffers [C, V]."""
-    row_max = x.amax(-1).to(d.dtype)
-    dead = row_max == -math.inf
-    row_max = row_max.masked_fill_(dead, 0.0)
-    _distances(x, d, row_max)
-    d_sum = _row_sum(d)
-    d_target = d.gather(1, token_ids[:, None])[:, 0]
-    _bound(d, d_sum == -math.inf, temperature)
-    torch.mul(d, LOG2_E / temperature, out=e).exp2_()
-    sd = _row_sum(d.mul_(e))
-    e_target = e.gather(1, token_ids[:, None])[:, 0]
-    # The sum without the target: where the target is the maximum, 1 + others would lose digits.
-    others = _row_sum(e.scatter_(1, token_ids[:, None], 0.0))
-    s = (others + e_target).masked_fill_(dead, 1.0)
-    log_s = torch.where(d_target == 0, others, s - 1).log1p_()
-    logprob = (d_target / temperature - log_s).masked_fill_(dead, -math.inf)
-    entropy = (log_s - sd / s / temperature).masked_fill_(dead, 0.0)
-    lse = (row_max / temperature + log_s).masked_fill_(dead, -math.inf)
-    columns = x.shape[-1]
-    nsc = (d_sum / columns / temperature + (math.log(columns) - log_s)).clamp_(max=0.0)
-    return logprob, nsc, entropy, lse, row_max, s
-
-
-def _row_sum(t: Tensor) -> Tensor:
-    """Sum of each row, in an order that does not depend on how many rows there are."""
-    # torch splits the sum of a single row over its threads, but never a row among several.
-    return t.sum(-1) if t.shape[0] > 1 else t.expand(2, -1).sum(-1)[:1]
 
 
 def _forward_torch(logits, token_ids, mask, temperature, vocab_size, outputs) -> None:
@@ -380,17 +254,11 @@ def _forward_torch(logits, token_ids, mask, temperature, vocab_size, outputs) ->
     fill = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
     wrong = kept & ((token_ids < 0) | (token_ids >= vocab_size))
     ids = token_ids.long().clamp(0, vocab_size - 1)
-    for rows, x, d, e in _Buffers(logits, vocab_size).chunks(logits):
+    for rows, x, d, e in Buffers(logits, vocab_size).chunks(logits):
         chunk = chunk_stats(x[:, :vocab_size], ids[rows], temperature, d, e)
         for out, value, dropped in zip(outputs, chunk, fill, strict=True):
             value.masked_fill_(wrong[rows], math.nan)
             out[rows] = value.masked_fill_(~kept[rows], dropped)
-
-
-def kept_rows(token_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Boolean: the rows that have a token."""
-    kept = token_ids != IGNORED
-    return kept if mask is None else kept & mask
 
 
 def _backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size):
@@ -408,10 +276,10 @@ def _backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature,
     with_nsc, with_entropy = upstream[1] is not None, upstream[2] is not None
     whole_cpu = logits.is_cpu and bool(kept.all())
     flat_grad = None if grad is logits else grad.view(-1, grad.shape[-1])
-    for rows, part, d, e in _Buffers(logits, vocab_size).chunks(logits):
+    for rows, part, d, e in Buffers(logits, vocab_size).chunks(logits):
         held = part if flat_grad is None else flat_grad[rows]
         out = held[:, :vocab_size]
-        _distances(part[:, :vocab_size], d, row_max[rows])
+        distances(part[:, :vocab_size], d, row_max[rows])
         torch.mul(d, LOG2_E / temperature, out=e).exp2_()
         if with_entropy:
             d.clamp_(min=FLOOR * temperature)

@@ -1,0 +1,105 @@
+"""Sampling by the inverse CDF over integer weights: the same token on every backend.
+
+The token is the first column whose cumulated weight exceeds uniform * total, with the weights
+
+    w_j = floor(2^40 exp2(t_j)),    t_j = (x_j - max x) log2(e) / T
+
+Sums of integers do not depend on their order, and exp2 is a fixed polynomial of separately rounded
+fp32 operations, so torch and Triton agree on every bit, in any block size and any batch. A class
+with p < 2^-40 max p has weight 0: at most V 2^-40 of the probability is lost so.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._backend import constant, jit, tl
+from ._row_math import LOG2_E
+
+# 2^f on [-1/2, 1/2] to 1.9e-7: 1 + f (c1 + f (c2 + ...)), minimax by Lawson's iteration.
+EXP2_POLYNOMIAL = (
+    0.6931470036506653,
+    0.24022242426872253,
+    0.05550733581185341,
+    0.009671512991189957,
+    0.001326472731307149,
+)
+LOWEST = -64.0  # below this the weight is 0 for certain, and the exponent still fits a float
+ROUND = 1.5 * 2**23  # t + ROUND has no fraction bits left: it holds round(t) in its low ones
+ROUND_BITS = 0x4B400000  # ROUND as bits
+WEIGHT_BITS = 40
+EXPONENT = 127 + WEIGHT_BITS - ROUND_BITS  # the bits of t + ROUND -> the weight's exponent field
+_C1, _C2, _C3, _C4, _C5 = (constant(c) for c in EXP2_POLYNOMIAL)
+_LOWEST, _ROUND, _EXPONENT = constant(LOWEST), constant(ROUND), constant(EXPONENT)
+
+
+@jit
+def kernel_weights(mixed, m, threshold, scale, GREEDY: tl.constexpr):
+    """Integer sampling weights; needs floating-point fusion off, see the module docstring."""
+    if GREEDY:
+        return tl.where(mixed == m, 1, 0).to(tl.int64)
+    t = tl.maximum((mixed - m) * scale, _LOWEST)  # NaN becomes _LOWEST, that is weight 0
+    shifted = t + _ROUND
+    f = t - (shifted - _ROUND)
+    power = 1.0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
+    exponent = shifted.to(tl.int32, bitcast=True) + _EXPONENT
+    power *= (exponent << 23).to(tl.float32, bitcast=True)
+    return tl.where(mixed >= threshold, power, 0.0).to(tl.int64)
+
+
+def sampling_weights(mixed: Tensor, row_max: Tensor, scale: float) -> Tensor:
+    """floor(2^40 exp2((mixed - row_max) scale)) as int64, the same bits as in the kernel."""
+    t = mixed.sub(row_max).mul_(scale)
+    t = torch.fmax(t, t.new_full((), LOWEST))  # NaN becomes LOWEST, that is weight 0
+    shifted = t + ROUND
+    f = t.sub_(shifted - ROUND)
+    power = f * EXP2_POLYNOMIAL[-1]
+    for coefficient in (*EXP2_POLYNOMIAL[-2::-1], 1.0):
+        power.add_(coefficient)
+        if coefficient != 1.0:
+            power.mul_(f)
+    power *= (shifted.view(torch.int32).add_(EXPONENT) << 23).view(torch.float32)
+    return power.to(torch.int64)
+
+
+def truncation_threshold(
+    mixed: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor | None:
+    """The smallest mixed logit [R] that top_k, then top_p, then min_p leave; None: all stay."""
+    thresholds = []
+    scale = LOG2_E / temperature
+    row_max = mixed.amax(-1, keepdim=True)
+    if 0 < top_k < mixed.shape[-1]:
+        thresholds.append(mixed.topk(top_k, dim=-1).values[:, -1])
+    if top_p < 1:
+        ordered = mixed.sort(-1, descending=True).values
+        weights = sampling_weights(ordered, row_max, scale)
+        if thresholds:
+            weights.masked_fill_(ordered < thresholds[0][:, None], 0)
+        cumulated = weights.cumsum(-1)
+        wanted = cumulated[:, -1:].double() * top_p
+        kept = ((cumulated - weights).double() < wanted).sum(-1, keepdim=True)
+        thresholds.append(ordered.gather(-1, kept.sub_(1).clamp_(min=0))[:, 0])
+    if min_p > 0:
+        thresholds.append(row_max[:, 0] + math.log(min_p) * temperature)
+    if not thresholds:
+        return None
+    return torch.stack(thresholds).amax(0)
+
+
+def draw(mixed: Tensor, uniform: Tensor, threshold: Tensor | None, temperature: float) -> Tensor:
+    """Tokens [R] of mixed logits [R, V] at `uniform` [R], among those >= `threshold` [R]."""
+    row_max = mixed.amax(-1, keepdim=True)
+    if temperature == 0:
+        weights = (mixed == row_max).long()
+        uniform = torch.zeros_like(uniform)
+    else:
+        weights = sampling_weights(mixed, row_max, LOG2_E / temperature)
+        if threshold is not None:
+            weights.masked_fill_(mixed < threshold[:, None], 0)
+    cumulated = weights.cumsum(-1)
+    total = cumulated[:, -1]
+    wanted = torch.minimum((uniform.double() * total.double()).long(), total - 1)
+    token = torch.searchsorted(cumulated, wanted[:, None], right=True)[:, 0]
+    return token.masked_fill_(total == 0, 0)
