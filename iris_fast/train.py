@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> None:
         log.say(f"run folder: {folder.path}")
         copy_weights(models.policy, models.sampler.janus)
         try:
-            if progress.step == 0:
+            if progress.step == 0 and config.sample_steps:
                 draw_samples(models, prompts, folder, 0, config, ranks)
             loop(models, optimizer, prompts, rewards, progress, folder, log, config, ranks, stop)
         finally:
