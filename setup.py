@@ -27,6 +27,21 @@ TEST = [
     "datasets>=3",  # prompts from a Hugging Face dataset
     "tensorboard>=2.16",  # the tracker that needs no account
     "ruff>=0.9",
+    "trl==1.16.*",  # the drop-ins against the real functions and the real trainer
+    "kernels==0.17.2",  # the Kernel Hub's loader
+]
+
+BENCH = [
+    "matplotlib>=3.9",  # plots
+    "pytest-benchmark>=5",  # the same cases, for one's own regression tracking
+    "trl==1.16.*",  # peers
+    "liger-kernel>=0.8.5; platform_system == 'Linux'",
+    "cut-cross-entropy>=25.1; platform_system == 'Linux'",
+]
+
+ATTENTION = [
+    "flash-attn>=2.8",  # variable-length attention; needs nvcc to build
+    "xformers>=0.0.33",  # block-diagonal masks, split-K decoding
 ]
 
 setup(
@@ -37,12 +52,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["iris_fast", "iris_fast.*"]), "iris_kernels"],
+    packages=[
+        *find_packages(include=["iris_fast", "iris_fast.*"]),
+        *find_packages("kernels", include=["iris_kernels", "iris_kernels.*"]),
+    ],
     package_dir={"iris_kernels": "kernels/iris_kernels"},
     package_data={"iris_fast": ["**/*.txt", "**/*.jsonl", "**/*.json"]},
     install_requires=KERNELS,
     extras_require={
         "train": TRAIN,
         "test": TRAIN + TEST,
+        "bench": BENCH,
+        "attention": ATTENTION,
     },
 )
