@@ -75,9 +75,7 @@ def test_on_again_after_off(library, patch):
 def test_a_surface_that_is_not_the_known_one_is_refused(library, patch, other):
     library.fakelib_home.compute = other
     bound = library.fakelib_user.renamed
-    with pytest.raises(
-        RuntimeError, match=r"fakelib\.home\.compute of fakelib 9\.9 .* fakelib 1\.0"
-    ):
+    with pytest.raises(RuntimeError, match=r"fakelib\.home\.compute of fakelib 9\.9 .*fakelib 1"):
         patch.on()
     assert library.fakelib_home.compute is other
     assert library.fakelib_user.renamed is bound

@@ -43,9 +43,9 @@ class SelfCertaintyReward:
         """Hold what is needed to score; nothing runs yet.
 
         Args:
-            model: the causal language model that is trained, the same object. It is read at every call:
-                set `reward.model = trainer.model_wrapped` after the trainer is made where the trainer
-                shards the weights (FSDP, DeepSpeed ZeRO-3).
+            model: the causal language model that is trained, the same object. Where the trainer
+                shards its weights (FSDP, DeepSpeed ZeRO-3), set `reward.model` to
+                `trainer.model_wrapped` once there is one.
             processing_class: the tokenizer that the trainer has.
             reduction: "mean" over the completion's tokens, or "sum".
             temperature: of the distribution; 1 is the model's own.
