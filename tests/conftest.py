@@ -1,10 +1,7 @@
-"""What all tests share: where real inputs lie, how commands are run, which tests need a GPU."""
+"""What all tests share: which of them need a GPU or real inputs, and the small models they run."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # two workers on two cores: more threads only get in each other's way
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,20 +31,8 @@ def shared() -> Path:
     return SHARED
 
 
-def run_command(
-    *arguments: str, ranks: int = 0, cwd: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE …`, or with `ranks` the same under torchrun; output captured."""
-    launcher = [sys.executable, "-m"]
-    if ranks:
-        launcher += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
-        launcher += ["-m"]
-    return subprocess.run(
-        [*launcher, *arguments],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,159 @@
+"""Runs the project's commands as a shell would, without paying for `import torch` every time.
+
+`start` forks a process from a server that has torch imported and then runs `python -m MODULE` in
+it: own working folder, environment, signal handlers, standard streams and exit code. With `ranks`
+it starts as many, in one process group, as torchrun would. `launch` is the real thing: a new
+interpreter, or torchrun with its workers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+TIMEOUT_S = 120.0
+
+_context = multiprocessing.get_context("forkserver")
+# Not iris_fast.train or .generate themselves: `-m` must find them fresh.
+_context.set_forkserver_preload(
+    [
+        "iris_fast.checkpoint",
+        "iris_fast.inputs",
+        "iris_fast.pictures",
+        "iris_fast.report",
+        "iris_fast.rewards",
+        "iris_fast.rollout",
+        "iris_fast.update",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended. Of several ranks: the first's code and output, and all their errors."""
+
+    code: int
+    out: str
+    err: str
+    codes: list[int]
+
+    @property
+    def error_line(self) -> str:
+        """The one line on standard error; AssertionError if there is not exactly one."""
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+class Running:
+    """A command on its way."""
+
+    def __init__(
+        self, module: str, arguments: list[str], ranks: int, cwd: Path, environment: dict[str, str]
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._logs = Path(self._folder.name)
+        self._store = None
+        if ranks > 1:
+            # Held here, as torchrun's agent holds it: no port is guessed.
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            environment = environment | {
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self._store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+        self.processes = []
+        for rank in range(ranks):
+            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            process = _context.Process(
+                target=_run,
+                args=(module, arguments, str(cwd), environment | of_rank, str(self._logs), rank),
+            )
+            process.start()
+            self.processes.append(process)
+
+    def out(self, rank: int = 0) -> str:
+        """Standard output so far."""
+        path = self._logs / f"{rank}.out"
+        return path.read_text() if path.exists() else ""
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> Finished:
+        """Until all ranks have ended; they are killed after `timeout_s`."""
+        try:
+            for process in self.processes:
+                process.join(timeout_s)
+                assert not process.is_alive(), f"still running after {timeout_s} s: {self.out()}"
+        finally:
+            for process in self.processes:
+                process.kill()
+        codes = [process.exitcode for process in self.processes]
+        err = "".join((self._logs / f"{rank}.err").read_text() for rank in range(len(codes)))
+        done = Finished(codes[0], self.out(), err, codes)
+        self._folder.cleanup()
+        return done
+
+
+def start(
+    module: str, *arguments: object, cwd: Path, ranks: int = 1, **environment: str
+) -> Running:
+    """`python -m module arguments` in `cwd`, or `ranks` of it, without waiting for the end."""
+    return Running(module, [str(argument) for argument in arguments], ranks, cwd, environment)
+
+
+def run(module: str, *arguments: object, cwd: Path, ranks: int = 1, **environment: str) -> Finished:
+    """The same, to its end."""
+    return start(module, *arguments, cwd=cwd, ranks=ranks, **environment).wait()
+
+
+def _run(
+    module: str,
+    arguments: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    logs: str,
+    rank: int,
+) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        handle = os.open(f"{logs}/{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ |= {"OMP_NUM_THREADS": "1"} | environment
+    os.chdir(cwd)
+    sys.path.insert(0, cwd)
+    sys.argv = [module, *arguments]
+    import torch
+
+    torch.set_num_threads(1)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def launch(
+    *arguments: object,
+    ranks: int = 0,
+    cwd: Path,
+    torchrun: tuple[str, ...] = (),
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """`python -m arguments`, or with `ranks` the same under torchrun, in a new interpreter."""
+    launcher = [sys.executable, "-m"]
+    if ranks:
+        launcher += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+        launcher += [*torchrun, "-m"]
+    return subprocess.Popen(
+        [*launcher, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

@@ -1,0 +1,63 @@
+"""Small training runs, and what is left of them on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from iris_fast.config import TrainConfig
+
+# A step of a fraction of a second, with everything in it.
+QUICK: dict[str, Any] = {
+    "cot": True,
+    "num_generations": 2,
+    "max_completion_length": 4,
+    "image_token_num_per_image": 4,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "sample_steps": 0,
+    "max_steps": 2,
+}
+# What may differ between two runs that are the same.
+MEASURED = ("rollout_s", "train_s", "images_per_s", "peak_memory_bytes")
+
+
+def quick(output_dir: Path | str, **changes: Any) -> TrainConfig:
+    """Settings of a quick run."""
+    return TrainConfig(**QUICK | {"output_dir": str(output_dir)} | changes)
+
+
+def flags(**changes: Any) -> list[str]:
+    """The same as a command line."""
+    return [word for name, value in (QUICK | changes).items() for word in (f"--{name}", str(value))]
+
+
+def metrics(run: Path | str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without what is measured by a clock."""
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
+
+
+def checkpoints(run: Path | str) -> list[str]:
+    """Names of the checkpoints, oldest first."""
+    return sorted(path.name for path in (Path(run) / "checkpoints").iterdir())
+
+
+def tensors(run: Path | str, step: int) -> dict[str, Tensor]:
+    """Weights and optimizer moments of a checkpoint that one rank wrote."""
+    (file,) = (Path(run) / "checkpoints" / f"step_{step:05d}").glob("*.safetensors")
+    return load_file(file)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below `folder` with the hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,238 @@
+"""The command line and its files: precedence, mistakes, presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonargparse
+import pytest
+import yaml
+from commands import run
+
+from iris_fast.config import (
+    PRESETS,
+    GenerateConfig,
+    SamplingConfig,
+    TrainConfig,
+    parse,
+    to_yaml,
+)
+from iris_fast.errors import UserError
+
+
+def train_config(*arguments: str) -> TrainConfig:
+    return parse(TrainConfig, "iris_fast.train", list(arguments))
+
+
+@pytest.fixture
+def yaml_file(here: Path):
+    def write(text: str) -> str:
+        (here / "settings.yaml").write_text(text)
+        return "settings.yaml"
+
+    return write
+
+
+def test_the_default_is_the_tiny_preset():
+    config = train_config()
+    assert (config.preset, config.model, config.prompts) == ("tiny", "tiny", None)
+    assert config.max_steps == PRESETS["tiny"]["max_steps"] != TrainConfig.max_steps
+
+
+def test_precedence_is_defaults_preset_file_flags(yaml_file):
+    file = yaml_file("max_steps: 7\nlearning_rate: 1e-5\nbeta: 0.5\n")
+    config = train_config("--preset", "tiny", "--config", file, "--beta", "0.25")
+    assert config.beta == 0.25  # flag over file
+    assert config.max_steps == 7  # file over preset (12)
+    assert config.learning_rate == 1e-5  # and 1e-5 is a number, which YAML 1.1 alone denies
+    assert config.max_completion_length == 24  # preset over default (256)
+    assert config.epsilon == 0.2  # default
+
+
+@pytest.mark.parametrize("config_flag", [["--config", "settings.yaml"], ["--config=settings.yaml"]])
+def test_a_flag_wins_over_a_file_that_comes_after_it(yaml_file, config_flag):
+    yaml_file("beta: 0.5\n")
+    assert train_config("--beta", "0.25", *config_flag).beta == 0.25
+
+
+def test_the_later_of_two_files_wins(here):
+    Path("a.yaml").write_text("beta: 0.5\nepsilon: 0.1\n")
+    Path("b.yaml").write_text("beta: 0.25\n")
+    config = train_config("--config", "a.yaml", "--config", "b.yaml")
+    assert (config.beta, config.epsilon) == (0.25, 0.1)
+
+
+def test_a_file_may_name_the_preset_and_a_flag_another(yaml_file):
+    file = yaml_file("preset: janus-pro-1b\nprompts: p.txt\nmax_steps: 3\n")
+    config = train_config("--config", file)
+    assert (config.model, config.bf16, config.max_steps) == ("deepseek-ai/Janus-Pro-1B", True, 3)
+    assert train_config("--config", file, "--preset", "tiny").model == "tiny"
+
+
+@pytest.mark.parametrize("preset", ["janus-pro-1b", "janus-pro-7b"])
+def test_janus_presets_have_the_papers_hyperparameters(preset):
+    config = train_config("--preset", preset, "--prompts", "p.txt")
+    paper = {
+        "learning_rate": 1e-6,
+        "beta": 0.01,
+        "num_generations": 8,
+        "cfg_weight": 5.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "max_steps": 800,
+        "cot": True,
+        "reward_reduction": "sum",
+    }
+    assert {name: getattr(config, name) for name in paper} == paper
+    assert config.reward_funcs == ["image_nsc", "text_nsc"]
+    assert config.prompts_per_step == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "near"),
+    [
+        (["--lerning_rate", "3"], "lerning_rate", "learning_rate"),
+        (["--lerning_rate=3"], "lerning_rate", "learning_rate"),
+        (["--max_step", "3"], "max_step", "max_steps"),  # no abbreviations either
+        (["--num-generations", "3"], "num-generations", "num_generations"),
+        (["--resume_from_chekpoint", "true"], "resume_from_chekpoint", "resume_from_checkpoint"),
+        (["--config", "settings.yaml"], "max_step", "max_steps"),
+        (["--config=settings.yaml"], "max_step", "max_steps"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest(yaml_file, arguments, wrong, near):
+    yaml_file("max_step: 3\n")
+    with pytest.raises(UserError, match=f"^{wrong}: .*did you mean {near}") as refusal:
+        train_config(*arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_name_like_no_other_is_pointed_to_help():
+    with pytest.raises(UserError, match=r"^xyzzy: there is no such setting; --help lists them"):
+        train_config("--xyzzy", "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rate", "abc"], "learning_rate: .*float.*abc"),
+        (["--num_generations", "2.5"], "num_generations: .*int.*2.5"),
+        (["--cot", "maybe"], "cot: .*bool.*maybe"),
+        (["--cot"], "--cot: expected one argument"),
+        (["--loss_type", "grop"], "loss_type: .*grpo.*bnpo.*dr_grpo.*dapo.*grop"),
+        (["--preset", "tinyy"], "preset: .*tiny.*janus-pro-1b.*tinyy"),
+        (["--reward_funcs", "random"], r"reward_funcs: random is no list.*\[a, b\]"),
+        (["--reward_weights", "[1, x]"], r"reward_weights: .*is no list of float"),
+        (["--reward_weights", "[1]", "--cot", "true"], "reward_weights.*one for each of image_nsc"),
+        (["--reward_weights", "[.nan, 1]"], "reward_weights: nan"),
+        (["--reward_funcs", "[random, random]"], "reward_funcs: random is named twice"),
+        (["--reward_funcs", "[]"], "reward_funcs: .*at least one"),
+        (["--cot", "false", "--reward_funcs", "[text_nsc]"], "reward_funcs: text_nsc.*--cot true"),
+        (["--max_steps", "0"], "max_steps: 0 .*>= 1"),
+        (["--num_generations", "1"], "num_generations: 1 .*2 or more"),
+        (["--temperature", "0"], "temperature: 0"),
+        (["--temperature", "-1"], "temperature: -1"),
+        (["--top_p", "0"], r"top_p: 0.*\(0, 1\]"),
+        (["--min_p", "1.5"], "min_p: 1.5"),
+        (["--learning_rate=-1e-6"], "learning_rate: -1e-06 .*>= 0"),
+        (["--learning_rate", "inf"], "learning_rate: .*inf"),
+        (["--cfg_weight", "nan"], "cfg_weight: .*nan"),
+        (["--image_token_num_per_image", "500"], "image_token_num_per_image: 500.*square"),
+        (["--model", "somewhere"], "prompts: --model somewhere needs a prompt file"),
+        (["--resume_from_checkpoint", "true"], "resume_from_checkpoint: .*--output_dir"),
+        (["--config", "absent.yaml"], "config: .*absent.yaml"),
+        (["--config", "list.yaml"], "config: list.yaml holds no settings"),
+        (["--config", "empty.yaml"], "config: empty.yaml holds no settings"),
+        (["--config", "broken.yaml"], "config: broken.yaml is not YAML .*line 2"),
+        (["--config", "binary.yaml"], "config: binary.yaml is not YAML"),
+        (["--config", "preset.yaml"], "preset: .*tiny"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_told_by_name(here, arguments, message):
+    Path("list.yaml").write_text("- a\n")
+    Path("empty.yaml").write_text("")
+    Path("broken.yaml").write_text("seed: 1\nmax_steps: [3\n")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    Path("preset.yaml").write_text("preset: [tiny]\n")
+    with pytest.raises(UserError, match=message) as refusal:
+        train_config(*arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_booleans_are_written_true_and_false():
+    assert train_config("--cot", "true").cot is True
+    assert train_config("--cot=false").cot is False
+
+
+def test_rewards_follow_cot_unless_named():
+    assert train_config("--cot", "false").reward_funcs == ["image_nsc"]
+    assert train_config("--cot", "true").reward_weights == [1.0, 1.0]
+    named = train_config("--reward_funcs", "[image_entropy, random]", "--reward_weights", "[-1, 2]")
+    assert (named.reward_funcs, named.reward_weights) == (["image_entropy", "random"], [-1.0, 2.0])
+
+
+def test_greedy_generation_may_have_temperature_0_and_training_not():
+    assert parse(GenerateConfig, "g", ["--temperature", "0"]).temperature == 0
+    with pytest.raises(UserError, match=r"save_codes: codes.npy .*npz"):
+        parse(GenerateConfig, "g", ["--save_codes", "codes.npy"])
+    with pytest.raises(UserError, match="batch_size: 0"):
+        parse(GenerateConfig, "g", ["--batch_size", "0"])
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_yaml_reads_back_to_the_same_settings(here, preset):
+    odd = ["--prompts", "odd: name #1.txt", "--seed", "7", "--epsilon_high", "0.3"]
+    config = train_config("--preset", preset, *odd)
+    Path("config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert train_config("--config", "config.yaml") == config
+
+
+def test_print_config_reads_back_to_the_same_settings(here):
+    arguments = ["--preset", "janus-pro-7b", "--prompts", "p.jsonl", "--beta", "0.5"]
+    printed = run("iris_fast.train", *arguments, "--print_config", cwd=here)
+    assert (printed.code, printed.err) == (0, "")
+    Path("config.yaml").write_text(printed.out)
+    assert train_config("--config", "config.yaml") == train_config(*arguments)
+    assert yaml.safe_load(printed.out)["beta"] == 0.5
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, GenerateConfig])
+def test_every_setting_is_in_help_with_an_explanation(config_class):
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(config_class)
+    helps = {action.dest: action.help for action in parser._actions}
+    for field in dataclasses.fields(config_class):
+        assert len(helps[field.name] or "") > 10, field.name
+
+
+def test_help_lists_settings_and_does_not_fail(here):
+    shown = run("iris_fast.train", "--help", cwd=here)
+    assert shown.code == 0
+    for field in dataclasses.fields(SamplingConfig):
+        assert f"--{field.name}" in shown.out
+
+
+@pytest.mark.parametrize("module", ["iris_fast.train", "iris_fast.generate"])
+def test_a_typo_is_one_line_and_exit_code_2(here, module):
+    finished = run(module, "--sead", "3", cwd=here)
+    assert finished.code == 2
+    assert finished.error_line == (
+        f"{module}: error: sead: there is no such setting; did you mean seed?"
+    )
+    assert finished.out == ""
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("module", ["iris_fast.train", "iris_fast.generate"])
+def test_a_typo_is_answered_before_torch_is_imported(here, module):
+    (here / "torch.py").write_text("raise SystemExit('torch was imported')")
+    finished = subprocess.run(
+        [sys.executable, "-m", module, "--sead", "3"], capture_output=True, text=True, check=False
+    )
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr.splitlines() == [
+        f"{module}: error: sead: there is no such setting; did you mean seed?"
+    ]
