@@ -17,6 +17,16 @@ from torch import Tensor
 from iris_fast.models.decoder import AttentionStrategy, DecoderConfig
 
 
+def rows_and_positions(
+    sequence_lengths: list[int], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """For every row of a packed batch: its sequence's number, and its place in it; int64 [T]."""
+    lengths = torch.tensor(sequence_lengths)
+    rows = torch.arange(len(sequence_lengths)).repeat_interleave(lengths)
+    positions = torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[rows]
+    return rows.to(device), positions.to(device)
+
+
 class PackedAttention:
     """Causal attention inside each sequence of a packed batch; differentiable.
 
@@ -31,14 +41,10 @@ class PackedAttention:
             )
         self.total = sum(sequence_lengths)
         self.batch, self.longest = len(sequence_lengths), max(sequence_lengths)
-        slots = [
-            row * self.longest + position
-            for row, length in enumerate(sequence_lengths)
-            for position in range(length)
-        ]
+        row_T, position_T = rows_and_positions(sequence_lengths, device)
         # Row b * L + t of the padded batch for every packed row; None when nothing is padded.
         padded = self.total != self.batch * self.longest
-        self.slot_T = torch.tensor(slots, device=device) if padded else None
+        self.slot_T = row_T * self.longest + position_T if padded else None
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Context [T, H, d] of query [T, H, d], key and value [T, J, d]."""
@@ -112,11 +118,8 @@ class KVCache:
         self._need_room(max(sequence_lengths))
         device = self.lengths_B.device
         packed = PackedAttention(sequence_lengths, device)
-        lengths = torch.tensor(sequence_lengths, device=device)
-        row_T = self._rows_B.repeat_interleave(lengths, output_size=packed.total)
-        starts_B = lengths.cumsum(0) - lengths
-        position_T = torch.arange(packed.total, device=device) - starts_B[row_T]
-        self.lengths_B.copy_(lengths)
+        row_T, position_T = rows_and_positions(sequence_lengths, device)
+        self.lengths_B.copy_(torch.tensor(sequence_lengths))
         self._longest = packed.longest
 
         def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

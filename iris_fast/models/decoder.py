@@ -118,20 +118,22 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     """One block: attention and MLP, each behind its norm, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, index: int) -> None:
-        """`index` is what the attention strategy is told."""
+    def __init__(self, config: DecoderConfig) -> None:
+        """Two norms, attention, MLP."""
         super().__init__()
-        self.index = index
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: AttentionStrategy
+        self, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: AttentionStrategy, index: int
     ) -> Tensor:
-        """Rows [T, D]."""
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, attention, self.index)
+        """Rows [T, D]; `index`, the layer's number, is what the attention strategy is told.
+
+        An argument, not an attribute: a compiled block is then one graph for all layers.
+        """
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, attention, index)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -143,7 +145,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -152,6 +154,6 @@ class Decoder(nn.Module):
         """Final-norm hidden states [T, D] of rows `embeds_TD` at `positions_T` (int64)."""
         cos, sin = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta)
         hidden_TD = embeds_TD
-        for layer in self.layers:
-            hidden_TD = layer(hidden_TD, cos, sin, attention)
+        for index, layer in enumerate(self.layers):
+            hidden_TD = layer(hidden_TD, cos, sin, attention, index)
         return self.norm(hidden_TD)
