@@ -21,8 +21,7 @@ from ._backend import jit, tl
 from ._checks import IGNORED, row_parts
 
 LOG2_E = math.log2(math.e)
-# exp(-1000) is 0 in float32 and in float64. Distances to the maximum are cut there (in units of
-# the temperature), so that -inf * 0 never arises.
+# exp(-1000) is 0 in float32 and in float64.
 FLOOR = -1000.0
 CHUNK_ELEMENTS = 1 << 19  # torch path: 2 MB of fp32 a buffer, which stays in cache
 
@@ -123,47 +122,61 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def distances(x: Tensor, out: Tensor, row_max: Tensor) -> Tensor:
-    """x - row_max[:, None] into `out`."""
+def distances(x: Tensor, out: Tensor, row_max: Tensor, temperature: float) -> Tensor:
+    """(x - row_max[:, None]) / temperature into `out`."""
     if x.dtype != out.dtype:  # one conversion pass is faster than mixed arithmetic
         x = out.copy_(x)
-    return torch.sub(x, row_max[:, None], out=out)
+    torch.sub(x, row_max[:, None], out=out)
+    return out if temperature == 1 else out.div_(temperature)
 
 
-def bound(d: Tensor, may_be_infinite: Tensor, temperature: float) -> None:
-    """Cut -inf in `d` to the floor; where looking costs no sync, only if there is any."""
-    if not d.is_cpu or may_be_infinite.any():
-        d.clamp_(min=FLOOR * temperature)
+def any_row(rows: Tensor) -> bool:
+    """Whether any of the boolean `rows` is set; on a GPU, where looking costs a sync, assume so."""
+    return not rows.is_cpu or bool(rows.any())
 
 
-def chunk_stats(x, token_ids, temperature, d, e) -> tuple[Tensor, ...]:
-    """Statistics of one chunk [C, V], as the ops' six outputs; `d`, `e` are buffers [C, V]."""
+def chunk_stats(x, token_ids, temperature, d, p) -> tuple[Tensor, ...]:
+    """logprob, nsc, entropy, lse, row maximum, sum e of a chunk [C, V]; `d`, `p`: buffers [C, V].
+
+    Built on torch.softmax, which works row by row: torch's exponentials themselves round an element
+    differently where it falls into the tail of a vector loop, and a row's bits would then depend on
+    the rows before it.
+    """
     row_max = x.amax(-1).to(d.dtype)
-    dead = row_max == -math.inf
-    row_max = row_max.masked_fill_(dead, 0.0)
-    distances(x, d, row_max)
-    d_sum = row_sum(d)
+    dead = row_max == -math.inf  # no finite logit: no distribution
+    distances(x, d, row_max.masked_fill(dead, 0.0), temperature)
+    d_sum = _row_sum(d)
     d_target = d.gather(1, token_ids[:, None])[:, 0]
-    bound(d, d_sum == -math.inf, temperature)
-    torch.mul(d, LOG2_E / temperature, out=e).exp2_()
-    sd = row_sum(d.mul_(e))
-    e_target = e.gather(1, token_ids[:, None])[:, 0]
-    # The sum without the target: where the target is the maximum, 1 + others would lose digits.
-    others = row_sum(e.scatter_(1, token_ids[:, None], 0.0))
-    s = (others + e_target).masked_fill_(dead, 1.0)
-    log_s = torch.where(d_target == 0, others, s - 1).log1p_()
-    logprob = (d_target / temperature - log_s).masked_fill_(dead, -math.inf)
-    entropy = (log_s - sd / s / temperature).masked_fill_(dead, 0.0)
-    lse = (row_max / temperature + log_s).masked_fill_(dead, -math.inf)
-    columns = x.shape[-1]
-    nsc = (d_sum / columns / temperature + (math.log(columns) - log_s)).clamp_(max=0.0)
-    return logprob, nsc, entropy, lse, row_max, s
+    if any_row(d_sum == -math.inf):
+        d.clamp_(min=FLOOR)
+    torch.softmax(d, -1, out=p)
+    p_max = p.amax(-1)
+    pd = _row_sum(d.mul_(p))
+    others = _row_sum(p.scatter_(1, token_ids[:, None], 0.0)) / p_max
+    log_s = torch.where(d_target == 0, _log_one_plus(others), -p_max.log())
+    log_V = math.log(x.shape[-1])
+    nsc = (d_sum / x.shape[-1] + (log_V - log_s)).clamp_(max=0.0)
+    lse = row_max / temperature + log_s
+    return (
+        (d_target - log_s).masked_fill_(dead, -math.inf),
+        nsc,
+        (log_s - pd).masked_fill_(dead, 0.0),
+        lse,
+        row_max,
+        1 / p_max,
+    )
 
 
-def row_sum(t: Tensor) -> Tensor:
+def _row_sum(t: Tensor) -> Tensor:
     """Sum of each row, in an order that does not depend on how many rows there are."""
     # torch splits the sum of a single row over its threads, but never a row among several.
     return t.sum(-1) if t.shape[0] > 1 else t.expand(2, -1).sum(-1)[:1]
+
+
+def _log_one_plus(y: Tensor) -> Tensor:
+    """log(1 + y), y >= 0, to full relative precision; torch.log1p has the flaw of torch.exp2."""
+    u = 1 + y.double()
+    return torch.where(u == 1, y.double(), u.log() * (y / (u - 1))).to(y.dtype)
 
 
 def kept_rows(token_ids: Tensor, mask: Tensor | None) -> Tensor:

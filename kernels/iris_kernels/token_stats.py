@@ -36,8 +36,8 @@ from ._checks import (
 from ._ops import add_op_namespace_prefix
 from ._row_math import (
     FLOOR,
-    LOG2_E,
     Buffers,
+    any_row,
     chunk_stats,
     compute_dtype,
     distances,
@@ -114,7 +114,7 @@ def _forward_kernel(
         tl.store(entropy + row, 0.0)
         tl.store(lse + row, 0.0)
         tl.store(row_max + row, 0.0)
-        tl.store(sum_exp + row, 1.0)
+        tl.store(sum_exp + row, 0.0)
         return
     logits += row_offset(row, inner, stride_outer, stride_inner)
     offsets = tl.arange(0, L)[:, None] * K + tl.arange(0, K)[None, :]
@@ -153,7 +153,7 @@ def _forward_kernel(
     tl.store(nsc + row, out[1])
     tl.store(entropy + row, out[2])
     tl.store(lse + row, out[3])
-    tl.store(row_max + row, reference)
+    tl.store(row_max + row, row_m)
     tl.store(sum_exp + row, out[4])
 
 
@@ -190,7 +190,8 @@ def _backward_kernel(
     on_entropy = _scaled(grad_entropy, row, inv_temperature)
     on_p = (on_p + on_entropy * (log_one_plus(s - 1.0) - tl.load(entropy + row))) / s
     on_pd = on_entropy * inv_temperature / s
-    _, bounded, e = terms(x, tl.load(row_max + row), scale, floor)
+    m = tl.load(row_max + row)
+    _, bounded, e = terms(x, tl.where(m == float("-inf"), 0.0, m), scale, floor)
     g = e * (on_p - on_pd * bounded) + on_all / V
     g += tl.where(columns == target, on_target, 0.0)
     g = tl.where(columns < V, g, 0.0)
@@ -251,48 +252,46 @@ def backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature,
 
 def _forward_torch(logits, token_ids, mask, temperature, vocab_size, outputs) -> None:
     kept = kept_rows(token_ids, mask)
-    fill = (0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
     wrong = kept & ((token_ids < 0) | (token_ids >= vocab_size))
     ids = token_ids.long().clamp(0, vocab_size - 1)
-    for rows, x, d, e in Buffers(logits, vocab_size).chunks(logits):
-        chunk = chunk_stats(x[:, :vocab_size], ids[rows], temperature, d, e)
-        for out, value, dropped in zip(outputs, chunk, fill, strict=True):
+    for rows, x, d, p in Buffers(logits, vocab_size).chunks(logits):
+        chunk = chunk_stats(x[:, :vocab_size], ids[rows], temperature, d, p)
+        for out, value in zip(outputs, chunk, strict=True):
             value.masked_fill_(wrong[rows], math.nan)
-            out[rows] = value.masked_fill_(~kept[rows], dropped)
+            out[rows] = value.masked_fill_(~kept[rows], 0.0)
 
 
 def _backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size):
     row_max, sum_exp, entropy = saved
     kept = kept_rows(token_ids, mask)
+    dead = row_max == -math.inf
+    row_max = row_max.masked_fill(dead, 0.0)
     ids = token_ids.long().clamp(0, vocab_size - 1)
     zero = torch.zeros_like(row_max)
     on_target, on_all, on_entropy, on_lse = (
         zero if g is None else torch.where(kept, g / temperature, 0.0) for g in upstream
     )
+    # gradient_j = p_j (on_p - on_pd d_j) + on_all + 1[j = a] on_target, with log p_j = d_j - log s
     on_p = on_lse - on_target - on_all + on_entropy * (sum_exp.log() - entropy)
-    on_p /= sum_exp
-    on_pd = on_entropy / temperature / sum_exp
     on_all = on_all / vocab_size
-    with_nsc, with_entropy = upstream[1] is not None, upstream[2] is not None
-    whole_cpu = logits.is_cpu and bool(kept.all())
     flat_grad = None if grad is logits else grad.view(-1, grad.shape[-1])
-    for rows, part, d, e in Buffers(logits, vocab_size).chunks(logits):
+    for rows, part, d, p in Buffers(logits, vocab_size).chunks(logits):
         held = part if flat_grad is None else flat_grad[rows]
         out = held[:, :vocab_size]
-        distances(part[:, :vocab_size], d, row_max[rows])
-        torch.mul(d, LOG2_E / temperature, out=e).exp2_()
-        if with_entropy:
-            d.clamp_(min=FLOOR * temperature)
-            factor = d.mul_(on_pd[rows, None]).neg_().add_(on_p[rows, None])
-        else:
-            factor = on_p[rows, None]
-        g = out if out.dtype == e.dtype else e
-        torch.mul(e, factor, out=g)
-        if with_nsc:
+        distances(part[:, :vocab_size], d, row_max[rows], temperature)
+        torch.softmax(d, -1, out=p)
+        if any_row(dead[rows]):
+            p.masked_fill_(dead[rows, None], 0.0)
+        factor = on_p[rows, None]
+        if upstream[2] is not None:
+            factor = d.clamp_(min=FLOOR).mul_(-on_entropy[rows, None]).add_(factor)
+        g = out if out.dtype == p.dtype else p
+        torch.mul(p, factor, out=g)
+        if upstream[1] is not None:
             g += on_all[rows, None]
         at_target = g.gather(1, ids[rows, None]).add_(on_target[rows, None])
         g.scatter_(1, ids[rows, None], at_target)
-        if not whole_cpu:
+        if any_row(~kept[rows]):
             g.masked_fill_(~kept[rows, None], 0.0)
         if g is not out:
             out.copy_(g)
@@ -329,7 +328,7 @@ def _empty_outputs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def _flat(per_row: Tensor | None) -> Tensor | None:
-    return None if per_row is None else per_row.reshape(-1)
+    return None if per_row is None else per_row.reshape(-1).contiguous()  # expanded ones too
 
 
 @torch.library.custom_op(add_op_namespace_prefix("token_stats_backward"), mutates_args=())

@@ -1,0 +1,70 @@
+"""Both backends, poisoned memory, and which path ran.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for before
+triton is imported. Where another test imported it first, `test_interpreter.py` runs the `triton`
+half of these tests in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from iris_kernels import _backend
+
+torch.set_num_threads(2)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON_RUNS = torch.cuda.is_available() or _backend.interpreted()
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test once per backend."""
+    if request.param == "triton" and not TRITON_RUNS:
+        pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
+    monkeypatch.setenv(_backend.VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty holds NaN (integers: their maximum) instead of whatever was there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def paths_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the backend functions that the ops called, in order."""
+    names: list[str] = []
+    functions = {
+        "token_stats": ("forward_triton", "backward_triton", "_forward_torch", "_backward_torch"),
+        "guided_sample": ("sample_triton", "_sample_torch"),
+    }
+    for module_name, of_module in functions.items():
+        module = importlib.import_module(f"iris_kernels.{module_name}")
+        for name in of_module:
+            monkeypatch.setattr(module, name, _recorded(getattr(module, name), name, names))
+    return names
+
+
+def _recorded(function, name: str, names: list[str]):
+    def call(*arguments):
+        names.append(name)
+        return function(*arguments)
+
+    return call

@@ -1,0 +1,80 @@
+"""The float64 oracle and the error budget that all kernel tests share.
+
+Budget: error(ours) <= 1.5 error(eager in the same dtype) + floor, both against float64, as the
+largest absolute error. The floor is what float32 cannot avoid: a few roundings of the largest term
+that enters a value, and one rounding to the gradient's own dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from iris_kernels import TokenStats, _backend, token_stats
+from iris_kernels.token_stats import token_stats_reference
+from torch import Tensor
+
+EPS = torch.finfo(torch.float32).eps
+FIELDS = TokenStats._fields
+
+
+def random_case(
+    shape: tuple[int, ...], V: int, dtype: torch.dtype, device: str, scale: float = 3.0, seed=0
+) -> tuple[Tensor, Tensor]:
+    """Logits (*shape, V) and token ids (*shape)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(*shape, V, generator=generator) * scale
+    token_ids = torch.randint(V, shape, generator=generator)
+    return logits.to(device, dtype), token_ids.to(device)
+
+
+def upstream_gradients(shape, device: str, seed: int = 1) -> list[Tensor]:
+    """Random gradients of the four statistics: ones alone would hide wrong signs and sums."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(device) for _ in FIELDS]
+
+
+def run(function, logits: Tensor, token_ids: Tensor, gradients, **kwargs):
+    """(statistics, gradient of the logits) for upstream `gradients`, None for those unused."""
+    leaf = logits.detach().clone().requires_grad_()
+    out = function(leaf, token_ids, **kwargs)
+    used = [(o, g.to(o.dtype)) for o, g in zip(out, gradients, strict=True) if g is not None]
+    (gradient,) = torch.autograd.grad([o for o, _ in used], leaf, [g for _, g in used])
+    return out, gradient
+
+
+def assert_within_budget(logits, token_ids, gradients=None, *, temperature=1.0) -> None:
+    """All four statistics and the gradient of token_stats keep the budget."""
+    gradients = gradients or upstream_gradients(token_ids.shape, logits.device)
+    arguments = (token_ids, gradients)
+    ours, our_grad = run(token_stats, logits, *arguments, temperature=temperature)
+    eager, eager_grad = run(token_stats_reference, logits, *arguments, temperature=temperature)
+    exact, exact_grad = run(
+        token_stats_reference, logits.double(), *arguments, temperature=temperature
+    )
+    spread = float((logits.double().amax(-1) - logits.double().amin(-1)).amax()) / temperature
+    largest = float(logits.double().abs().amax()) / temperature
+    for name, mine, theirs, truth in zip(FIELDS, ours, eager, exact, strict=True):
+        assert mine.dtype == torch.float32
+        floor = 4 * EPS * ((largest if name == "lse" else spread) + math.log(logits.shape[-1]))
+        assert_close(name, mine, theirs, truth, floor)
+    assert our_grad.dtype == logits.dtype
+    # Every term of the gradient is an upstream gradient times 1, log V or the spread at most.
+    weight = max(float(g.abs().amax()) for g in gradients if g is not None) / temperature
+    floor = 4 * EPS * weight * (1 + spread + math.log(logits.shape[-1]))
+    floor += rounding(logits.dtype) * float(exact_grad.abs().amax())
+    assert_close("gradient", our_grad, eager_grad, exact_grad, floor)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative error of a conversion to `dtype`; Triton's interpreter cuts instead of rounding."""
+    if dtype == torch.float32:
+        return 0.0
+    return torch.finfo(dtype).eps * (1.0 if _backend.interpreted() else 0.5)
+
+
+def assert_close(name: str, mine: Tensor, theirs: Tensor, truth: Tensor, floor: float) -> None:
+    truth = truth.detach()
+    error = float((mine.detach().double() - truth).abs().amax())
+    budget = 1.5 * float((theirs.detach().double() - truth).abs().amax()) + floor
+    assert error <= budget, f"{name}: error {error:.3g} exceeds its budget {budget:.3g}"
