@@ -1,0 +1,274 @@
+"""One optimizer step: what it is made of, and what it leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from runs import metrics, quick, tensors
+
+from iris_fast import distributed
+from iris_fast.batch import Scored
+from iris_fast.config import TrainConfig
+from iris_fast.distributed import Ranks, copy_weights, full
+from iris_fast.errors import UserError
+from iris_fast.rewards import load_rewards, score
+from iris_fast.train import Models, load_inputs, make_optimizer, repeat, set_learning_rate, train
+from iris_fast.update import log_probs, prepare, update
+
+
+@dataclasses.dataclass
+class Step:
+    """All that one step needs; the rollout is of four prompts, two samples each."""
+
+    config: TrainConfig
+    ranks: Ranks
+    models: Models
+    optimizer: torch.optim.Optimizer
+    scored: Scored
+
+    def batches(self, **changes: Any):
+        config = dataclasses.replace(self.config, **changes)
+        return prepare(self.scored, self.models.policy, self.models.reference, config, self.ranks)
+
+    def update(self, batches) -> dict[str, float]:
+        return update(self.models.policy, self.optimizer, batches, self.config, self.ranks)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Of an update that does not take place."""
+        self.optimizer.step = lambda: None
+        self.optimizer.zero_grad = lambda set_to_none: None
+        self.update(self.batches())
+        named = self.models.policy.named_parameters()
+        return {name: full(p.grad).clone() for name, p in named if p.grad is not None}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {n: full(p.detach()).clone() for n, p in self.models.policy.named_parameters()}
+
+
+@contextmanager
+def one_step(**settings: Any) -> Iterator[Step]:
+    defaults = {"reward_funcs": ["random"], "beta": 0.5, "max_grad_norm": 0.0}
+    batch = 4 // settings.get("gradient_accumulation_steps", 1)
+    config = quick("unused", **defaults | settings, per_device_train_batch_size=batch)
+    with distributed.start("cpu", 60.0) as ranks:
+        models, prompts = load_inputs(config, ranks)
+        with torch.no_grad():  # a policy that has moved away from its reference
+            for parameter in models.policy.model.language_model.layers.parameters():
+                parameter *= 1.05
+        copy_weights(models.policy, models.sampler.janus)
+        samples = repeat(*prompts.take(4, 0, 1), config.num_generations)
+        rollout = models.sampler.rollout(*samples)
+        scored = score(rollout, load_rewards(config.reward_funcs), None, config, ranks)
+        step = Step(config, ranks, models, make_optimizer(models.policy, config), scored)
+        yield step
+        del step.models, models
+
+
+def gradients(**settings: Any) -> dict[str, torch.Tensor]:
+    with one_step(**settings) as step:
+        return step.gradients()
+
+
+def assert_same_gradients(left: dict, right: dict, rtol: float = 1e-4) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        scale = left[name].abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=rtol * scale, msg=name)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(loss_type):
+    whole = gradients(loss_type=loss_type)
+    for accumulation in (2, 4):
+        cut = gradients(loss_type=loss_type, gradient_accumulation_steps=accumulation)
+        assert_same_gradients(whole, cut)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    assert_same_gradients(gradients(), gradients(gradient_checkpointing=True), rtol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_loss_written_out():
+    """Log-probs of the unsharded model, advantages and a plain mean of means."""
+    with one_step() as step:
+        found = step.gradients()
+        (batch,) = step.batches()
+        config = step.config
+        policy = load_inputs(config, step.ranks)[0].sampler.janus.requires_grad_(True)
+        copy_weights(step.models.policy, policy)
+        text, image = policy(batch.packed)
+        counts = step.scored.rollout.text.mask.sum(dim=1).tolist()
+        loss = 0.0
+        for sample, texts in enumerate(torch.split(text.logprob, counts)):
+            images = image.logprob[sample * 4 : sample * 4 + 4]
+            logprob = torch.cat([texts, images])
+            start = sum(counts[:sample])
+            reference = batch.reference_logprob_M[
+                [*range(start, start + counts[sample])]
+                + [sum(counts) + sample * 4 + i for i in range(4)]
+            ]
+            gap = reference - logprob
+            token = step.scored.advantage_N[sample] * torch.exp(logprob - logprob.detach())
+            token = token - config.beta * (torch.exp(gap) - gap - 1)
+            loss = loss - token.mean() / len(counts)
+        loss.backward()
+        expected = {n: p.grad for n, p in policy.named_parameters() if n in found}
+        assert_same_gradients(found, expected)
+
+
+def test_num_iterations_2_holds_the_old_log_probs_fixed():
+    with one_step(num_iterations=2, learning_rate=3e-3) as step:
+        batches = step.batches()
+        old = [batch.old_logprob_M.clone() for batch in batches]
+        first = step.update(batches)
+        assert first["ratio"] == 1
+        assert first["clip_ratio"] == 0
+        second = step.update(batches)
+        assert second["ratio"] != 1
+        assert all(torch.equal(a, b.old_logprob_M) for a, b in zip(old, batches, strict=True))
+        now = log_probs(step.models.policy, batches[0].packed)
+        assert not torch.equal(now, old[0])
+
+
+def test_with_one_iteration_the_ratio_is_1_and_nothing_is_kept():
+    with one_step() as step:
+        batches = step.batches()
+        assert [batch.old_logprob_M for batch in batches] == [None]
+        assert step.update(batches)["ratio"] == 1
+
+
+def test_a_step_makes_good_samples_likelier_and_bad_ones_rarer():
+    with one_step(beta=0.0, learning_rate=1e-4) as step:
+        batches = step.batches()
+        before = log_probs(step.models.policy, batches[0].packed)
+        step.update(batches)
+        gain = log_probs(step.models.policy, batches[0].packed) - before
+        assert (gain * batches[0].advantage_M).sum() > 0
+
+
+def test_the_kl_term_alone_pulls_back_to_the_reference():
+    with one_step(reward_funcs=["constant"], beta=1.0, learning_rate=1e-6) as step:
+        batches = step.batches()
+        kl = step.update(batches)["kl"]
+        assert kl > 0
+        assert step.update(batches)["kl"] < kl
+
+
+def test_without_beta_there_is_no_reference_and_no_kl():
+    with one_step(beta=0.0) as step:
+        assert step.models.reference is None
+        assert step.update(step.batches())["kl"] == 0
+
+
+def test_the_samplers_log_probs_are_the_policys():
+    with one_step() as step:
+        assert step.update(step.batches())["logprob_mismatch"] < 1e-4
+
+
+@pytest.mark.parametrize("train_image_head", [False, True])
+def test_only_what_is_trained_moves(train_image_head):
+    with one_step(train_image_head=train_image_head) as step:
+        before = step.weights()
+        step.update(step.batches())
+        after = step.weights()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = {n for n in before if not n.startswith("model.generation_")}
+    if train_image_head:
+        trained |= {n for n in before if n.startswith("model.generation_head.")}
+    assert moved == trained
+    assert len(trained) < len(before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes(bad):
+    with one_step() as step:
+        before = step.weights()
+        batches = step.batches()
+        advantage = batches[0].advantage_M.clone()
+        advantage[0] = bad
+        batches[0] = dataclasses.replace(batches[0], advantage_M=advantage)
+        with pytest.raises(UserError, match=r"gradient norm is (nan|inf).*--learning_rate"):
+            step.update(batches)
+        after = step.weights()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert not step.optimizer.state
+
+
+def test_gradients_are_clipped_to_the_norm_and_logged_before():
+    with one_step(max_grad_norm=0.01) as step:
+        clipped = step.gradients()
+        logged = step.update(step.batches())["grad_norm"]
+    total = torch.cat([gradient.flatten() for gradient in clipped.values()]).norm().item()
+    assert total == pytest.approx(0.01, rel=1e-3)
+    assert logged > 0.02
+    unclipped = gradients(max_grad_norm=0.0)
+    for name in clipped:
+        factor = 0.01 / torch.cat([g.flatten() for g in unclipped.values()]).norm()
+        torch.testing.assert_close(clipped[name], unclipped[name] * factor, rtol=1e-3, atol=1e-9)
+
+
+def test_copied_weights_keep_their_addresses():
+    with one_step() as step:
+        sampler = step.models.sampler.janus
+        addresses = [parameter.data_ptr() for parameter in sampler.parameters()]
+        step.update(step.batches())
+        copy_weights(step.models.policy, sampler)
+        assert [parameter.data_ptr() for parameter in sampler.parameters()] == addresses
+        copied = dict(sampler.named_parameters())
+        for name, weight in step.weights().items():
+            assert torch.equal(copied[name], weight)
+
+
+# --- Schedule and precision -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1]),
+        ("linear", 0, [1, 0.75, 0.5, 0.25]),
+        ("cosine", 0, [1, 0.853553, 0.5, 0.146447]),
+        ("constant", 2, [1 / 3, 2 / 3, 1, 1]),
+        ("linear", 2, [1 / 3, 2 / 3, 1, 0.5]),
+        ("linear", 9, [0.1, 0.2, 0.3, 0.4]),
+    ],
+)
+def test_learning_rate_by_hand(kind, warmup, expected):
+    config = quick(
+        "unused", learning_rate=2.0, lr_scheduler_type=kind, warmup_steps=warmup, max_steps=4
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=99.0)
+    rates = []
+    for step in range(4):
+        set_learning_rate(optimizer, step, config)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([2 * share for share in expected], rel=1e-5)
+
+
+def test_the_optimizer_is_adamw_as_configured():
+    with one_step(
+        learning_rate=1e-4, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6
+    ) as step:
+        (group,) = step.optimizer.param_groups
+        assert isinstance(step.optimizer, torch.optim.AdamW)
+        found = [group[name] for name in ("lr", "weight_decay", "betas", "eps")]
+        assert found == [1e-4, 0.1, (0.8, 0.95), 1e-6]
+
+
+def test_bf16_computes_in_bf16_on_float32_weights(here):
+    train(quick("bf16", bf16=True))
+    train(quick("fp32"))
+    for row in metrics("bf16"):
+        assert all(isinstance(v, dict) or abs(v) < 1e6 for v in row.values())
+    stored = tensors("bf16", 2)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    name = "policy.lm_head.weight"
+    assert not torch.equal(stored[name], stored[name].bfloat16().float())
+    mismatch = [metrics(run)[0]["logprob_mismatch"] for run in ("bf16", "fp32")]
+    assert mismatch[0] > 10 * mismatch[1]
