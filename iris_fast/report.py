@@ -30,6 +30,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
 h1, h2 { line-height: 1.2; }
 .curves, .grids { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: 0; max-width: 100%; }
+.curves figure { width: 20rem; }
 figcaption { font-size: .875rem; color: #444; }
 img, svg { max-width: 100%; height: auto; }
 svg { background: #f6f6f6; }
