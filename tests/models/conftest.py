@@ -34,5 +34,10 @@ def tiny_folders(tiny, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_every_time():
+    """A seed, and one thread: these models are small, and threads that wait for cores are not."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
