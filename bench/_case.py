@@ -1,0 +1,72 @@
+"""What a benchmark declares: cases, and for each the implementations that compute it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+class WrongResult(AssertionError):
+    """An implementation computed something else than it should: it is not timed."""
+
+
+class Absent(Exception):
+    """A peer that is not installed, or does not run on this device."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape. `make_inputs(seed)` draws inputs on the device.
+
+    `candidates` maps names to `prepare(inputs) -> call`: what `prepare` does is not timed, `call()`
+    is, any number of times. The first candidate is ours, the others are its peers. A peer whose
+    `prepare` raises Absent is left out.
+    `check(inputs, result)` raises WrongResult; `result` is what `call()` returned.
+    `bytes` and `flops` are the least that the operation moves and computes, whoever computes it.
+    """
+
+    case: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    metric: str
+    unit: str
+    bytes: int
+    flops: int
+    make_inputs: Callable[[int], Any]
+    candidates: dict[str, Callable[[Any], Call]]
+    check: Callable[[Any, Any], None]
+    in_graph: bool = False  # on a GPU: timed inside a CUDA graph, as it is used
+
+    @property
+    def name(self) -> str:
+        """One line for people and for test ids."""
+        shape = " ".join(f"{k}={v}" for k, v in self.shape.items())
+        return f"{self.case} {self.metric} {shape} {dtype_name(self.dtype)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensors(inputs: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(inputs, torch.Tensor):
+        yield inputs
+    elif isinstance(inputs, dict):
+        for value in inputs.values():
+            yield from tensors(value)
+    elif isinstance(inputs, list | tuple):
+        for value in inputs:
+            yield from tensors(value)
+
+
+def check_close(what: str, result: torch.Tensor, reference: torch.Tensor) -> None:
+    """||result - reference|| / ||reference|| is that of the result's precision."""
+    reference = reference.double()
+    error = (result.double() - reference).norm() / reference.norm()
+    allowed = 1e-4 if result.dtype in (torch.float32, torch.float64) else 1e-2
+    if not error <= allowed:  # NaN is wrong too
+        raise WrongResult(f"{what}: relative error {error.item():.1e}, allowed {allowed:.0e}")

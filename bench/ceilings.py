@@ -1,0 +1,51 @@
+"""What this machine can do: the bandwidth of a large copy, the rate of a large matmul.
+
+Every floor in the same run is counted from these. Random data: a matmul of zeros runs faster.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from bench._case import dtype_name
+from bench._measure import CEILINGS, Bench, Row, rounded
+
+SUITE = CEILINGS
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    gpu = bench.device.type == "cuda"
+    yield _copy(bench, 4 << 30 if gpu else 256 << 20)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield _matmul(bench, dtype, 8192 if gpu else 1024)
+
+
+def _copy(bench: Bench, size: int) -> Row:
+    source = torch.randn(size // 4, device=bench.device)
+    target = torch.empty_like(source)
+    seconds = _time(bench, lambda: target.copy_(source))
+    return _row(
+        "copy", {"bytes": 2 * size}, torch.float32, "bandwidth", 2e-9 * size / seconds, "GB/s"
+    )
+
+
+def _matmul(bench: Bench, dtype: torch.dtype, n: int) -> Row:
+    a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = _time(bench, lambda: torch.mm(a, b, out=out))
+    rate = 2e-12 * n**3 / seconds
+    return _row("matmul", {"M": n, "N": n, "K": n}, dtype, "rate", rate, "TFLOP/s")
+
+
+def _time(bench: Bench, call) -> float:
+    if bench.device.type == "cuda":
+        return bench.clock.time([call], in_graph=False)
+    return bench.clock.time_together({"": [call]})[""]
+
+
+def _row(case: str, shape: dict, dtype: torch.dtype, metric: str, value: float, unit: str) -> Row:
+    return {
+        "suite": SUITE, "case": case, "shape": shape, "dtype": dtype_name(dtype), "metric": metric,
+        "value": rounded(value), "unit": unit, "floor": None, "fraction_of_floor": None,
+        "fraction_of_copy": None, "peak_memory_bytes": None, "peers": {},
+    }  # fmt: skip

@@ -1,0 +1,43 @@
+"""The same cases under pytest-benchmark, for one's own regression tracking.
+
+    pytest bench --benchmark-only [--benchmark-autosave] [--benchmark-compare]
+
+Times here include the launch from the host; `python -m bench.run` leaves it out.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+from bench._case import Absent
+from bench.run import benchmarks
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _collect():
+    for stem in benchmarks():
+        module = importlib.import_module(f"bench.{stem}")
+        for case in getattr(module, "cases", lambda device: ())(DEVICE):
+            for name in case.candidates:
+                yield pytest.param(case, name, id=f"{case.name} {name}".replace(" ", "-"))
+
+
+@pytest.mark.parametrize(("case", "name"), _collect())
+def test_case(benchmark, case, name):
+    inputs = case.make_inputs(0)
+    try:
+        call = case.candidates[name](inputs)
+    except Absent as absent:
+        pytest.skip(str(absent))
+    case.check(inputs, call())
+
+    def timed():
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = case.name
+    benchmark.extra_info.update(shape=case.shape, bytes=case.bytes, flops=case.flops)
+    benchmark.pedantic(timed, rounds=10, warmup_rounds=2)

@@ -1,0 +1,217 @@
+"""token_stats: logprob, nsc, entropy and lse of logits [R, V], forward and backward.
+
+Least bytes: forward reads the logits once, backward reads them and writes as many; forward+backward
+reads twice and writes once. Peers compute less where they have less: the functions say what.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from iris_kernels import token_stats
+from torch import Tensor
+
+from bench import _peers
+from bench._case import Call, Case, WrongResult, check_close
+
+SUITE = "kernels"
+SAMPLED_ROWS = 16  # checked in float64
+GPU_GRID = ((4608, 36864), (16384, 102400, 151936), torch.bfloat16)
+CPU_GRID = ((1152,), (16384,), torch.float32)
+
+
+class Inputs(NamedTuple):
+    """Logits [R, V], token ids [R], and an upstream gradient [R] for each output."""
+
+    logits: Tensor
+    token_ids: Tensor
+    upstream: dict[str, Tensor]
+
+
+Compute = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    rows, vocabularies, dtype = GPU_GRID if device.type == "cuda" else CPU_GRID
+    for V, R, metric in product(vocabularies, rows, METRICS):
+        passes = {"forward": 1, "backward": 2, "forward+backward": 3}[metric]
+        yield Case(
+            case="token_stats",
+            shape={"R": R, "V": V},
+            dtype=dtype,
+            metric=metric,
+            unit="us" if device.type == "cuda" else "ms",
+            bytes=passes * R * V * dtype.itemsize,
+            flops=0,
+            make_inputs=partial(make_inputs, R, V, dtype, device),
+            candidates={
+                name: partial(_prepare, METRICS[metric], load, device)
+                for name, load in CANDIDATES.items()
+                if metric in COMPUTES.get(name, METRICS)
+            },
+            check=check_forward if metric == "forward" else check_backward,
+        )
+
+
+def make_inputs(R: int, V: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+    logits = torch.randn(R, V, dtype=dtype, device=device, generator=generator).mul_(4)
+    return Inputs(
+        logits.requires_grad_(),
+        torch.randint(0, V, (R,), device=device, generator=generator),
+        {name: torch.randn(R, device=device, generator=generator) for name in OUTPUTS},
+    )
+
+
+OUTPUTS = ("logprob", "nsc", "entropy")
+
+
+# --- What is timed --------------------------------------------------------------------------------
+
+
+def _prepare(time: Callable, load: Callable, device: torch.device, inputs: Inputs) -> Call:
+    return time(load(device), inputs)
+
+
+def _gradient(outputs: dict[str, Tensor], inputs: Inputs, again: bool) -> Tensor:
+    upstream = [inputs.upstream[name].to(out.dtype) for name, out in outputs.items()]
+    return torch.autograd.grad([*outputs.values()], inputs.logits, upstream, retain_graph=again)[0]
+
+
+def _forward(compute: Compute, inputs: Inputs) -> Call:
+    @torch.no_grad()
+    def call():
+        return compute(inputs.logits, inputs.token_ids)
+
+    return call
+
+
+def _backward(compute: Compute, inputs: Inputs) -> Call:
+    outputs = compute(inputs.logits, inputs.token_ids)
+    return lambda: ([*outputs], _gradient(outputs, inputs, again=True))
+
+
+def _forward_backward(compute: Compute, inputs: Inputs) -> Call:
+    def call():
+        outputs = compute(inputs.logits, inputs.token_ids)
+        return [*outputs], _gradient(outputs, inputs, again=False)
+
+    return call
+
+
+METRICS = {"forward": _forward, "backward": _backward, "forward+backward": _forward_backward}
+
+
+# --- Ours and the peers ---------------------------------------------------------------------------
+
+
+def ours(device: torch.device) -> Compute:
+    def compute(logits, token_ids):
+        stats = token_stats(logits, token_ids)
+        return {"logprob": stats.logprob, "nsc": stats.nsc, "entropy": stats.entropy}
+
+    return compute
+
+
+def plain(logits: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
+    """The best plain torch: one log_softmax, everything from it."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    return {
+        "logprob": logprobs.gather(-1, token_ids[:, None])[:, 0],
+        "nsc": logprobs.mean(-1) + torch.tensor(float(logits.shape[-1])).log(),
+        "entropy": -(logprobs.exp() * logprobs).sum(-1),
+    }
+
+
+def eager(device: torch.device) -> Compute:
+    return plain
+
+
+def compiled(device: torch.device) -> Compute:
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False  # else a backward cannot be timed twice
+    torch._dynamo.config.recompile_limit = 64  # one graph a shape, none of them dynamic
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    return torch.compile(plain, mode=mode, dynamic=False, fullgraph=True)
+
+
+def trl(device: torch.device) -> Compute:
+    """TRL: logprob and entropy. Its Triton kernel on a GPU, its torch function on a CPU."""
+    if device.type == "cuda":
+        function = _peers.load("trl.kernels.logprob_entropy", device)
+    else:
+        function = _peers.load("trl.trainer.utils", device, needs_gpu=False)
+    function = function.selective_log_softmax_and_entropy
+
+    def compute(logits, token_ids):
+        logprob, entropy = function(logits, token_ids)
+        return {"logprob": logprob, "entropy": entropy}
+
+    return compute
+
+
+def liger(device: torch.device) -> Compute:
+    """Liger's cross entropy: logprob. With a gradient it computes that in the forward, in place."""
+    function = _peers.load("liger_kernel.ops.cross_entropy", device).LigerCrossEntropyFunction
+
+    def compute(logits, token_ids):
+        held = logits.view_as(logits)  # no leaf, so that it may be overwritten
+        return {
+            "logprob": -function.apply(
+                held, token_ids, None, -100, 0.0, 0.0, "none", None, False, False, False
+            )[0]
+        }
+
+    return compute
+
+
+def flash_attn(device: torch.device) -> Compute:
+    """flash-attn's cross entropy: logprob."""
+    module = _peers.load("flash_attn.ops.triton.cross_entropy", device)
+    return lambda logits, token_ids: {"logprob": -module.cross_entropy_loss(logits, token_ids)[0]}
+
+
+CANDIDATES = {
+    "ours": ours,
+    "eager": eager,
+    "torch.compile": compiled,
+    "trl": trl,
+    "liger": liger,
+    "flash-attn": flash_attn,
+}
+COMPUTES = {"liger": ("forward", "forward+backward")}  # it has no backward of its own to time
+
+
+# --- Correctness ----------------------------------------------------------------------------------
+
+
+def _sample(inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Row numbers, float64 logits of these rows as a leaf, and their statistics."""
+    count = len(inputs.token_ids)
+    rows = torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long().to(inputs.logits.device)
+    logits = inputs.logits.detach()[rows].double().requires_grad_()
+    logprobs = logits.log_softmax(-1)
+    reference = {
+        "logprob": logprobs.gather(-1, inputs.token_ids[rows, None])[:, 0],
+        "nsc": logprobs.mean(-1) + torch.tensor(float(logits.shape[-1])).log(),
+        "entropy": -(logprobs.exp() * logprobs).sum(-1),
+    }
+    return rows, logits, reference
+
+
+def check_forward(inputs: Inputs, result: dict[str, Tensor]) -> None:
+    rows, _, reference = _sample(inputs)
+    for name, value in result.items():
+        check_close(name, value[rows], reference[name])
+
+
+def check_backward(inputs: Inputs, result: tuple[list[str], Tensor]) -> None:
+    names, gradient = result
+    rows, logits, reference = _sample(inputs)
+    total = sum((reference[name] * inputs.upstream[name][rows].double()).sum() for name in names)
+    if gradient.shape != inputs.logits.shape:
+        raise WrongResult(f"gradient of shape {tuple(gradient.shape)}")
+    check_close("gradient", gradient[rows], torch.autograd.grad(total, logits)[0])
