@@ -147,6 +147,12 @@ class TrainConfig(SamplingConfig):
     """Clip range of the probability ratio, below."""
     epsilon_high: float | None = None
     """Clip range above; default: epsilon."""
+    rollout_correction: Literal["none", "tis"] = "none"
+    """Correction for the sampler's log-probs differing from the trainer's (precision, kernels):
+    tis multiplies a token's policy gradient by min(trainer / sampler probability,
+    rollout_correction_cap)."""
+    rollout_correction_cap: float = 2.0
+    """Cap of that ratio."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
     """How token losses are normalised, as TRL names it."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -198,7 +204,7 @@ class TrainConfig(SamplingConfig):
             "give 2 or more: an advantage compares images of one prompt",
         )  # fmt: skip
         require_at_least(
-            self, 0, "beta", "epsilon", "learning_rate", "warmup_steps", "weight_decay",
+            self, 0, "beta", "epsilon", "rollout_correction_cap", "learning_rate", "warmup_steps", "weight_decay",
             "max_grad_norm", "save_steps", "sample_steps",
         )  # fmt: skip
         require(self.temperature > 0, "temperature", self.temperature, "train above 0: groups of"

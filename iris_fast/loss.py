@@ -56,21 +56,34 @@ def token_weights(
     return scale / accumulation
 
 
+def truncated_importance(old_logprob_M: Tensor, sampler_logprob_M: Tensor, cap: float) -> Tensor:
+    """c = min(exp(old - sampler), cap): how much likelier the trainer found a token than the sampler
+    that drew it, so that the expectation is the trainer's again up to the cap. No gradient.
+
+    Both log-probs are of the same distribution, computed by two programs: in lower precision or by
+    other kernels they differ. Source: truncated importance sampling (Ionides 2008), per token as
+    in TRL's vLLM correction.
+    """
+    return (old_logprob_M - sampler_logprob_M).exp().clamp(max=cap).detach()
+
+
 def grpo_loss(
     logprob_M: Tensor,
     old_logprob_M: Tensor,
     reference_logprob_M: Tensor | None,
     advantage_M: Tensor,
     weight_M: Tensor,
+    correction_M: Tensor | None = None,
     *,
     beta: float,
     epsilon: float,
     epsilon_high: float,
 ) -> Loss:
-    """sum_m w_m * -(min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) - beta k3), where
+    """sum_m w_m * -(c min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) - beta k3), where
 
         rho = exp(logprob - old_logprob)
         k3  = exp(ref - logprob) - (ref - logprob) - 1  >= 0
+        c   = `correction_M`, see `truncated_importance`; 1 without
 
     All inputs float32 [M]; the gradient flows through `logprob_M` alone.
     Source: GRPO (arXiv 2402.03300) equation 3 and 4, token by token as in TRL.
@@ -79,6 +92,8 @@ def grpo_loss(
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     unclipped_gain, clipped_gain = ratio * advantage_M, clipped * advantage_M
     loss_M = -torch.minimum(unclipped_gain, clipped_gain)
+    if correction_M is not None:
+        loss_M = loss_M * correction_M
     kl = torch.zeros_like(loss_M)
     if reference_logprob_M is not None:
         gap = reference_logprob_M - logprob_M

@@ -164,7 +164,8 @@ def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource
     compute_dtype = torch.bfloat16 if config.bf16 else torch.float32
     frozen = copy.deepcopy(opened.model).to(ranks.device, compute_dtype).requires_grad_(False)
     sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
-    reference = copy.deepcopy(opened.model).requires_grad_(False) if config.beta else None
+    # Never updated, so it needs no float32 master weights.
+    reference = copy.deepcopy(frozen) if config.beta else None
     policy = opened.model
     freeze(policy, config)
     for model in filter(None, (policy, reference)):

@@ -12,7 +12,7 @@ from iris_fast.batch import PackedBatch, Scored
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks, full
 from iris_fast.errors import UserError
-from iris_fast.loss import Loss, grpo_loss, token_weights
+from iris_fast.loss import Loss, grpo_loss, token_weights, truncated_importance
 from iris_fast.packing import pack
 
 
@@ -23,7 +23,7 @@ class MicroBatch:
     packed: PackedBatch
     advantage_M: Tensor
     weight_M: Tensor
-    rollout_logprob_M: Tensor  # the sampler's, for the mismatch that is logged
+    rollout_logprob_M: Tensor  # the sampler's: for the mismatch that is logged, and tis
     reference_logprob_M: Tensor | None
     old_logprob_M: Tensor | None  # None: the policy's own, as on the first pass over a rollout
 
@@ -106,12 +106,17 @@ def update(
         text, image = policy(batch.packed)
         logprob_M = torch.cat([text.logprob, image.logprob])
         old_M = logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
+        correction_M = None
+        if config.rollout_correction == "tis":
+            cap = config.rollout_correction_cap
+            correction_M = truncated_importance(old_M, batch.rollout_logprob_M, cap)
         loss = grpo_loss(
             logprob_M,
             old_M,
             batch.reference_logprob_M,
             batch.advantage_M,
             batch.weight_M,
+            correction_M,
             beta=config.beta,
             epsilon=config.epsilon,
             epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iris_fast.advantage import group_advantages
-from iris_fast.loss import grpo_loss, token_weights
+from iris_fast.loss import grpo_loss, token_weights, truncated_importance
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -113,6 +113,24 @@ def test_clipped_ratio_by_hand(ratio, advantage, value, gradient, clipped):
     assert loss.clipped_M.tolist() == [clipped]
     assert loss.ratio_M.item() == pytest.approx(ratio, rel=1e-6)
     assert loss.kl_M.tolist() == [0]
+
+
+def test_truncated_importance_by_hand_weighs_the_gain_and_not_the_kl():
+    # The trainer finds the first token 1.5 times as likely as the sampler did, the second 8 times.
+    old, sampler = tensor(math.log(0.6), math.log(0.8)), tensor(math.log(0.4), math.log(0.1))
+    correction = truncated_importance(old, sampler, cap=2.0)
+    assert correction.tolist() == pytest.approx([1.5, 2.0])
+    logprob = old.clone().requires_grad_()
+    reference = old + math.log(2)
+    loss = grpo_loss(
+        logprob, old, reference, tensor(1.0, -3.0), tensor(0.5, 0.5), correction,
+        beta=0.1, epsilon=0.2, epsilon_high=0.2,
+    )  # fmt: skip
+    k3 = 2 - math.log(2) - 1
+    assert loss.value.item() == pytest.approx(0.5 * (-1.5 + 6.0) + 0.1 * k3)
+    loss.value.backward()
+    # d k3 / d logprob = 1 - exp(reference - logprob) = -1
+    assert logprob.grad.tolist() == pytest.approx([0.5 * (-1.5 - 0.1), 0.5 * (6.0 - 0.1)])
 
 
 def test_epsilon_high_moves_the_upper_end_alone():

@@ -171,6 +171,22 @@ def test_the_samplers_log_probs_are_the_policys():
         assert step.update(step.batches())["logprob_mismatch"] < 1e-4
 
 
+def test_tis_corrects_a_sampler_that_underrates_its_tokens():
+    def gradients_with(gap: float, **settings: Any) -> dict[str, torch.Tensor]:
+        with one_step(beta=0.0, **settings) as step:
+            trace = step.scored.rollout
+            for part in (trace.text, trace.image):
+                part.conditional.logprob.sub_(gap)
+            return step.gradients()
+
+    plain = gradients_with(0.5)
+    corrected = gradients_with(0.5, rollout_correction="tis")
+    capped = gradients_with(5.0, rollout_correction="tis", rollout_correction_cap=3.0)
+    factor = torch.tensor(0.5).exp()
+    assert_same_gradients(corrected, {n: g * factor for n, g in plain.items()}, rtol=1e-3)
+    assert_same_gradients(capped, {n: g * 3 for n, g in plain.items()}, rtol=1e-3)
+
+
 @pytest.mark.parametrize("train_image_head", [False, True])
 def test_only_what_is_trained_moves(train_image_head):
     with one_step(train_image_head=train_image_head) as step:
