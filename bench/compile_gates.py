@@ -141,7 +141,7 @@ def _token_stats_backward(vocab_size: int, dtype: torch.dtype) -> None:
 def _guided_sample(vocab_size: int, dtype: torch.dtype) -> None:
     pair = (_logits(64, vocab_size, dtype) for _ in range(2))
     (uniform,) = _rows(1, 64)
-    sample_triton(*pair, uniform, None, 5.0, 1.0, vocab_size)
+    sample_triton(*pair, uniform, None, 5.0, 1.0, False, vocab_size)
 
 
 CASES: dict[str, Callable[[int, torch.dtype], None]] = {

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # the token id that means "no token here", as in torch.nn.functional.cross_entropy
+CPU = torch.device("cpu")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -44,13 +45,25 @@ def check_token_ids(token_ids: Tensor, mask: Tensor | None, logits: Tensor) -> N
             raise ValueError(f"mask has dtype {mask.dtype}: cast it with .bool(); True is kept")
 
 
-def check_temperature(temperature: float, *, zero_allowed: bool = False) -> None:
-    """A positive finite number, or 0 where that means greedy."""
-    if zero_allowed and temperature == 0:
+def check_temperature(
+    temperature: float | Tensor, logits: Tensor, *, zero_allowed: bool = False
+) -> None:
+    """A positive finite number, or 0 where that means greedy; a tensor's value is not looked at."""
+    check_scalar("temperature", temperature, logits)
+    if isinstance(temperature, Tensor) or (zero_allowed and temperature == 0):
         return
     if not 0 < temperature < math.inf:
         remedy = "pass a positive number" + (", or 0 for greedy" if zero_allowed else "")
         raise ValueError(f"temperature is {temperature}: {remedy}")
+
+
+def check_scalar(name: str, value: float | Tensor, logits: Tensor) -> None:
+    """A number, or a tensor of one where the logits are, or on the CPU."""
+    if isinstance(value, Tensor) and (value.dim() or value.device not in (logits.device, CPU)):
+        raise ValueError(
+            f"{name} is a tensor of shape {tuple(value.shape)} on {value.device}: "
+            f"pass a number, or a tensor without dimensions on {logits.device}"
+        )
 
 
 def check_vocab_size(vocab_size: int | None, columns: int) -> int:

@@ -48,7 +48,13 @@ def kernel_weights(mixed, m, threshold, scale, GREEDY: tl.constexpr):
     return tl.where(mixed >= threshold, power, 0.0).to(tl.int64)
 
 
-def sampling_weights(mixed: Tensor, row_max: Tensor, scale: float) -> Tensor:
+def weight_scale(temperature: float | Tensor, device: torch.device) -> Tensor:
+    """log2(e) / T, divided in fp32 as the kernel does."""
+    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=device)
+    return torch.full_like(temperature, LOG2_E) / temperature
+
+
+def sampling_weights(mixed: Tensor, row_max: Tensor, scale: Tensor) -> Tensor:
     """floor(2^40 exp2((mixed - row_max) scale)) as int64, the same bits as in the kernel."""
     t = mixed.sub(row_max).mul_(scale)
     t = torch.fmax(t, t.new_full((), LOWEST))  # NaN becomes LOWEST, that is weight 0
@@ -64,11 +70,11 @@ def sampling_weights(mixed: Tensor, row_max: Tensor, scale: float) -> Tensor:
 
 
 def truncation_threshold(
-    mixed: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    mixed: Tensor, temperature: float | Tensor, top_k: int, top_p: float, min_p: float
 ) -> Tensor | None:
     """The smallest mixed logit [R] that top_k, then top_p, then min_p leave; None: all stay."""
     thresholds = []
-    scale = LOG2_E / temperature
+    scale = weight_scale(temperature, mixed.device)
     row_max = mixed.amax(-1, keepdim=True)
     if 0 < top_k < mixed.shape[-1]:
         thresholds.append(mixed.topk(top_k, dim=-1).values[:, -1])
@@ -88,14 +94,20 @@ def truncation_threshold(
     return torch.stack(thresholds).amax(0)
 
 
-def draw(mixed: Tensor, uniform: Tensor, threshold: Tensor | None, temperature: float) -> Tensor:
+def draw(
+    mixed: Tensor,
+    uniform: Tensor,
+    threshold: Tensor | None,
+    temperature: float | Tensor,
+    greedy: bool,
+) -> Tensor:
     """Tokens [R] of mixed logits [R, V] at `uniform` [R], among those >= `threshold` [R]."""
     row_max = mixed.amax(-1, keepdim=True)
-    if temperature == 0:
+    if greedy:
         weights = (mixed == row_max).long()
         uniform = torch.zeros_like(uniform)
     else:
-        weights = sampling_weights(mixed, row_max, LOG2_E / temperature)
+        weights = sampling_weights(mixed, row_max, weight_scale(temperature, mixed.device))
         if threshold is not None:
             weights.masked_fill_(mixed < threshold[:, None], 0)
     cumulated = weights.cumsum(-1)

@@ -17,16 +17,31 @@ import math
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl
+from ._backend import constant, jit, tl
 from ._checks import IGNORED, row_parts
 
 LOG2_E = math.log2(math.e)
 # exp(-1000) is 0 in float32 and in float64.
 FLOOR = -1000.0
+_LOG2_E, _FLOOR = constant(LOG2_E), constant(FLOOR)
 CHUNK_ELEMENTS = 1 << 19  # torch path: 2 MB of fp32 a buffer, which stays in cache
 
 
 # --- Triton ---------------------------------------------------------------------------------------
+
+
+@jit
+def scalar(value, IN_MEMORY: tl.constexpr):
+    """A run-time number in fp32, passed by value or in memory."""
+    if IN_MEMORY:
+        return tl.load(value).to(tl.float32)
+    return tl.zeros([], tl.float32) + value
+
+
+@jit
+def scalars(T):
+    """log2(e)/T, 1/T and FLOOR * T, rounded as torch rounds them."""
+    return tl.div_rn(tl.full([], _LOG2_E, tl.float32), T), 1.0 / T, _FLOOR * T
 
 
 @jit
@@ -91,9 +106,25 @@ def finish(d_target, e_target, m, reference, others, sd, d_sum, inv_temperature,
     )
 
 
-def scalars(temperature: float) -> tuple[float, float, float]:
-    """What kernels take for a temperature: log2(e)/T, 1/T, FLOOR * T."""
-    return LOG2_E / temperature, 1 / temperature, FLOOR * temperature
+# --- Numbers that stay run-time values ------------------------------------------------------------
+
+
+def run_time(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as the tensor that an op takes for it: torch.compile makes floats constants.
+
+    In eager mode it lies on the CPU, so that a kernel gets it by value; in a compiled graph, or
+    where the user passed a tensor, where the logits are, and the kernel loads it.
+    """
+    if isinstance(value, Tensor):
+        return value.detach()
+    if torch.compiler.is_compiling():
+        return like.new_ones((), dtype=torch.float32) * value
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def number(value: Tensor) -> float | Tensor:
+    """What the launchers take for it: the number, or the tensor where reading it would sync."""
+    return float(value) if value.is_cpu else value
 
 
 # --- torch ----------------------------------------------------------------------------------------
@@ -122,12 +153,12 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def distances(x: Tensor, out: Tensor, row_max: Tensor, temperature: float) -> Tensor:
+def distances(x: Tensor, out: Tensor, row_max: Tensor, temperature: float | Tensor) -> Tensor:
     """(x - row_max[:, None]) / temperature into `out`."""
     if x.dtype != out.dtype:  # one conversion pass is faster than mixed arithmetic
         x = out.copy_(x)
     torch.sub(x, row_max[:, None], out=out)
-    return out if temperature == 1 else out.div_(temperature)
+    return out if isinstance(temperature, float) and temperature == 1 else out.div_(temperature)
 
 
 def any_row(rows: Tensor) -> bool:

@@ -24,6 +24,7 @@ from ._backend import jit, tl, triton, use_triton
 from ._checks import (
     check_logits,
     check_per_row,
+    check_scalar,
     check_temperature,
     check_vocab_size,
     fold_rows,
@@ -31,7 +32,17 @@ from ._checks import (
 )
 from ._inverse_cdf import draw, kernel_weights, truncation_threshold
 from ._ops import add_op_namespace_prefix
-from ._row_math import CHUNK_ELEMENTS, FLOOR, LOG2_E, chunk_stats, finish, row_offset, terms
+from ._row_math import (
+    CHUNK_ELEMENTS,
+    chunk_stats,
+    finish,
+    number,
+    row_offset,
+    run_time,
+    scalar,
+    scalars,
+    terms,
+)
 from .token_stats import TokenStats
 
 
@@ -100,14 +111,18 @@ def _sample_kernel(
     cond, uncond, uniform, threshold, token_ids, conditional, guided,
     cond_inner, cond_stride_outer, cond_stride_inner,
     uncond_inner, uncond_stride_outer, uncond_stride_inner,
-    rows, V, log_V, cfg_weight, scale, inv_temperature, floor, unit_scale, unit_floor, Q,
-    GREEDY: tl.constexpr, L: tl.constexpr, K: tl.constexpr, Q_POW2: tl.constexpr,
+    rows, V, log_V, cfg_weight, temperature, Q,
+    W_IN_MEMORY: tl.constexpr, T_IN_MEMORY: tl.constexpr, GREEDY: tl.constexpr,
+    L: tl.constexpr, K: tl.constexpr, Q_POW2: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     GUIDED: tl.constexpr = uncond is not None
     cond += row_offset(row, cond_inner, cond_stride_outer, cond_stride_inner)
     if GUIDED:
         uncond += row_offset(row, uncond_inner, uncond_stride_outer, uncond_stride_inner)
+    cfg_weight = scalar(cfg_weight, W_IN_MEMORY)
+    scale, inv_temperature, floor = scalars(scalar(temperature, T_IN_MEMORY))
+    unit_scale, _, unit_floor = scalars(scalar(1.0, False))
     lanes = tl.arange(0, L)
     tile = lanes[:, None] * Q + tl.arange(0, K)[None, :]  # lane l owns columns [l Q, (l + 1) Q)
 
@@ -189,7 +204,7 @@ def sample_launch(vocab_size: int, itemsize: int) -> dict[str, int | bool]:
     }
 
 
-def sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, vocab_size):
+def sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size):
     """One launch: token_ids [R], conditional [4, R], guided [4, R]."""
     cond, uncond = (t if t is None or fold_rows(t) else t.contiguous() for t in (cond, uncond))
     outer, inner, *strides = fold_rows(cond)
@@ -197,13 +212,12 @@ def sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, voc
     _, *uncond_layout = (1, 1, 0, 0) if uncond is None else fold_rows(uncond)
     token_ids = cond.new_empty(rows, dtype=torch.int64)
     conditional, guided = (cond.new_empty((4, rows), dtype=torch.float32) for _ in range(2))
-    greedy = temperature == 0
-    temperature = temperature or 1.0
     _sample_kernel[(rows,)](
         cond, uncond, uniform, threshold, token_ids, conditional, guided,
         inner, *strides, *uncond_layout, rows, vocab_size, math.log(vocab_size),
-        cfg_weight, LOG2_E / temperature, 1 / temperature, FLOOR * temperature, LOG2_E, FLOOR,
-        GREEDY=greedy, **sample_launch(vocab_size, cond.element_size()),
+        cfg_weight, temperature, W_IN_MEMORY=isinstance(cfg_weight, Tensor),
+        T_IN_MEMORY=isinstance(temperature, Tensor), GREEDY=greedy,
+        **sample_launch(vocab_size, cond.element_size()),
     )  # fmt: skip
     return token_ids, conditional, guided
 
@@ -211,7 +225,7 @@ def sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, voc
 # --- The torch path -------------------------------------------------------------------------------
 
 
-def mix(cond: Tensor, uncond: Tensor | None, cfg_weight: float) -> Tensor:
+def mix(cond: Tensor, uncond: Tensor | None, cfg_weight: float | Tensor) -> Tensor:
     """uncond + cfg_weight (cond - uncond) in fp32; -inf where either is."""
     c = cond.float()
     if uncond is None:
@@ -221,7 +235,7 @@ def mix(cond: Tensor, uncond: Tensor | None, cfg_weight: float) -> Tensor:
     return mixed.masked_fill_((c == -math.inf) | (u == -math.inf), -math.inf)
 
 
-def _sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, vocab_size):
+def _sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size):
     cond, uncond = (
         None if t is None else t.reshape(-1, t.shape[-1])[:, :vocab_size] for t in (cond, uncond)
     )
@@ -234,12 +248,11 @@ def _sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, voc
         part = slice(start, min(start + chunk, rows))
         d, e = (b[: part.stop - start] for b in buffers)
         mixed = mix(cond[part], None if uncond is None else uncond[part], cfg_weight)
-        tokens = draw(
-            mixed, uniform[part], None if threshold is None else threshold[part], temperature
-        )
+        kept_from = None if threshold is None else threshold[part]
+        tokens = draw(mixed, uniform[part], kept_from, temperature, greedy)
         token_ids[part] = tokens
         conditional[:, part] = torch.stack(chunk_stats(cond[part], tokens, 1.0, d, e)[:4])
-        guided[:, part] = torch.stack(chunk_stats(mixed, tokens, temperature or 1.0, d, e)[:4])
+        guided[:, part] = torch.stack(chunk_stats(mixed, tokens, temperature, d, e)[:4])
     return token_ids, conditional, guided
 
 
@@ -248,16 +261,16 @@ def _sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, voc
 
 @torch.library.custom_op(add_op_namespace_prefix("guided_sample"), mutates_args=())
 def _guided_sample_op(
-    cond: Tensor, uncond: Tensor | None, uniform: Tensor, cfg_weight: float, temperature: float,
-    top_k: int, top_p: float, min_p: float, vocab_size: int,
+    cond: Tensor, uncond: Tensor | None, uniform: Tensor, cfg_weight: Tensor, temperature: Tensor,
+    greedy: bool, top_k: int, top_p: float, min_p: float, vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if cond.is_cpu and not bool(((uniform >= 0) & (uniform < 1)).all()):
         raise ValueError("uniform holds numbers outside [0, 1): draw it with torch.rand")
     shape = cond.shape[:-1]
     if not uniform.numel():
         return _empty_outputs(cond)
-    threshold = None
-    if temperature != 0 and (0 < top_k < vocab_size or top_p < 1 or min_p > 0):
+    threshold, cfg_weight, temperature = None, number(cfg_weight), number(temperature)
+    if not greedy and (0 < top_k < vocab_size or top_p < 1 or min_p > 0):
         rows = (
             None if t is None else t.reshape(-1, t.shape[-1])[:, :vocab_size]
             for t in (cond, uncond)
@@ -265,7 +278,14 @@ def _guided_sample_op(
         threshold = truncation_threshold(mix(*rows, cfg_weight), temperature, top_k, top_p, min_p)
     run = sample_triton if use_triton(cond) else _sample_torch
     token_ids, conditional, guided = run(
-        cond, uncond, uniform.reshape(-1), threshold, cfg_weight, temperature, vocab_size
+        cond,
+        uncond,
+        uniform.reshape(-1).contiguous(),
+        threshold,
+        cfg_weight,
+        temperature,
+        greedy,
+        vocab_size,
     )
     return token_ids.view(shape), conditional.view(4, *shape), guided.view(4, *shape)
 
@@ -292,8 +312,8 @@ def guided_sample(
     uncond_logits: Tensor | None,
     uniform: Tensor,
     *,
-    cfg_weight: float,
-    temperature: float = 1.0,
+    cfg_weight: float | Tensor,
+    temperature: float | Tensor = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
@@ -317,9 +337,10 @@ def guided_sample(
             is also made where the leading dimensions do not merge into two.
         uncond_logits: the same shape, dtype and device, or None for plain sampling.
         uniform: (...) float32 in [0, 1), one number a row, drawn outside.
-        cfg_weight: guidance; 1 is the conditional distribution. A run-time value.
-        temperature: a positive number, a run-time value; 0 is greedy: the first largest mixed
-            logit, whatever `uniform` and the truncation (`guided` is then taken at temperature 1).
+        cfg_weight: guidance; 1 is the conditional distribution. Like `temperature` a run-time
+            value, and, as a tensor without dimensions, read again in every replay of a graph.
+        temperature: a positive number; the number 0 is greedy: the first largest mixed logit,
+            whatever `uniform` and the truncation (`guided` is then taken at temperature 1).
         top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
         vocab_size: columns from here on do not exist. None: all exist.
 
@@ -345,14 +366,18 @@ def guided_sample(
     if uncond_logits is not None:
         _check_same_kind(cond_logits, uncond_logits)
         uncond_logits = last_dim_contiguous(uncond_logits.detach())
-    _check_range("cfg_weight", cfg_weight, -math.inf < cfg_weight < math.inf, "a finite number")
-    check_temperature(temperature, zero_allowed=True)
+    check_scalar("cfg_weight", cfg_weight, cond_logits)
+    if not isinstance(cfg_weight, Tensor):
+        _check_range("cfg_weight", cfg_weight, -math.inf < cfg_weight < math.inf, "a finite number")
+    check_temperature(temperature, cond_logits, zero_allowed=True)
+    greedy = not isinstance(temperature, Tensor) and temperature == 0
     _check_range("top_k", top_k, top_k >= 0, "0 for all, or a positive integer")
     _check_range("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]")
     _check_range("min_p", min_p, 0 <= min_p <= 1, "a number in [0, 1]")
     token_ids, conditional, guided = _guided_sample_op(
         last_dim_contiguous(cond_logits.detach()), uncond_logits, uniform.detach(),
-        float(cfg_weight), float(temperature), top_k, float(top_p), float(min_p),
+        run_time(cfg_weight, cond_logits), run_time(1.0 if greedy else temperature, cond_logits),
+        greedy, top_k, float(top_p), float(min_p),
         check_vocab_size(vocab_size, cond_logits.shape[-1]),
     )  # fmt: skip
     return GuidedSample(token_ids, TokenStats(*conditional), TokenStats(*guided))

@@ -45,8 +45,11 @@ from ._row_math import (
     kept_rows,
     log_one_plus,
     move_reference,
+    number,
     rescale,
     row_offset,
+    run_time,
+    scalar,
     scalars,
     terms,
 )
@@ -100,8 +103,8 @@ def _accumulate(
 @jit
 def _forward_kernel(
     logits, token_ids, mask, logprob, nsc, entropy, lse, row_max, sum_exp,
-    inner, stride_outer, stride_inner, V, log_V, scale, inv_temperature, floor,
-    L: tl.constexpr, K: tl.constexpr,
+    inner, stride_outer, stride_inner, V, log_V, temperature,
+    T_IN_MEMORY: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     target = tl.load(token_ids + row).to(tl.int32)
@@ -117,6 +120,7 @@ def _forward_kernel(
         tl.store(sum_exp + row, 0.0)
         return
     logits += row_offset(row, inner, stride_outer, stride_inner)
+    scale, inv_temperature, floor = scalars(scalar(temperature, T_IN_MEMORY))
     offsets = tl.arange(0, L)[:, None] * K + tl.arange(0, K)[None, :]
     m = tl.full([L], float("-inf"), tl.float32)
     s = tl.zeros([L], tl.float32)
@@ -168,8 +172,8 @@ def _backward_kernel(
     logits, grad, token_ids, mask, row_max, sum_exp, entropy,
     grad_logprob, grad_nsc, grad_entropy, grad_lse,
     inner, stride_outer, stride_inner, grad_inner, grad_stride_outer, grad_stride_inner,
-    columns_held, V, scale, inv_temperature, floor,
-    BLOCK: tl.constexpr,
+    columns_held, V, temperature,
+    T_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -183,6 +187,7 @@ def _backward_kernel(
         return
     logits += row_offset(row, inner, stride_outer, stride_inner)
     x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    scale, inv_temperature, floor = scalars(scalar(temperature, T_IN_MEMORY))
     s = tl.load(sum_exp + row)
     on_target = _scaled(grad_logprob, row, inv_temperature)
     on_all = _scaled(grad_nsc, row, inv_temperature)
@@ -226,7 +231,8 @@ def forward_triton(logits, token_ids, mask, temperature, vocab_size, outputs) ->
         _forward_kernel[(outer * inner,)](
             part, token_ids[rows], None if mask is None else mask[rows],
             *(out[rows] for out in outputs), inner, stride_outer, stride_inner,
-            vocab_size, math.log(vocab_size), *scalars(temperature),
+            vocab_size, math.log(vocab_size), temperature,
+            T_IN_MEMORY=isinstance(temperature, Tensor),
             **forward_launch(vocab_size, logits.element_size()),
         )  # fmt: skip
 
@@ -243,7 +249,8 @@ def backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature,
             part, grad_part, token_ids[rows], None if mask is None else mask[rows],
             *(t[rows] for t in saved), *(None if g is None else g[rows] for g in upstream),
             inner, *strides, grad_inner, *grad_strides,
-            columns, vocab_size, *scalars(temperature), **launch,
+            columns, vocab_size, temperature,
+            T_IN_MEMORY=isinstance(temperature, Tensor), **launch,
         )  # fmt: skip
 
 
@@ -303,7 +310,7 @@ def _backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature,
 
 @torch.library.custom_op(add_op_namespace_prefix("token_stats"), mutates_args=())
 def _token_stats_op(
-    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, vocab_size: int,
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: Tensor, vocab_size: int,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     outputs = _empty_outputs(logits, token_ids)
@@ -312,7 +319,7 @@ def _token_stats_op(
         if token_ids.is_cpu:
             check_ids_in_range(token_ids, kept_rows(token_ids, mask), vocab_size)
         run(
-            logits, _flat(token_ids), _flat(mask), temperature, vocab_size,
+            logits, _flat(token_ids), _flat(mask), number(temperature), vocab_size,
             [_flat(out) for out in outputs],
         )  # fmt: skip
     return outputs
@@ -337,7 +344,7 @@ def _backward_op(
     row_max: Tensor, sum_exp: Tensor, entropy: Tensor,
     grad_logprob: Tensor | None, grad_nsc: Tensor | None,
     grad_entropy: Tensor | None, grad_lse: Tensor | None,
-    temperature: float, vocab_size: int,
+    temperature: Tensor, vocab_size: int,
 ) -> Tensor:  # fmt: skip
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     _run_backward(
@@ -358,7 +365,7 @@ def _backward_inplace_op(
     row_max: Tensor, sum_exp: Tensor, entropy: Tensor,
     grad_logprob: Tensor | None, grad_nsc: Tensor | None,
     grad_entropy: Tensor | None, grad_lse: Tensor | None,
-    temperature: float, vocab_size: int,
+    temperature: Tensor, vocab_size: int,
 ) -> None:  # fmt: skip
     _run_backward(
         logits, logits, token_ids, mask, (row_max, sum_exp, entropy),
@@ -376,21 +383,21 @@ def _run_backward(logits, grad, token_ids, mask, saved, upstream, temperature, v
         run = backward_triton if use_triton(logits) else _backward_torch
         run(
             logits, grad, _flat(token_ids), _flat(mask), [_flat(t) for t in saved],
-            [_flat(g) for g in upstream], temperature, vocab_size,
+            [_flat(g) for g in upstream], number(temperature), vocab_size,
         )  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    logits, token_ids, mask, ctx.temperature, ctx.vocab_size, ctx.inplace = inputs
+    logits, token_ids, mask, temperature, ctx.vocab_size, ctx.inplace = inputs
     _, _, entropy, _, row_max, sum_exp = output
     ctx.mark_non_differentiable(row_max, sum_exp)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, token_ids, mask, row_max, sum_exp, entropy)
+    ctx.save_for_backward(temperature, logits, token_ids, mask, row_max, sum_exp, entropy)
 
 
 def _backward(ctx, *upstream):
-    logits, *saved = ctx.saved_tensors
-    arguments = (*saved, *upstream[:4], ctx.temperature, ctx.vocab_size)
+    temperature, logits, *saved = ctx.saved_tensors
+    arguments = (*saved, *upstream[:4], temperature, ctx.vocab_size)
     if ctx.inplace:
         logits = logits.detach()  # shares memory and version, so other readers are found out
         _backward_inplace_op(logits, *arguments)
@@ -408,7 +415,7 @@ def token_stats(
     logits: Tensor,
     token_ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
@@ -426,7 +433,9 @@ def token_stats(
             by the torch path and computed in float64). Any strides; if those of the last dimension
             are not 1, a contiguous copy is made.
         token_ids: (...) int64 or int32 in [0, vocab_size); -100 where a row has no token.
-        temperature: a positive number; a run-time value, so a new one compiles nothing.
+        temperature: a positive number; a run-time value, so a new one compiles nothing. Also a
+            tensor without dimensions, which a captured graph reads again in every replay; it gets
+            no gradient.
         mask: (...) bool; rows that are False, like rows of -100, give 0 and get gradient 0, and
             their logits are not used.
         vocab_size: columns from here on do not exist; their gradient is 0. None: all exist.
@@ -447,12 +456,13 @@ def token_stats(
     """
     check_logits("logits", logits)
     check_token_ids(token_ids, mask, logits)
-    check_temperature(temperature)
+    check_temperature(temperature, logits)
     vocab_size = check_vocab_size(vocab_size, logits.shape[-1])
     logits = last_dim_contiguous(logits)
     if inplace_backward:
         _check_overwritable(logits)
-    out = _token_stats_op(logits, token_ids, mask, float(temperature), vocab_size, inplace_backward)
+    temperature = run_time(temperature, logits)
+    out = _token_stats_op(logits, token_ids, mask, temperature, vocab_size, inplace_backward)
     return TokenStats(*out[:4])
 
 

@@ -354,6 +354,9 @@ MISTAKES = {
     "mask has dtype torch.int64": (torch.zeros(2, 3), GOOD_IDS, {"mask": GOOD_IDS}),
     r"mask has shape \(1,\)": (torch.zeros(2, 3), GOOD_IDS, {"mask": torch.ones(1).bool()}),
     "temperature is 0": (torch.zeros(2, 3), GOOD_IDS, {"temperature": 0}),
+    r"temperature is a tensor of shape \(1,\)": (
+        torch.zeros(2, 3), GOOD_IDS, {"temperature": torch.ones(1)}
+    ),
     "temperature is nan": (torch.zeros(2, 3), GOOD_IDS, {"temperature": math.nan}),
     "vocab_size is 4": (torch.zeros(2, 3), GOOD_IDS, {"vocab_size": 4}),
     "vocab_size is 0": (torch.zeros(2, 3), GOOD_IDS, {"vocab_size": 0}),

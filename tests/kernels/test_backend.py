@@ -1,0 +1,60 @@
+"""Which path runs: as asked, or an error; never another one in silence."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from iris_kernels import token_stats
+
+CALL = """
+import torch
+from iris_kernels import token_stats
+print(token_stats(torch.zeros(2, 4), torch.tensor([0, 3])).entropy.tolist())
+"""
+
+
+def test_unknown_name(monkeypatch):
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="IRIS_KERNELS_BACKEND='cuda' is unknown"):
+        token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
+
+
+def test_triton_does_not_take_float64(monkeypatch):
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "triton")
+    with pytest.raises(ValueError, match="float64"):
+        token_stats(torch.zeros(1, 2).double(), torch.zeros(1, dtype=torch.long))
+
+
+def test_auto_is_torch_on_a_cpu(monkeypatch, paths_run):
+    monkeypatch.delenv("IRIS_KERNELS_BACKEND", raising=False)
+    token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
+    assert paths_run == ["_forward_torch"]
+
+
+@pytest.mark.gpu
+def test_auto_is_triton_on_a_gpu(monkeypatch, paths_run):
+    monkeypatch.delenv("IRIS_KERNELS_BACKEND", raising=False)
+    token_stats(torch.zeros(1, 2, device="cuda"), torch.zeros(1, dtype=torch.long, device="cuda"))
+    assert paths_run == ["forward_triton"]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True
+    )
+
+
+def test_triton_on_a_cpu_tensor_raises():
+    done = python(CALL, IRIS_KERNELS_BACKEND="triton")
+    assert "the tensor is on cpu: move it to a CUDA device" in done.stderr
+
+
+def test_without_triton_the_torch_path_works():
+    hide = "import sys; sys.modules['triton'] = None\n"
+    done = python(hide + CALL)
+    assert done.returncode == 0, done.stderr
+    done = python(hide + CALL, IRIS_KERNELS_BACKEND="triton")
+    assert "Triton is not installed" in done.stderr

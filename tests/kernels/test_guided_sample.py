@@ -1,0 +1,411 @@
+"""guided_sample: the exact token, its distribution, truncation, and the statistics with it."""
+
+import math
+
+import pytest
+import torch
+from iris_kernels import guided_sample, token_stats
+from iris_kernels._inverse_cdf import draw, truncation_threshold
+from iris_kernels._ops import ops
+from iris_kernels.guided_sample import guided_sample_reference, mix
+from kernel_oracle import FIELDS, random_case
+
+PATHS = {"torch": ["_sample_torch"], "triton": ["sample_triton"]}
+# name: (rows, V, dtype). A row is cut into L <= 512 lanes of Q columns, each read 16 bytes a time.
+REGIMES = {
+    "one_class": (2, 1, torch.float32),
+    "fewer_classes_than_lanes": (7, 11, torch.float32),
+    "unaligned_rows": (5, 257, torch.bfloat16),
+    "one_step_a_lane": (3, 1000, torch.float16),
+    "image_vocabulary": (2, 16384, torch.bfloat16),
+    "lanes_longer_than_a_step_and_a_tail": (2, 20001, torch.float32),
+}
+SETTINGS = {
+    "plain": {},
+    "guided": {"cfg_weight": 5.0},
+    "guided_cold": {"cfg_weight": 3.0, "temperature": 0.5},
+    "guided_hot": {"cfg_weight": 1.5, "temperature": 4.0},
+    "greedy": {"cfg_weight": 5.0, "temperature": 0},
+    "top_k": {"cfg_weight": 2.0, "top_k": 5},
+    "all_truncations": {
+        "cfg_weight": 1.0, "temperature": 2.0, "top_k": 40, "top_p": 0.8, "min_p": 0.02
+    },
+}  # fmt: skip
+
+
+def case(rows: int, V: int, dtype: torch.dtype, device: str, name: str, scale: float = 2.0):
+    """(cond, uncond or None, uniform) for a setting."""
+    cond, _ = random_case((rows,), V, dtype, device, scale, seed=rows)
+    uncond, _ = random_case((rows,), V, dtype, device, scale, seed=rows + 1)
+    uniform = torch.rand(rows, generator=torch.Generator().manual_seed(3)).to(device)
+    return cond, None if name == "plain" else uncond, uniform
+
+
+def arguments(name: str) -> dict:
+    return {"cfg_weight": 1.0} | SETTINGS[name]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_same_token_on_every_backend(regime, name, device, monkeypatch, paths_run):
+    """Bit for bit, also at both ends of [0, 1)."""
+    from conftest import TRITON_RUNS
+
+    if not TRITON_RUNS:
+        pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
+    cond, uncond, uniform = case(*REGIMES[regime], device, name)
+    uniform[0], uniform[-1] = 0.0, 1 - 2.0**-24
+    out = {}
+    for backend, expected in PATHS.items():
+        monkeypatch.setenv("IRIS_KERNELS_BACKEND", backend)
+        paths_run.clear()
+        out[backend] = guided_sample(cond, uncond, uniform, **arguments(name))
+        assert paths_run == expected
+    assert torch.equal(out["torch"].token_ids, out["triton"].token_ids)
+    for of_torch, of_triton in zip(out["torch"][1:], out["triton"][1:], strict=True):
+        for field, a, b in zip(FIELDS, of_torch, of_triton, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5, msg=field)
+
+
+@pytest.mark.parametrize("name", ["plain", "guided", "guided_cold", "guided_hot"])
+def test_inverse_cdf(name, backend, device):
+    """The float64 inverse CDF wherever the uniform is not within rounding of a step of it."""
+    cond, uncond, _ = case(40, 3000, torch.float32, device, name)
+    cond, uncond = cond[:1].expand(40, -1), uncond if uncond is None else uncond[:1].expand(40, -1)
+    uniform = ((torch.arange(40, device=device) + 0.5) / 40).float()
+    kwargs = arguments(name)
+    other = cond if uncond is None else uncond
+    exact = guided_sample_reference(cond.double(), other.double(), uniform.double(), **kwargs)
+    mixed = mix(cond, uncond, kwargs["cfg_weight"]).double() / kwargs.get("temperature", 1.0)
+    steps = torch.softmax(mixed, -1).cumsum(-1)
+    clear = ((steps - uniform[:, None]).abs() > 1e-5).all(-1)
+    assert clear.sum() > 20
+    token_ids = guided_sample(cond, uncond, uniform, **kwargs).token_ids
+    assert torch.equal(token_ids[clear], exact[clear])
+
+
+def test_chi_square(backend, device):
+    """Draws follow the exact probabilities (few of them where a row is slow: the interpreter)."""
+    V, draws, limit = 12, 20000, 31.3  # the limit: the 99.9% point, 11 degrees of freedom
+    if backend == "triton" and device == "cpu":
+        V, draws, limit = 4, 100, 16.3  # 3 degrees of freedom
+    cond, uncond, _ = case(1, V, torch.float32, device, "guided", scale=0.5)
+    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(11)).to(device)
+    token_ids = guided_sample(
+        cond.expand(draws, -1), uncond.expand(draws, -1), uniform, cfg_weight=2.0, temperature=1.5
+    ).token_ids
+    expected = torch.softmax(mix(cond, uncond, 2.0).double() / 1.5, -1)[0].cpu() * draws
+    counted = torch.bincount(token_ids.cpu(), minlength=V)
+    assert float(expected.min()) > 5
+    assert float(((counted - expected) ** 2 / expected).sum()) < limit
+
+
+# --- The ends of the interval, and classes that cannot be drawn -----------------------------------
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1e-38, 0.5, 1 - 2.0**-24])
+def test_impossible_classes_are_never_drawn(uniform, backend, device):
+    """-inf at both ends, and in one branch only; a class of weight 0 is stepped over."""
+    cond, uncond, _ = case(6, 600, torch.float32, device, "guided")
+    cond[:, :100], uncond[:, 100:130] = -math.inf, -math.inf
+    cond[:, 500:], uncond[:, 550:] = -math.inf, -math.inf
+    cond[:, 140:160] = -200.0
+    out = guided_sample(
+        cond, uncond, torch.full((6,), uniform, device=device), cfg_weight=4.0, temperature=0.9
+    )
+    drawn = mix(cond, uncond, 4.0).gather(1, out.token_ids[:, None])
+    assert drawn.isfinite().all()
+    assert out.guided.logprob.isfinite().all() and out.conditional.entropy.isfinite().all()
+    assert (out.guided.logprob > -40 * math.log(2) - math.log(600)).all()
+
+
+def test_uniform_at_its_ends(backend, device):
+    cond = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]] * 3, device=device)
+    uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-24], device=device)
+    assert guided_sample(cond, None, uniform, cfg_weight=1.0).token_ids.tolist() == [1, 2, 2]
+
+
+def test_nothing_but_minus_infinity(backend, device):
+    out = guided_sample(
+        torch.full((2, 70), -math.inf, device=device), None, torch.rand(2, device=device),
+        cfg_weight=1.0,
+    )  # fmt: skip
+    assert (out.token_ids == 0).all() and (out.guided.logprob == -math.inf).all()
+
+
+def test_nan_is_not_drawn_and_not_hidden(backend, device):
+    cond, _, uniform = case(4, 300, torch.float32, device, "plain")
+    cond[:, 17] = math.nan
+    out = guided_sample(cond, None, uniform, cfg_weight=1.0)
+    assert ((out.token_ids >= 0) & (out.token_ids < 300)).all()
+    assert out.guided.logprob.isnan().all() and out.conditional.nsc.isnan().all()
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "guided", "guided_cold", "greedy", "all_truncations"])
+def test_statistics_are_those_of_token_stats(name, backend, device):
+    """`conditional` at temperature 1, `guided` at the sampling one; both before truncation."""
+    cond, uncond, uniform = case(5, 3000, torch.float32, device, name)
+    kwargs = arguments(name)
+    out = guided_sample(cond, uncond, uniform, **kwargs)
+    mixed = mix(cond, uncond, kwargs["cfg_weight"])
+    for mine, expected in (
+        (out.conditional, token_stats(cond, out.token_ids)),
+        (out.guided, token_stats(mixed, out.token_ids, temperature=kwargs.get("temperature") or 1)),
+    ):
+        for field, a, b in zip(FIELDS, mine, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5, msg=field)
+
+
+def test_certain_token_keeps_its_digits(backend, device):
+    logits = torch.zeros(2, 600, device=device)
+    logits[:, 17] = torch.tensor([30.0, 50.0])
+    out = guided_sample(logits, None, torch.full((2,), 0.5, device=device), cfg_weight=1.0)
+    others = 599 * torch.exp(-torch.tensor([30.0, 50.0], dtype=torch.float64, device=device))
+    for stats in (out.conditional, out.guided):
+        torch.testing.assert_close(stats.logprob.double(), -others.log1p(), rtol=1e-5, atol=0)
+
+
+# --- Truncation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"), [(7, 1, 0), (0, 0.6, 0), (0, 1, 0.05), (30, 0.9, 0.02), (1, 1, 0)]
+)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_truncation_keeps_what_hugging_face_keeps(top_k, top_p, min_p, temperature, device):
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits, _ = random_case((20,), 400, torch.float32, device)
+    scores = logits / temperature
+    if top_k:
+        scores = warpers.TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = warpers.TopPLogitsWarper(float(top_p))(None, scores)
+    if min_p:
+        scores = warpers.MinPLogitsWarper(min_p)(None, scores)
+    threshold = truncation_threshold(logits, temperature, top_k, top_p, min_p)
+    assert torch.equal(logits >= threshold[:, None], scores > -math.inf)
+
+
+def test_ties_with_the_last_one_kept_are_kept(backend, device):
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0, 0.0]], device=device).expand(16, -1)
+    uniform = (torch.arange(16, device=device) + 0.5) / 16
+    for kwargs in ({"top_k": 2}, {"top_p": 0.6}):
+        token_ids = guided_sample(logits, None, uniform, cfg_weight=1.0, **kwargs).token_ids
+        assert sorted(set(token_ids.tolist())) == [0, 2, 3, 4], kwargs
+
+
+def test_truncated_draws_stay_inside(backend, device):
+    cond, _, _ = case(1, 500, torch.float32, device, "plain")
+    uniform = torch.cat([torch.rand(38), torch.tensor([0.0, 1 - 2.0**-24])]).to(device)
+    token_ids = guided_sample(
+        cond.expand(40, -1), None, uniform, cfg_weight=1.0, temperature=3.0, top_k=9
+    ).token_ids
+    assert set(token_ids.tolist()) <= set(cond[0].topk(9).indices.tolist())
+
+
+def test_top_k_one_is_greedy(backend, device):
+    cond, uncond, uniform = case(5, 500, torch.float32, device, "guided")
+    greedy = guided_sample(cond, uncond, uniform, cfg_weight=3.0, temperature=0)
+    assert torch.equal(greedy.token_ids, mix(cond, uncond, 3.0).argmax(-1))
+    first = guided_sample(cond, uncond, uniform, cfg_weight=3.0, top_k=1)
+    assert torch.equal(first.token_ids, greedy.token_ids)
+    assert torch.equal(first.guided.logprob, greedy.guided.logprob)
+
+
+def test_greedy_takes_the_first_of_equals(backend, device):
+    logits = torch.tensor([[1.0, 5.0, 5.0, 2.0]], device=device)
+    for uniform in (0.0, 0.9):
+        out = guided_sample(
+            logits, None, torch.tensor([uniform], device=device), cfg_weight=1.0, temperature=0
+        )
+        assert out.token_ids.tolist() == [1]
+
+
+# --- Independence of batch, chunk and layout ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["guided", "all_truncations"])
+def test_batch_invariance(name, backend, device):
+    cond, uncond, uniform = case(6, 700, torch.bfloat16, device, name)
+    together = guided_sample(cond, uncond, uniform, **arguments(name))
+    for row in range(6):
+        part = slice(row, row + 1)
+        alone = guided_sample(cond[part], uncond[part], uniform[part], **arguments(name))
+        assert torch.equal(alone.token_ids, together.token_ids[part])
+        for mine, other in zip(alone[1:], together[1:], strict=True):
+            assert all(torch.equal(a, b[part]) for a, b in zip(mine, other, strict=True))
+
+
+def test_chunks_change_nothing(device, monkeypatch):
+    """The torch path takes 11 rows at a time here, or 2."""
+    import importlib
+
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
+    module = importlib.import_module("iris_kernels.guided_sample")
+    cond, uncond, uniform = case(30, 45000, torch.float32, device, "guided")
+    whole = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2 * 45000)
+    cut = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
+    assert torch.equal(whole.token_ids, cut.token_ids)
+    for mine, other in zip(whole[1:], cut[1:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+
+
+LAYOUTS = {
+    "pairs_interleaved": lambda x: (x[::2], x[1::2]),
+    "padded_vocabulary": lambda x: (x[:4, :250], x[4:, :250]),
+    "two_leading_dimensions": lambda x: (x[:4].view(2, 2, 300), x[4:].view(2, 2, 300)),
+    "two_strides": lambda x: (x.view(2, 4, 300)[:, :3], x.view(2, 4, 300)[:, 1:]),
+    "columns_apart": lambda x: (x[:4].t().contiguous().t(), x[4:]),
+    "one_row": lambda x: (x[0], x[1]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name, backend, device):
+    full, _ = random_case((8,), 300, torch.float32, device)
+    cond, uncond = LAYOUTS[name](full)
+    uniform = torch.rand(cond.shape[:-1], generator=torch.Generator().manual_seed(1)).to(device)
+    out = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
+    V = cond.shape[-1]
+    flat = guided_sample(
+        cond.reshape(-1, V).clone(), uncond.reshape(-1, V).clone(), uniform.reshape(-1),
+        cfg_weight=2.0,
+    )  # fmt: skip
+    assert out.token_ids.shape == uniform.shape and out.guided.lse.shape == uniform.shape
+    assert torch.equal(out.token_ids.reshape(-1), flat.token_ids)
+    assert torch.equal(out.conditional.nsc.reshape(-1), flat.conditional.nsc)
+
+
+def test_vocab_size(backend, device):
+    cond, uncond, uniform = case(5, 400, torch.float32, device, "guided")
+    for name in ("guided", "all_truncations"):
+        kwargs = arguments(name)
+        cut = guided_sample(cond[:, :333].clone(), uncond[:, :333].clone(), uniform, **kwargs)
+        padded = cond.clone()
+        padded[:, 333:] = math.nan
+        out = guided_sample(padded, uncond, uniform, vocab_size=333, **kwargs)
+        assert torch.equal(out.token_ids, cut.token_ids)
+        assert torch.equal(out.guided.nsc, cut.guided.nsc)
+
+
+def test_no_rows(backend, device):
+    out = guided_sample(
+        torch.zeros(0, 50, device=device), None, torch.zeros(0, device=device), cfg_weight=1.0
+    )
+    assert out.token_ids.shape == (0,) and out.guided.nsc.shape == (0,)
+
+
+# --- As an operator -------------------------------------------------------------------------------
+
+
+def test_opcheck(backend, device):
+    cond, uncond, uniform = case(3, 60, torch.float32, device, "guided")
+    for other in (uncond, None):
+        numbers = (torch.tensor(2.0), torch.tensor(0.9), False, 5, 0.9, 0.0, 60)
+        torch.library.opcheck(ops.guided_sample.default, (cond, other, uniform, *numbers))
+
+
+def test_no_gradient_and_inputs_untouched(backend, device):
+    cond, uncond, uniform = case(3, 60, torch.float32, device, "guided")
+    before = cond.clone(), uncond.clone(), uniform.clone()
+    out = guided_sample(cond.requires_grad_(), uncond, uniform, cfg_weight=2.0)
+    assert not out.guided.logprob.requires_grad
+    for tensor, value in zip((cond, uncond, uniform), before, strict=True):
+        assert torch.equal(tensor, value)
+
+
+def test_fullgraph_and_run_time_values(backend, device):
+    cond, uncond, uniform = case(3, 60, torch.float32, device, "guided")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def function(weight, temperature):
+        return guided_sample(cond, uncond, uniform, cfg_weight=weight, temperature=temperature)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for weight, temperature in ((5.0, 0.9), (3.0, 0.8), (2.0, 1.1), (7.0, 1.7)):
+        mine, expected = compiled(weight, temperature), function(weight, temperature)
+        assert torch.equal(mine.token_ids, expected.token_ids)
+        torch.testing.assert_close(mine.guided.nsc, expected.guided.nsc)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_numbers_as_tensors(backend, device):
+    cond, uncond, uniform = case(3, 60, torch.float32, device, "guided")
+    expected = guided_sample(cond, uncond, uniform, cfg_weight=3.0, temperature=0.7, top_p=0.9)
+    weight, temperature = torch.tensor(3.0, device=device), torch.tensor(0.7, device=device)
+    out = guided_sample(
+        cond, uncond, uniform, cfg_weight=weight, temperature=temperature, top_p=0.9
+    )
+    assert torch.equal(out.token_ids, expected.token_ids)
+    assert torch.equal(out.guided.lse, expected.guided.lse)
+
+
+@pytest.mark.gpu
+def test_graph_capture(monkeypatch):
+    """A replay samples from the numbers that are then in its inputs."""
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "triton")
+    torch.use_deterministic_algorithms(False)
+    cond, uncond, uniform = case(64, 16384, torch.bfloat16, "cuda", "guided")
+    guided_sample(cond, uncond, uniform, cfg_weight=5.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = guided_sample(cond, uncond, uniform, cfg_weight=5.0)
+    uniform.copy_(torch.rand(64, device="cuda"))
+    graph.replay()
+    assert torch.equal(
+        out.token_ids, guided_sample(cond, uncond, uniform, cfg_weight=5.0).token_ids
+    )
+
+
+@pytest.mark.gpu
+def test_one_launch(monkeypatch):
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "triton")
+    torch.use_deterministic_algorithms(False)
+    cond, uncond, uniform = case(64, 16384, torch.bfloat16, "cuda", "guided")
+    guided_sample(cond, uncond, uniform, cfg_weight=5.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        guided_sample(cond, uncond, uniform, cfg_weight=5.0)
+        torch.cuda.synchronize()
+    assert sum(event.count for event in profile.key_averages()) == 1
+
+
+# --- What cannot be answered ----------------------------------------------------------------------
+
+LOGITS = torch.zeros(2, 3)
+UNIFORM = torch.zeros(2)
+MISTAKES = {
+    "cond_logits has dtype torch.int64": ((LOGITS.long(), None, UNIFORM), {}),
+    "cond_logits has dtype torch.float64": ((LOGITS.double(), None, UNIFORM), {}),
+    r"uncond_logits has shape torch.Size\(\[2, 4\]\)": ((LOGITS, torch.zeros(2, 4), UNIFORM), {}),
+    "uncond_logits has dtype torch.bfloat16": ((LOGITS, LOGITS.bfloat16(), UNIFORM), {}),
+    r"uniform has shape \(3,\)": ((LOGITS, None, torch.zeros(3)), {}),
+    "uniform has dtype torch.float64": ((LOGITS, None, UNIFORM.double()), {}),
+    r"outside \[0, 1\)": ((LOGITS, None, UNIFORM + 1), {}),
+    "temperature is -1": ((LOGITS, None, UNIFORM), {"temperature": -1}),
+    "cfg_weight is inf": ((LOGITS, None, UNIFORM), {"cfg_weight": math.inf}),
+    "top_k is -1": ((LOGITS, None, UNIFORM), {"top_k": -1}),
+    "top_p is 0": ((LOGITS, None, UNIFORM), {"top_p": 0}),
+    "min_p is 2": ((LOGITS, None, UNIFORM), {"min_p": 2}),
+    "vocab_size is 5": ((LOGITS, None, UNIFORM), {"vocab_size": 5}),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_named(message):
+    positional, keywords = MISTAKES[message]
+    with pytest.raises(ValueError, match=message):
+        guided_sample(*positional, **{"cfg_weight": 1.0} | keywords)
+
+
+def test_draw_is_exact_on_integer_weights(device):
+    """Equal logits: token i owns [i/V, (i+1)/V), to the last bit of the uniform."""
+    logits = torch.zeros(8, 8, device=device)
+    uniform = torch.arange(8, device=device) / 8
+    assert draw(logits, uniform, None, 1.0, False).tolist() == list(range(8))
+    below = torch.nextafter(uniform[1:], torch.zeros(7, device=device))
+    assert draw(logits[1:], below, None, 1.0, False).tolist() == list(range(7))
