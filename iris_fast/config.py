@@ -204,8 +204,8 @@ class TrainConfig(SamplingConfig):
             "give 2 or more: an advantage compares images of one prompt",
         )  # fmt: skip
         require_at_least(
-            self, 0, "beta", "epsilon", "rollout_correction_cap", "learning_rate", "warmup_steps", "weight_decay",
-            "max_grad_norm", "save_steps", "sample_steps",
+            self, 0, "beta", "epsilon", "rollout_correction_cap", "learning_rate",
+            "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "sample_steps",
         )  # fmt: skip
         require(self.temperature > 0, "temperature", self.temperature, "train above 0: groups of"
                 " equal images teach nothing")  # fmt: skip

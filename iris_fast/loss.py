@@ -57,8 +57,8 @@ def token_weights(
 
 
 def truncated_importance(old_logprob_M: Tensor, sampler_logprob_M: Tensor, cap: float) -> Tensor:
-    """c = min(exp(old - sampler), cap): how much likelier the trainer found a token than the sampler
-    that drew it, so that the expectation is the trainer's again up to the cap. No gradient.
+    """c = min(exp(old - sampler), cap): how much likelier the trainer found a token than the
+    sampler that drew it; the expectation is the trainer's again, up to the cap. No gradient.
 
     Both log-probs are of the same distribution, computed by two programs: in lower precision or by
     other kernels they differ. Source: truncated importance sampling (Ionides 2008), per token as
