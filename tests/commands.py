@@ -147,7 +147,7 @@ def launch(
     """`python -m arguments`, or with `ranks` the same under torchrun, in a new interpreter."""
     launcher = [sys.executable, "-m"]
     if ranks:
-        launcher += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+        launcher += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
         launcher += [*torchrun, "-m"]
     return subprocess.Popen(
         [*launcher, *map(str, arguments)],
@@ -156,4 +156,5 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )

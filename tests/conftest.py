@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.logger import _dcp_logger as dcp_logger
 
 from iris_fast import distributed
 from iris_fast.distributed import Ranks
@@ -17,6 +19,8 @@ SHARED = ROOT.parent / "shared"
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # two workers on two cores: more threads only get in each other's way
+    # It notes every tensor of every checkpoint, at length: the report of any failing test.
+    dcp_logger.setLevel(logging.WARNING)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

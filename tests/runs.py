@@ -15,12 +15,14 @@ from iris_fast.config import TrainConfig
 # A step of a fraction of a second, with everything in it.
 QUICK: dict[str, Any] = {
     "cot": True,
+    "per_device_train_batch_size": 1,
     "num_generations": 2,
     "max_completion_length": 4,
     "image_token_num_per_image": 4,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "sample_steps": 0,
+    "save_steps": 0,
     "max_steps": 2,
 }
 # What may differ between two runs that are the same.
@@ -34,7 +36,10 @@ def quick(output_dir: Path | str, **changes: Any) -> TrainConfig:
 
 def flags(**changes: Any) -> list[str]:
     """The same as a command line."""
-    return [word for name, value in (QUICK | changes).items() for word in (f"--{name}", str(value))]
+    words = []
+    for name, value in (QUICK | changes).items():
+        words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return words
 
 
 def metrics(run: Path | str) -> list[dict[str, Any]]:
