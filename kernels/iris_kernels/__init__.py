@@ -1,6 +1,7 @@
 """Fused kernels for the statistics that sampling and training a token model need.
 
     token_stats          logits -> logprob, nsc, entropy, lse of one token a row, differentiable
+    vocab_parallel_token_stats  the same for a vocabulary sharded over the ranks of a group
     guided_sample        cond and uncond logits -> a sampled token and its statistics, one launch
 
 Every op has a Triton path for GPUs and a torch path for everything else; `IRIS_KERNELS_BACKEND`
@@ -9,10 +10,12 @@ Every op has a Triton path for GPUs and a torch path for everything else; `IRIS_
 
 from .guided_sample import GuidedSample, guided_sample
 from .token_stats import TokenStats, token_stats
+from .vocab_parallel import vocab_parallel_token_stats
 
 __all__ = [
     "GuidedSample",
     "TokenStats",
     "guided_sample",
     "token_stats",
+    "vocab_parallel_token_stats",
 ]
