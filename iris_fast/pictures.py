@@ -12,16 +12,19 @@ from torch import Tensor
 from iris_fast.errors import UserError, writing
 from iris_fast.models.vq import VQModel, to_uint8
 
-DECODED_AT_ONCE = 16
 GAP_PIXELS = 4
 
 
 @torch.no_grad()
 def decode_images(vq: VQModel, codes_NI: Tensor) -> list[Image.Image]:
-    """One RGB picture for each row of codes, a square grid read row by row."""
+    """One RGB picture for each row of codes, a square grid read row by row.
+
+    Decoded one by one: convolutions round differently in batches of different sizes, and equal
+    codes should be equal pictures. A single one keeps a GPU busy, and a CPU is faster so.
+    """
     device = next(vq.parameters()).device
     pictures = []
-    for part in codes_NI.split(DECODED_AT_ONCE):
+    for part in codes_NI.split(1):
         pixels = to_uint8(vq.decode(part.to(device))).cpu().numpy()
         pictures += [Image.fromarray(picture) for picture in pixels]
     return pictures
