@@ -295,7 +295,9 @@ def load_policy_weights(path: Path, policy: nn.Module) -> None:
     fit it."""
     weights = {f"policy.{name}": value for name, value in policy.state_dict().items()}
     try:
-        dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that no process group was started
+            dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
     except (RuntimeError, ValueError, KeyError, AssertionError) as mistake:
         raise UserError(
             f"run_folder: {path} does not fit the model of its config.yaml ({_reason(mistake)}); "

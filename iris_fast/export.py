@@ -9,13 +9,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+from iris_fast.errors import UserError, tell
 
 PROGRAM = "iris_fast.export"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as a UserError: one line, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
+
+
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
-    parser = argparse.ArgumentParser(
+    """What the command line says; UserError if it cannot be understood."""
+    parser = _Parser(
         prog=PROGRAM, description="Write a run's trained model as a checkpoint folder."
     )
     parser.add_argument("run_folder", type=Path, help="the --output_dir of a training run")
@@ -34,19 +44,22 @@ def export(run_folder: Path, target: Path, layout: str, dtype_name: str) -> Path
     import yaml
 
     from iris_fast import checkpoint
-    from iris_fast.errors import UserError
     from iris_fast.inputs import open_model
     from iris_fast.models.layouts import export_janus
 
     config_file = run_folder / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"run_folder: {run_folder} holds no run (no config.yaml)")
+    try:
+        model = yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(f"run_folder: {config_file} is damaged; restore it") from None
     newest, faults = checkpoint.newest(run_folder / "checkpoints")
     for fault in faults:
         print(f"{PROGRAM}: warning: {fault}", file=sys.stderr)
     if newest is None:
-        raise UserError(f"run_folder: {run_folder} holds no complete checkpoint; train first")
-    opened = open_model(yaml.safe_load(config_file.read_text())["model"], torch.float32)
+        raise UserError(f"run_folder: {run_folder} holds no sound checkpoint; train first")
+    opened = open_model(model, torch.float32)
     checkpoint.load_policy_weights(newest, opened.model)
     written = export_janus(opened, target, layout, dtype=getattr(torch, dtype_name))
     print(f"{newest} written to {written} ({layout} layout, {dtype_name})")
@@ -55,10 +68,8 @@ def export(run_folder: Path, target: Path, layout: str, dtype_name: str) -> Path
 
 def main() -> int:
     """The command; its exit code."""
-    asked = arguments()
-    from iris_fast.errors import UserError, tell
-
     try:
+        asked = arguments()
         export(asked.run_folder, asked.target, asked.layout, asked.dtype)
     except UserError as mistake:
         return tell(PROGRAM, mistake)
