@@ -29,6 +29,7 @@ TEST = [
     "ruff>=0.9",
     "trl==1.16.*",  # the drop-ins against the real functions and the real trainer
     "kernels==0.17.2",  # the Kernel Hub's loader
+    "matplotlib>=3.9",  # the benchmark report
 ]
 
 BENCH = [

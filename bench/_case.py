@@ -22,8 +22,9 @@ class Case:
     """One operation at one shape. `make_inputs(seed)` draws inputs on the device.
 
     `candidates` maps names to `prepare(inputs) -> call`: what `prepare` does is not timed, `call()`
-    is, any number of times. The first candidate is ours, the others are its peers. A peer whose
-    `prepare` raises Absent is left out.
+    is, any number of times. A call that overwrites its inputs has an attribute `restore`: a
+    function that is run before every call, and not timed. The first candidate is ours, the others
+    are its peers. A peer whose `prepare` raises Absent is left out.
     `check(inputs, result)` raises WrongResult; `result` is what `call()` returned.
     `bytes` and `flops` are the least that the operation moves and computes, whoever computes it.
     """

@@ -14,7 +14,14 @@ from bench._case import Call
 
 HOLD_CLOCK = 2e9  # cycles a second at which torch.cuda._sleep is taken to count
 GPU_SECONDS, CPU_SECONDS = 0.3, 1.0  # of measuring per implementation
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MOST_ROUNDS, FEWEST_ROUNDS = 200, 5
+
+
+def restore(call: Call) -> None:
+    """Undo what the last call did to its inputs, where it has something to undo; never timed."""
+    if hasattr(call, "restore"):
+        call.restore()
 
 
 class CudaClock:
@@ -23,6 +30,7 @@ class CudaClock:
     def warm_up(self, calls: Sequence[Call]) -> None:
         """Compilation, handles, allocator: two calls on every set of inputs."""
         for call in (*calls, *calls):
+            restore(call)
             call()
         torch.cuda.synchronize()
 
@@ -35,6 +43,8 @@ class CudaClock:
         return self._median(calls)
 
     def _median(self, calls: Sequence[Call]) -> float:
+        restore(calls[0])
+        torch.cuda.synchronize()
         started = time.perf_counter()
         calls[0]()
         host_seconds = time.perf_counter() - started
@@ -46,6 +56,7 @@ class CudaClock:
         events = []
         for i in range(rounds):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            restore(calls[i % len(calls)])
             torch.cuda._sleep(hold)
             start.record()
             calls[i % len(calls)]()
@@ -65,6 +76,7 @@ class CudaClock:
 
     def peak_bytes(self, call: Call) -> int:
         """Device memory that one call needs beside what is there already."""
+        restore(call)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -85,6 +97,7 @@ class CpuClock:
         """Median seconds of one call of each."""
         for each in calls.values():
             for call in each:
+                restore(call)
                 call()
         slowest = sum(self._once(each[0]) for each in calls.values())
         rounds = int(min(max(CPU_SECONDS * len(calls) / slowest, FEWEST_ROUNDS), MOST_ROUNDS))
@@ -95,6 +108,7 @@ class CpuClock:
         return {name: statistics.median(each) for name, each in seconds.items()}
 
     def _once(self, call: Call) -> float:
+        restore(call)
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
@@ -104,12 +118,19 @@ class CpuClock:
 
         The kernel's high-water mark, set back before the call; untouched memory does not count.
         """
+        restore(call)
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide new use
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # freed memory that malloc keeps would hide new use
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)  # what is freed goes back at once
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
         before = _status_bytes("VmRSS")
         call()
-        return max(0, _status_bytes("VmHWM") - before)
+        peak = _status_bytes("VmHWM")
+        # Where malloc's moving thresholds end once large blocks have been freed.
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        return max(0, peak - before)
 
     def cache_bytes(self) -> int:
         """The last-level cache as Linux tells it; 32 MB where it does not."""

@@ -114,7 +114,8 @@ class Bench:
         """Calls on enough sets of inputs to outgrow the cache, the first checked and weighed."""
         first = case.make_inputs(0)
         call = case.candidates[name](first)
-        case.check(first, call())
+        overwrites = hasattr(call, "restore")
+        case.check(case.make_inputs(0) if overwrites else first, call())
         peak = self.clock.peak_bytes(call)
         calls = [call]
         for seed in range(1, self._sets(first)):

@@ -36,7 +36,7 @@ Compute = Callable[[Tensor, Tensor], dict[str, Tensor]]
 def cases(device: torch.device) -> Iterator[Case]:
     rows, vocabularies, dtype = GPU_GRID if device.type == "cuda" else CPU_GRID
     for V, R, metric in product(vocabularies, rows, METRICS):
-        passes = {"forward": 1, "backward": 2, "forward+backward": 3}[metric]
+        passes = {"forward": 1, "backward": 2}.get(metric, 3)
         yield Case(
             case="token_stats",
             shape={"R": R, "V": V},
@@ -48,7 +48,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             make_inputs=partial(make_inputs, R, V, dtype, device),
             candidates={
                 name: partial(_prepare, METRICS[metric], load, device)
-                for name, load in CANDIDATES.items()
+                for name, load in (IN_PLACE if metric.endswith("in place") else CANDIDATES).items()
                 if metric in COMPUTES.get(name, METRICS)
             },
             check=check_forward if metric == "forward" else check_backward,
@@ -101,15 +101,33 @@ def _forward_backward(compute: Compute, inputs: Inputs) -> Call:
     return call
 
 
-METRICS = {"forward": _forward, "backward": _backward, "forward+backward": _forward_backward}
+def _in_place(compute: Compute, inputs: Inputs) -> Call:
+    """forward+backward on logits that may be overwritten, as those of a model may."""
+    source = inputs.logits.detach().clone()
+
+    def call():
+        held = inputs.logits.view_as(inputs.logits)  # no leaf
+        outputs = compute(held, inputs.token_ids)
+        return [*outputs], _gradient(outputs, inputs, again=False)
+
+    call.restore = lambda: inputs.logits.data.copy_(source)
+    return call
+
+
+METRICS = {
+    "forward": _forward,
+    "backward": _backward,
+    "forward+backward": _forward_backward,
+    "forward+backward in place": _in_place,
+}
 
 
 # --- Ours and the peers ---------------------------------------------------------------------------
 
 
-def ours(device: torch.device) -> Compute:
+def ours(device: torch.device, in_place: bool = False) -> Compute:
     def compute(logits, token_ids):
-        stats = token_stats(logits, token_ids)
+        stats = token_stats(logits, token_ids, inplace_backward=in_place)
         return {"logprob": stats.logprob, "nsc": stats.nsc, "entropy": stats.entropy}
 
     return compute
@@ -154,24 +172,16 @@ def trl(device: torch.device) -> Compute:
 
 
 def liger(device: torch.device) -> Compute:
-    """Liger's cross entropy: logprob. With a gradient it computes that in the forward, in place."""
+    """Liger's cross entropy: logprob. Where there is a gradient, forward writes it in place."""
     function = _peers.load("liger_kernel.ops.cross_entropy", device).LigerCrossEntropyFunction
-
-    def compute(logits, token_ids):
-        held = logits.view_as(logits)  # no leaf, so that it may be overwritten
-        return {
-            "logprob": -function.apply(
-                held, token_ids, None, -100, 0.0, 0.0, "none", None, False, False, False
-            )[0]
-        }
-
-    return compute
+    options = (None, -100, 0.0, 0.0, "none", None, False, False, False)
+    return lambda logits, ids: {"logprob": -function.apply(logits, ids, *options)[0]}
 
 
-def flash_attn(device: torch.device) -> Compute:
+def flash_attn(device: torch.device, in_place: bool = False) -> Compute:
     """flash-attn's cross entropy: logprob."""
-    module = _peers.load("flash_attn.ops.triton.cross_entropy", device)
-    return lambda logits, token_ids: {"logprob": -module.cross_entropy_loss(logits, token_ids)[0]}
+    function = _peers.load("flash_attn.ops.triton.cross_entropy", device).cross_entropy_loss
+    return lambda logits, ids: {"logprob": -function(logits, ids, inplace_backward=in_place)[0]}
 
 
 CANDIDATES = {
@@ -182,7 +192,11 @@ CANDIDATES = {
     "liger": liger,
     "flash-attn": flash_attn,
 }
-COMPUTES = {"liger": ("forward", "forward+backward")}  # it has no backward of its own to time
+IN_PLACE = CANDIDATES | {
+    "ours": partial(ours, in_place=True),
+    "flash-attn": partial(flash_attn, in_place=True),
+}
+COMPUTES = {"liger": ("forward", "forward+backward in place")}  # the only ones that it has
 
 
 # --- Correctness ----------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""The kernels' cases: their counts by hand, and checks that accept right and refuse wrong."""
+
+import pytest
+import torch
+
+from bench import guided_sample, token_stats
+from bench._case import Absent, WrongResult
+from bench._clock import restore
+
+CPU = torch.device("cpu")
+
+
+def by_name(module, device):
+    return {case.name: case for case in module.cases(torch.device(device))}
+
+
+def test_bytes_of_token_stats():
+    cases = by_name(token_stats, "cuda")
+    assert cases["token_stats forward R=4608 V=16384 bfloat16"].bytes == 150_994_944
+    assert cases["token_stats backward R=4608 V=102400 bfloat16"].bytes == 2 * 943_718_400
+    both = cases["token_stats forward+backward R=36864 V=151936 bfloat16"]
+    assert both.bytes == 3 * 36864 * 151936 * 2
+    assert next(iter(both.candidates)) == "ours"
+    assert {"eager", "torch.compile", "trl", "flash-attn"} <= set(both.candidates)
+    assert "liger" in cases["token_stats forward R=4608 V=16384 bfloat16"].candidates
+
+
+def test_bytes_of_guided_sample():
+    case = by_name(guided_sample, "cuda")["guided_sample forward R=64 V=16384 bfloat16"]
+    assert case.bytes == 2 * 64 * 16384 * 2
+    assert case.in_graph
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def inputs(request):
+    return token_stats.make_inputs(24, 300, request.param, CPU, seed=3)
+
+
+@pytest.mark.parametrize("metric", token_stats.METRICS)
+@pytest.mark.parametrize("name", ["ours", "eager", "trl"])
+def test_implementations_of_token_stats_agree(inputs, metric, name):
+    try:
+        compute = token_stats.CANDIDATES[name](CPU)
+    except Absent as absent:
+        pytest.skip(str(absent))
+    given = token_stats.make_inputs(24, 300, inputs.logits.dtype, CPU, seed=3)
+    call = token_stats.METRICS[metric](compute, given)
+    check = token_stats.check_forward if metric == "forward" else token_stats.check_backward
+    for _ in range(2):  # the second finds what it needs too
+        restore(call)
+        check(inputs, call())
+
+
+@pytest.mark.parametrize("name", ["liger", "flash-attn"])
+def test_peers_for_gpus_are_absent_on_a_cpu(name):
+    with pytest.raises(Absent):
+        token_stats.CANDIDATES[name](CPU)
+
+
+def test_in_place_overwrites_the_logits_and_restore_brings_them_back(inputs):
+    before = inputs.logits.detach().clone()
+    call = token_stats.METRICS["forward+backward in place"](
+        token_stats.IN_PLACE["ours"](CPU), inputs
+    )
+    result = call()
+    assert not torch.equal(inputs.logits.detach(), before)
+    given = token_stats.make_inputs(24, 300, before.dtype, CPU, seed=3)
+    token_stats.check_backward(given, result)
+    restore(call)
+    assert torch.equal(inputs.logits.detach(), before)
+
+
+def test_wrong_statistics_are_refused(inputs):
+    result = token_stats.plain(inputs.logits.detach(), inputs.token_ids)
+    for name in result:
+        wrong = result | {name: result[name] * 1.01}
+        with pytest.raises(WrongResult, match=name):
+            token_stats.check_forward(inputs, wrong)
+
+
+def test_a_wrong_gradient_is_refused(inputs):
+    names, gradient = token_stats._forward_backward(token_stats.plain, inputs)()
+    with pytest.raises(WrongResult):
+        token_stats.check_backward(inputs, (names, gradient.roll(1, 1)))
+    with pytest.raises(WrongResult):
+        token_stats.check_backward(inputs, (names[:2], gradient))  # without the entropy's part
+
+
+def test_guided_sample_agrees_and_a_wrong_token_is_refused():
+    inputs = guided_sample.make_inputs(8, 300, torch.float32, CPU, seed=4)
+    for prepare in (guided_sample.ours, guided_sample.eager):
+        result = prepare(inputs)()
+        guided_sample.check(inputs, result)
+    with pytest.raises(WrongResult, match="CDF"):
+        guided_sample.check(inputs, result._replace(token_ids=(result.token_ids + 1) % 300))
+    with pytest.raises(WrongResult, match="guided nsc"):
+        guided = result.guided | {"nsc": result.guided["nsc"] * 1.01}
+        guided_sample.check(inputs, result._replace(guided=guided))

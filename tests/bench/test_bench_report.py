@@ -1,0 +1,94 @@
+"""The rendered page, table and pictures, and that the committed ones are those of the JSON."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from bench.run import write
+
+ROOT = Path(__file__).parent.parent.parent
+README = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nlast line\n"
+
+
+def make_row(R=64, V=16384, value=50.0, **changes):
+    return {
+        "suite": "kernels", "case": "op", "shape": {"R": R, "V": V}, "dtype": "bfloat16",
+        "metric": "forward", "value": value, "unit": "us", "floor": 40.0,
+        "fraction_of_floor": 40.0 / value, "fraction_of_copy": 40.0 / value,
+        "peak_memory_bytes": 2 << 20,
+        "peers": {"eager": {"value": 4 * value, "unit": "us", "peak_memory_bytes": 6 << 20}},
+    } | changes  # fmt: skip
+
+
+def make_run(rows, driver="580", date="2026-01-02T00:00:00+00:00", device="NVIDIA H200"):
+    head = {"device": device, "torch": "2", "triton": "3", "driver": driver, "commit": "c",
+            "date": date, "absent": ["xformers"]}  # fmt: skip
+    return {"head": head, "rows": rows}
+
+
+def render(root, **runs):
+    (root / "bench" / "results").mkdir(parents=True, exist_ok=True)
+    (root / "README.md").write_text(README)
+    for stem, run in runs.items():
+        write(root / "bench" / "results" / f"{stem}.json", run)
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra [bench]")
+
+
+def test_the_page_and_the_readme_show_time_floor_memory_and_peers(tmp_path, monkeypatch):
+    rows = [make_row(), make_row(R=128, value=100.0)]
+    render(tmp_path, gpu=make_run(rows))
+    monkeypatch.setattr("sys.argv", ["report", "--root", str(tmp_path)])
+    assert report.main() == 0
+    page = (tmp_path / "bench" / "RESULTS.md").read_text()
+    assert "| op forward | R=64 V=16384 bfloat16 | 50 us | 40 | 80% | 80% | 2 |" in page
+    assert "200 us (4x), 6 MiB" in page
+    assert "absent: xformers" in page
+    readme = (tmp_path / "README.md").read_text()
+    assert "| op forward | R=64 V=16384 bfloat16 | 50 us | 80% | 2 | 4x (3x MiB) |" in readme
+    assert readme.startswith("# Title") and readme.endswith("last line\n")
+    assert "old" not in readme
+    picture = (tmp_path / "bench" / "plots" / "gpu-time.svg").read_text()
+    assert "<svg" in picture
+    assert "plots/gpu-time.svg" in page
+    report.main()
+    assert (tmp_path / "README.md").read_text() == readme
+    assert (tmp_path / "bench" / "plots" / "gpu-time.svg").read_text() == picture
+
+
+def test_errors_are_shown(tmp_path):
+    broken = make_row(value=1.0)
+    broken |= {"value": None, "fraction_of_floor": None, "fraction_of_copy": None, "error": "boom"}
+    broken["peers"] = {"eager": {"value": None, "unit": "us", "peak_memory_bytes": None,
+                                 "error": "out of memory"}}  # fmt: skip
+    page = report.results_page({"gpu": make_run([broken])}, {})
+    assert "| failed |" in page
+    assert "op forward R=64 V=16384, ours: `boom`" in page
+    assert "op forward R=64 V=16384, eager: `out of memory`" in page
+
+
+def test_the_readme_shows_the_newest_gpu_run():
+    cpu = make_run([make_row(value=999.0)], None, "2026-03-01T00:00:00+00:00", "some CPU")
+    old = make_run([make_row(value=70.0)], date="2026-01-01T00:00:00+00:00")
+    new = make_run([make_row(value=60.0)], date="2026-02-01T00:00:00+00:00")
+    assert "60 us" in report.summary({"cpu": cpu, "new": new, "old": old})
+    assert "999 us" in report.summary({"cpu": cpu})
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="benchmark table"):
+        report.with_table("nothing here", "text")
+
+
+def test_the_committed_page_and_table_are_those_of_the_committed_json(tmp_path, monkeypatch):
+    """Whoever adds a result runs `python -m bench.report`."""
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra [bench]")
+    shutil.copytree(ROOT / "bench" / "results", tmp_path / "bench" / "results")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", "--root", str(tmp_path)])
+    assert report.main() == 0
+    for name in ("README.md", "bench/RESULTS.md"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
+    rendered = {p.name for p in (tmp_path / "bench" / "plots").glob("*.svg")}
+    assert rendered <= {p.name for p in (ROOT / "bench" / "plots").glob("*.svg")}

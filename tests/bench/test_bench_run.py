@@ -1,0 +1,109 @@
+"""The command: what it finds, what it survives, what it writes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import run
+
+ROOT = Path(__file__).parent.parent.parent
+HEAD = {"device", "torch", "triton", "driver", "commit", "date"}
+
+GOOD = """
+SUITE = "kernels"
+def rows(bench):
+    yield {"suite": SUITE, "case": "good", "shape": {}, "dtype": None, "metric": "m", "value": 1.0,
+           "unit": "us", "floor": bench.copy_bytes_per_second, "fraction_of_floor": None,
+           "fraction_of_copy": None, "peak_memory_bytes": None, "peers": {}}
+"""
+RAISES = """
+SUITE = "kernels"
+def cases(device):
+    raise RuntimeError("no cases today")
+"""
+DIES = """
+import os
+SUITE = "kernels"
+def rows(bench):
+    os._exit(7)
+"""
+OTHER = """
+SUITE = "training"
+def rows(bench):
+    raise RuntimeError("not asked for")
+"""
+
+
+def test_benchmarks_are_found_by_what_they_define(tmp_path):
+    (tmp_path / "ceilings.py").write_text('SUITE = "ceilings"\ndef rows(bench): ...\n')
+    (tmp_path / "alpha.py").write_text('SUITE = "kernels"\ndef cases(device): ...\n')
+    (tmp_path / "_private.py").write_text('SUITE = "kernels"\ndef cases(device): ...\n')
+    (tmp_path / "tool.py").write_text("def main(): ...\n")
+    assert run.benchmarks(tmp_path) == {"ceilings": "ceilings", "alpha": "kernels"}
+
+
+def test_every_op_of_the_package_has_a_benchmark():
+    import iris_kernels
+
+    ops = {name for name in iris_kernels.__all__ if name.islower()}
+    needs_ranks = {"vocab_parallel_token_stats"}  # one rank of it is token_stats
+    assert ops - needs_ranks <= set(run.benchmarks())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run over a good benchmark, one that raises, one that dies, one of another suite."""
+    root = tmp_path_factory.mktemp("tree")
+    (root / "bench").mkdir()
+    for path in (ROOT / "bench").glob("*.py"):
+        if path.name.startswith("_") or path.stem in ("run", "ceilings"):
+            shutil.copy(path, root / "bench")
+    for name, text in {"good": GOOD, "a_raises": RAISES, "b_dies": DIES, "other": OTHER}.items():
+        (root / "bench" / f"{name}.py").write_text(text)
+    out = root / "new" / "result.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.run", "--suite", "kernels", "--out", str(out),
+         "--commit", "0123abc"],
+        cwd=root, capture_output=True, text=True, check=False, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done, json.loads(out.read_text())
+
+
+def test_the_head_says_where_and_with_what(finished):
+    head = finished[1]["head"]
+    assert set(head) >= HEAD
+    assert head["commit"] == "0123abc"
+    assert isinstance(head["absent"], list)
+
+
+def test_what_fails_is_a_row_and_the_rest_goes_on(finished):
+    done, document = finished
+    rows = {row["case"]: row for row in document["rows"]}
+    assert "RuntimeError: no cases today" in rows["a_raises"]["error"]
+    assert "status 7" in rows["b_dies"]["error"]
+    assert rows["good"]["value"] == 1.0
+    assert "other" not in rows
+    assert done.returncode == 1, done.stderr
+
+
+def test_the_ceilings_of_the_machine_reach_the_benchmarks(finished):
+    rows = {row["case"]: row for row in finished[1]["rows"]}
+    assert finished[1]["rows"][0]["case"] == "copy"
+    assert rows["copy"]["unit"] == "GB/s" and rows["matmul"]["unit"] == "TFLOP/s"
+    assert rows["good"]["floor"] == pytest.approx(rows["copy"]["value"] * 1e9)
+
+
+def test_a_row_is_added_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "r.json"
+    run.write(out, {"head": {}, "rows": []})
+    run.append(out, {"case": "first"})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        run.append(out, {"case": "second", "value": float("nan")})
+    assert [row["case"] for row in run.read(out)["rows"]] == ["first"]
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
