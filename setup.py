@@ -1,5 +1,7 @@
 """Two packages from one tree: `iris_fast` (the trainer) and `iris_kernels` (the kernels alone)."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # What the kernels need, and nothing else.
@@ -48,8 +50,8 @@ ATTENTION = [
 setup(
     name="iris-fast",
     version="0.1.0",
-    description="GRPO with intrinsic rewards for autoregressive text-to-image models, on fused kernels",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="GRPO with intrinsic rewards for autoregressive text-to-image models",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
