@@ -57,7 +57,11 @@ PROMPTS: dict[str, tuple[str, bytes | None, list[str]]] = {
     "garbage jsonl": ("p.jsonl", b'{"prompt": "a"}\nrubbish\n', ["p.jsonl line 2", "not JSON"]),
     "nothing in it": ("p.txt", b"a cube\n \na ball\n", ["p.txt line 2", "empty prompt"]),
     "control character": ("p.txt", b"a\nb\nc\x1b[0m\n", ["p.txt line 3", "U+001B"]),
-    "10,000 characters": ("p.txt", b"a\n" + b"red cubes," * 1000, ["prompt 2", "10000 char", "512"]),
+    "10,000 characters": (
+        "p.txt",
+        b"a\n" + b"red cubes," * 1000,
+        ["prompt 2", "10000 char", "512"],
+    ),
     "special token": ("p.txt", b"a <begin_of_image> b", ["prompt 1", "<begin_of_image>"]),
     "no field": ("p.jsonl", b'{"text": "a cube"}', ["p.jsonl line 1", "`prompt`"]),
 }

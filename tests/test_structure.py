@@ -1,0 +1,209 @@
+"""The shape of the project: which way data and imports go, and that what is promised is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iris_fast import __version__
+
+ROOT = Path(__file__).parent.parent
+LONGEST_FILE = 400
+
+# Data flows down this list, and a module imports only what stands above it.
+FLOW = [
+    "errors",
+    "config",
+    "randomness",
+    "batch",
+    "models",
+    "tiny",
+    "prompts",
+    "pictures",
+    "inputs",
+    "rollout",
+    "distributed",
+    "advantage",
+    "rewards",
+    "packing",
+    "loss",
+    "update",
+    "run_folder",
+    "checkpoint",
+    "log",
+    "report",
+]
+COMMANDS = ["train", "generate", "export", "env"]
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute modules that a file imports anywhere, `from a import b` as a.b too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def relative_imports(path: Path) -> int:
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return sum(isinstance(node, ast.ImportFrom) and node.level > 0 for node in tree)
+
+
+def part_of(path: Path) -> str:
+    """The entry of FLOW or COMMANDS that a file of iris_fast belongs to."""
+    return path.relative_to(ROOT / "iris_fast").parts[0].removesuffix(".py")
+
+
+def test_every_module_has_its_place_in_the_flow():
+    parts = {part_of(path) for path in sources("iris_fast")} - {"__init__"}
+    assert parts == {*FLOW, *COMMANDS}
+
+
+def test_imports_go_with_the_flow():
+    order = {part: place for place, part in enumerate([*FLOW, *COMMANDS])}
+    wrong = []
+    for path in sources("iris_fast"):
+        part = part_of(path)
+        for module in imports(path):
+            package, _, rest = module.partition(".")
+            other = rest.partition(".")[0]
+            if package != "iris_fast" or other not in order or other == part:
+                continue
+            if order[other] > order.get(part, -1):
+                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+    assert not wrong
+
+
+def test_nothing_imports_a_command():
+    folders = ["iris_fast", "kernels", "bench"]
+    for path in (path for folder in folders for path in sources(folder)):
+        commands = {f"iris_fast.{name}" for name in COMMANDS}
+        assert commands.isdisjoint(imports(path)), path
+
+
+def test_the_kernels_import_torch_and_triton_and_nothing_else():
+    allowed = {*sys.stdlib_module_names, "torch", "triton"}
+    for path in sources("kernels"):
+        roots = {module.partition(".")[0] for module in imports(path)}
+        assert roots <= allowed, (path, roots - allowed)
+
+
+def test_the_kernels_import_without_anything_else_installed():
+    """Every package but torch's own is hidden; `-S` alone would hide torch too."""
+    program = """
+import sys
+hidden = {"iris_fast", "numpy", "transformers", "safetensors", "jsonargparse", "PIL", "tqdm"}
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+import iris_kernels
+print(sorted(iris_kernels.__all__))
+"""
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert "token_stats" in found.stdout
+
+
+def test_there_is_no_package_called_kernels():
+    """It would hide Hugging Face's `kernels` from transformers."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("module", ["iris_fast", "iris_fast.config", "iris_fast.errors"])
+def test_what_parses_a_command_line_does_not_import_torch(module):
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_files_stay_readable_at_one_sitting():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for folder in ("iris_fast", "kernels", "bench")
+        for path in sources(folder)
+        if (lines := len(path.read_text().splitlines())) > LONGEST_FILE
+    }
+    assert not long
+
+
+def test_ruff_is_content():
+    """Docstrings of everything public among it."""
+    ruff = shutil.which("ruff") or pytest.skip("needs ruff")
+    for words in (["check"], ["format", "--check"]):
+        found = subprocess.run(
+            [ruff, *words, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert found.returncode == 0, found.stdout
+
+
+# --- What the documents promise -------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_documents_are_there():
+    for name in ("LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", ".ci/run"):
+        assert (ROOT / name).stat().st_size > 100, name
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+
+
+def test_the_version_is_one():
+    assert f'version="{__version__}"' in (ROOT / "setup.py").read_text()
+
+
+def test_modules_that_the_readme_runs_exist():
+    named = set(re.findall(r"-m (iris_fast[\w.]*)", README))
+    assert {"iris_fast.train", "iris_fast.generate"} <= named
+    for module in named:
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_settings_that_the_readme_names_exist():
+    known = {"--help", "--print_config", "--config", "--nproc-per-node"}
+    for command in ("iris_fast.train", "iris_fast.generate", "iris_fast.export"):
+        shown = subprocess.run(
+            [sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=True
+        )
+        known |= set(re.findall(r"--[a-z][\w-]*", shown.stdout))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
+    assert named <= known, named - known
+
+
+def test_extras_that_the_readme_installs_exist():
+    named = set(re.findall(r"\.\[(\w+)\]", README))
+    extras = set(re.findall(r'^        "(\w+)": ', (ROOT / "setup.py").read_text(), re.M))
+    assert {"train", "test"} <= named <= extras
+
+
+def test_files_and_links_that_the_readme_names_exist():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_every_data_file_is_installed():
+    patterns = re.findall(r'"\*\*/\*(\.\w+)"', (ROOT / "setup.py").read_text())
+    data = [
+        path
+        for path in (ROOT / "iris_fast").rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    ]
+    assert data
+    assert {path.suffix for path in data} <= set(patterns)
