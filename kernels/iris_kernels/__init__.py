@@ -8,6 +8,7 @@ Every op has a Triton path for GPUs and a torch path for everything else; `IRIS_
 (triton, torch, auto) chooses. The package imports torch and triton and nothing else.
 """
 
+from . import integrations as integrations
 from .guided_sample import GuidedSample, guided_sample
 from .token_stats import TokenStats, token_stats
 from .vocab_parallel import vocab_parallel_token_stats
