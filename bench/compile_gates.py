@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import triton
 from iris_kernels.guided_sample import sample_triton
-from iris_kernels.token_stats import backward_triton, forward_triton
+from iris_kernels.token_stats import Columns, backward_triton, forward_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -129,13 +129,17 @@ def _logits(rows: int, vocab_size: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _token_stats_forward(vocab_size: int, dtype: torch.dtype) -> None:
     (ids,) = _rows(1, 4608, torch.int64)
-    forward_triton(_logits(4608, vocab_size, dtype), ids, None, 1.0, vocab_size, _rows(6, 4608))
+    forward_triton(
+        _logits(4608, vocab_size, dtype), ids, None, 1.0, Columns(vocab_size), _rows(6, 4608)
+    )
 
 
 def _token_stats_backward(vocab_size: int, dtype: torch.dtype) -> None:
     (ids,) = _rows(1, 4608, torch.int64)
     logits, grad = (_logits(4608, vocab_size, dtype) for _ in range(2))
-    backward_triton(logits, grad, ids, None, _rows(3, 4608), _rows(4, 4608), 1.0, vocab_size)
+    backward_triton(
+        logits, grad, ids, None, _rows(3, 4608), _rows(4, 4608), 1.0, Columns(vocab_size)
+    )
 
 
 def _guided_sample(vocab_size: int, dtype: torch.dtype) -> None:

@@ -1,5 +1,7 @@
 """Which implementation runs: Triton or torch. Nothing here falls back in silence."""
 
+import ctypes
+import mmap
 import os
 import types
 
@@ -61,3 +63,22 @@ def use_triton(tensor: Tensor) -> bool:
             "or set TRITON_INTERPRET=1 before triton is imported to run the interpreter"
         )
     return True
+
+
+# glibc gives every larger tensor a mapping of its own, so that no other data shares its pages.
+OWN_MAPPING_BYTES = 32 << 20
+
+
+def prefer_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask Linux to back a large new CPU tensor by 2 MB pages, and return it.
+
+    Page faults are most of the time that writing a new gradient takes: with 4 KB pages, 18000 of
+    them for 75 MB. Only a hint; elsewhere and on small tensors nothing happens.
+    """
+    if tensor.is_cpu and tensor.nbytes > OWN_MAPPING_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
+        )
+    return tensor

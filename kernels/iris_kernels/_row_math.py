@@ -10,9 +10,13 @@ and a the token:
 
 Where the token is the maximum, log1p(others) keeps the digits of a logprob near 0 that 1 + others
 would lose. Distances are cut at FLOOR * T wherever they are multiplied by e, as -inf * 0 is NaN.
+
+A row may come in blocks of columns, one after the other or on several ranks. What a block leaves
+behind are its `RowSums`, which merge exactly.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,35 +170,83 @@ def any_row(rows: Tensor) -> bool:
     return not rows.is_cpu or bool(rows.any())
 
 
-def chunk_stats(x, token_ids, temperature, d, p) -> tuple[Tensor, ...]:
-    """logprob, nsc, entropy, lse, row maximum, sum e of a chunk [C, V]; `d`, `p`: buffers [C, V].
+class RowSums(NamedTuple):
+    """What some columns of each row add up to, with d = (x - maximum) / T; [R] each.
+
+    A maximum of -inf stands for 0 in d. The first two leave the token out; its logit is NaN where
+    it is not among the columns. In memory: the rows of one [5, R] tensor.
+    """
+
+    others: Tensor  # sum exp(d)
+    sd: Tensor  # sum exp(d) d
+    d_sum: Tensor  # sum d
+    maximum: Tensor
+    x_token: Tensor
+
+
+def chunk_sums(x, token_ids, temperature, d, p) -> RowSums:
+    """Sums of a chunk [C, V]; `token_ids` [C] may lie outside [0, V); `d`, `p` are buffers [C, V].
 
     Built on torch.softmax, which works row by row: torch's exponentials themselves round an element
     differently where it falls into the tail of a vector loop, and a row's bits would then depend on
     the rows before it.
     """
-    row_max = x.amax(-1).to(d.dtype)
-    dead = row_max == -math.inf  # no finite logit: no distribution
-    distances(x, d, row_max.masked_fill(dead, 0.0), temperature)
+    here = (token_ids >= 0) & (token_ids < x.shape[-1])
+    column = token_ids.clamp(0, x.shape[-1] - 1)[:, None]
+    maximum = x.amax(-1).to(d.dtype)
+    dead = maximum == -math.inf
+    distances(x, d, maximum.masked_fill(dead, 0.0), temperature)
     d_sum = _row_sum(d)
-    d_target = d.gather(1, token_ids[:, None])[:, 0]
     if any_row(d_sum == -math.inf):
         d.clamp_(min=FLOOR)
     torch.softmax(d, -1, out=p)
-    p_max = p.amax(-1)
-    pd = _row_sum(d.mul_(p))
-    others = _row_sum(p.scatter_(1, token_ids[:, None], 0.0)) / p_max
-    log_s = torch.where(d_target == 0, _log_one_plus(others), -p_max.log())
-    log_V = math.log(x.shape[-1])
-    nsc = (d_sum / x.shape[-1] + (log_V - log_s)).clamp_(max=0.0)
-    lse = row_max / temperature + log_s
+    s = 1 / p.amax(-1)  # exp(d) is 1 at the maximum
+    p.scatter_(1, column, p.gather(1, column).masked_fill_(here[:, None], 0.0))
+    others = _row_sum(p) * s
+    sd = _row_sum(d.mul_(p)) * s
+    return RowSums(
+        others.masked_fill_(dead, 0.0),
+        sd.masked_fill_(dead, 0.0),
+        d_sum,
+        maximum,
+        x.gather(1, column)[:, 0].to(d.dtype).masked_fill_(~here, math.nan),
+    )
+
+
+def merge(a: RowSums, columns_a: int, b: RowSums, columns_b: int, temperature) -> RowSums:
+    """The sums of both blocks together, relative to the larger maximum."""
+    maximum = torch.maximum(a.maximum, b.maximum)
+    reference = maximum.masked_fill(maximum == -math.inf, 0.0)
+    moved = []
+    for sums, columns in ((a, columns_a), (b, columns_b)):
+        shift = (sums.maximum - reference) / temperature
+        shift = shift.masked_fill_(sums.maximum == -math.inf, 0.0).clamp_(min=FLOOR)
+        factor = shift.exp()
+        sd = (sums.sd + shift * sums.others) * factor
+        moved.append((sums.others * factor, sd, sums.d_sum + shift * columns))
+    others, sd, d_sum = (x + y for x, y in zip(*moved, strict=True))
+    x_token = torch.where(a.x_token.isnan(), b.x_token, a.x_token)
+    return RowSums(others, sd, d_sum, maximum, x_token)
+
+
+def finish_rows(sums: RowSums, V: int, temperature) -> tuple[Tensor, ...]:
+    """logprob, nsc, entropy, lse, maximum and sum e of whole rows of V columns."""
+    others, sd, d_sum, maximum, x_token = sums
+    dead = (maximum == -math.inf) & (d_sum == -math.inf)  # all -inf: no distribution
+    reference = maximum.masked_fill(maximum == -math.inf, 0.0)
+    d_token = (x_token - reference) / temperature
+    e_token = d_token.exp()
+    s = others + e_token
+    log_s = torch.where(d_token == 0, _log_one_plus(others), s.log())
+    entropy = log_s - (sd + e_token * d_token.clamp(min=FLOOR)) / s
+    nsc = d_sum / V + (math.log(V) - log_s)
     return (
-        (d_target - log_s).masked_fill_(dead, -math.inf),
-        nsc,
-        (log_s - pd).masked_fill_(dead, 0.0),
-        lse,
-        row_max,
-        1 / p_max,
+        (d_token - log_s).masked_fill_(dead, -math.inf),
+        nsc.clamp_(max=0.0).masked_fill_(dead, -math.inf),
+        entropy.masked_fill_(dead, 0.0),
+        (reference / temperature + log_s).masked_fill_(dead, -math.inf),
+        maximum,
+        s.masked_fill_(dead, 1.0),
     )
 
 

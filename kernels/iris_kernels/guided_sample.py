@@ -34,8 +34,9 @@ from ._inverse_cdf import draw, kernel_weights, truncation_threshold
 from ._ops import add_op_namespace_prefix
 from ._row_math import (
     CHUNK_ELEMENTS,
-    chunk_stats,
+    chunk_sums,
     finish,
+    finish_rows,
     number,
     row_offset,
     run_time,
@@ -251,8 +252,9 @@ def _sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, gre
         kept_from = None if threshold is None else threshold[part]
         tokens = draw(mixed, uniform[part], kept_from, temperature, greedy)
         token_ids[part] = tokens
-        conditional[:, part] = torch.stack(chunk_stats(cond[part], tokens, 1.0, d, e)[:4])
-        guided[:, part] = torch.stack(chunk_stats(mixed, tokens, temperature, d, e)[:4])
+        for out, logits, T in ((conditional, cond[part], 1.0), (guided, mixed, temperature)):
+            sums = chunk_sums(logits, tokens, T, d, e)
+            out[:, part] = torch.stack(finish_rows(sums, vocab_size, T)[:4])
     return token_ids, conditional, guided
 
 

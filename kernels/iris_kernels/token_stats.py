@@ -17,12 +17,13 @@ Shapes: R rows, V columns (classes that exist), chunk C rows.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, triton, use_triton
+from ._backend import jit, prefer_huge_pages, tl, triton, use_triton
 from ._checks import (
     check_ids_in_range,
     check_logits,
@@ -37,13 +38,16 @@ from ._ops import add_op_namespace_prefix
 from ._row_math import (
     FLOOR,
     Buffers,
+    RowSums,
     any_row,
-    chunk_stats,
+    chunk_sums,
     compute_dtype,
     distances,
     finish,
+    finish_rows,
     kept_rows,
     log_one_plus,
+    merge,
     move_reference,
     number,
     rescale,
@@ -68,21 +72,32 @@ class TokenStats(NamedTuple):
 
 
 @jit
+def _load(logits, bias, columns, V, MASKED: tl.constexpr):
+    """Logits, with a bias a column where there is one, in fp32; -inf beyond V."""
+    if MASKED:
+        x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        if bias is not None:
+            x += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(logits + columns).to(tl.float32)
+        if bias is not None:
+            x += tl.load(bias + columns).to(tl.float32)
+    return x
+
+
+@jit
 def _accumulate(
-    logits, start, offsets, target, V, m, s, sd, d_sum, seen, scale, floor, TAIL: tl.constexpr
+    logits, bias, start, offsets, group, V, m, s, sd, d_sum, seen, scale, floor, TAIL: tl.constexpr
 ):
     """Take the tile of logits [L, K] at `start` into the running sums of its L lanes.
 
     Per lane, with d = x - m and e = exp(d / T): m the maximum so far, s = sum e and sd = sum e d
-    without the target's group of K columns, d_sum = sum d, seen = how many columns. A lane's group
-    is one thread's 16-byte load, so that nothing crosses threads before the row ends.
+    without the target's `group` of K columns, d_sum = sum d, seen = how many columns. A lane's
+    group is one thread's 16-byte load, so that nothing crosses threads before the row ends.
     """
     K: tl.constexpr = offsets.shape[1]
     columns = start + offsets
-    if TAIL:
-        x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-    else:
-        x = tl.load(logits + columns).to(tl.float32)
+    x = _load(logits, bias, columns, V, TAIL)
     m_new = tl.maximum(m, tl.max(x, axis=1))
     reference, shift = move_reference(m, m_new)
     d, bounded, e = terms(x, reference[:, None], scale, floor)
@@ -94,33 +109,23 @@ def _accumulate(
     else:
         seen += K
     # Leaving out the group, not the element, costs one comparison for K elements.
-    others = start // K + tl.arange(0, offsets.shape[0]) != target // K
+    others = start // K + tl.arange(0, offsets.shape[0]) != group
     s += tl.where(others, tl.sum(e, axis=1), 0.0)
     sd += tl.where(others, tl.sum(e * bounded, axis=1), 0.0)
     return m_new, s, sd, d_sum + tl.sum(d, axis=1), seen
 
 
 @jit
-def _forward_kernel(
-    logits, token_ids, mask, logprob, nsc, entropy, lse, row_max, sum_exp,
-    inner, stride_outer, stride_inner, V, log_V, temperature,
-    T_IN_MEMORY: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
+def _sum_columns(
+    logits, bias, target, V, scale, floor, L: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0)
-    target = tl.load(token_ids + row).to(tl.int32)
-    kept = target != -100
-    if mask is not None:
-        kept = kept & tl.load(mask + row)
-    if not kept:
-        tl.store(logprob + row, 0.0)
-        tl.store(nsc + row, 0.0)
-        tl.store(entropy + row, 0.0)
-        tl.store(lse + row, 0.0)
-        tl.store(row_max + row, 0.0)
-        tl.store(sum_exp + row, 0.0)
-        return
-    logits += row_offset(row, inner, stride_outer, stride_inner)
-    scale, inv_temperature, floor = scalars(scalar(temperature, T_IN_MEMORY))
+    """A row's V columns: others, sum e d, sum d, maximum, the target's logit (NaN if not there).
+
+    The first two leave the target out.
+    """
+    here = (target >= 0) & (target < V)
+    column = tl.where(here, target, 0)
+    group = tl.where(here, target // K, -1)
     offsets = tl.arange(0, L)[:, None] * K + tl.arange(0, K)[None, :]
     m = tl.full([L], float("-inf"), tl.float32)
     s = tl.zeros([L], tl.float32)
@@ -130,11 +135,11 @@ def _forward_kernel(
     whole = V // (L * K) * (L * K)
     for start in range(0, whole, L * K):
         m, s, sd, d_sum, seen = _accumulate(
-            logits, start, offsets, target, V, m, s, sd, d_sum, seen, scale, floor, False
+            logits, bias, start, offsets, group, V, m, s, sd, d_sum, seen, scale, floor, False
         )
     if whole < V:
         m, s, sd, d_sum, seen = _accumulate(
-            logits, whole, offsets, target, V, m, s, sd, d_sum, seen, scale, floor, True
+            logits, bias, whole, offsets, group, V, m, s, sd, d_sum, seen, scale, floor, True
         )
     row_m = tl.max(m, axis=0)
     reference, shift = move_reference(m, row_m)
@@ -142,23 +147,78 @@ def _forward_kernel(
     others, sd = tl.sum(s, axis=0), tl.sum(sd, axis=0)
     d_sum = tl.sum(d_sum + shift * seen, axis=0)
 
-    # The target's group, which the sums left out: the others in it, then the target itself.
-    exists = (target >= 0) & (target < V)
-    token = tl.where(exists, target, 0)
-    columns = token // K * K + tl.arange(0, K)
-    x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    # The target's group, which the sums left out: the others in it, and the target's logit.
+    columns = column // K * K + tl.arange(0, K)
+    x = _load(logits, bias, columns, V, True)
     _, bounded, e = terms(x, reference, scale, floor)
-    others += tl.sum(tl.where(columns == token, 0.0, e), axis=0)
-    sd += tl.sum(e * bounded, axis=0)
-    x_token = tl.where(exists, tl.load(logits + token).to(tl.float32), float("nan"))
-    d_target, _, e_target = terms(x_token, reference, scale, floor)
-    out = finish(d_target, e_target, row_m, reference, others, sd, d_sum, inv_temperature, V, log_V)
-    tl.store(logprob + row, out[0])
-    tl.store(nsc + row, out[1])
-    tl.store(entropy + row, out[2])
-    tl.store(lse + row, out[3])
-    tl.store(row_max + row, row_m)
-    tl.store(sum_exp + row, out[4])
+    e = tl.where(columns == column, 0.0, tl.where(here, e, 0.0))
+    x_target = tl.where(here, tl.sum(tl.where(columns == column, x, 0.0), axis=0), float("nan"))
+    return others + tl.sum(e, axis=0), sd + tl.sum(e * bounded, axis=0), d_sum, row_m, x_target
+
+
+@jit
+def _forward_kernel(
+    logits, bias, token_ids, mask, state, logprob, nsc, entropy, lse, row_max, sum_exp,
+    inner, stride_outer, stride_inner, rows, first_column, V, total, log_total, temperature,
+    T_IN_MEMORY: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    L: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    target = tl.load(token_ids + row).to(tl.int32)
+    kept = target != -100
+    if mask is not None:
+        kept = kept & tl.load(mask + row)
+    if not kept:
+        if LAST:
+            tl.store(logprob + row, 0.0)
+            tl.store(nsc + row, 0.0)
+            tl.store(entropy + row, 0.0)
+            tl.store(lse + row, 0.0)
+            tl.store(row_max + row, 0.0)
+            tl.store(sum_exp + row, 0.0)
+        else:
+            for i in tl.static_range(5):
+                tl.store(state + i * rows + row, 0.0)
+        return
+    logits += row_offset(row, inner, stride_outer, stride_inner)
+    T = scalar(temperature, T_IN_MEMORY)
+    scale, inv_temperature, floor = scalars(T)
+    others, sd, d_sum, m, x_target = _sum_columns(
+        logits, bias, target - first_column, V, scale, floor, L, K
+    )
+    if not FIRST:  # merge with what the columns before left
+        others_0 = tl.load(state + row)
+        sd_0 = tl.load(state + rows + row) * T
+        d_sum_0 = tl.load(state + 2 * rows + row) * T
+        m_0 = tl.load(state + 3 * rows + row)
+        x_target_0 = tl.load(state + 4 * rows + row)
+        m_both = tl.maximum(m, m_0)
+        reference, shift = move_reference(m, m_both)
+        _, shift_0 = move_reference(m_0, m_both)
+        others, sd = rescale(others, sd, shift, scale, floor)
+        others_0, sd_0 = rescale(others_0, sd_0, shift_0, scale, floor)
+        others, sd, m = others + others_0, sd + sd_0, m_both
+        d_sum += shift * V + d_sum_0 + shift_0 * first_column
+        x_target = tl.where(x_target != x_target, x_target_0, x_target)
+    if LAST:
+        reference, _ = move_reference(m, m)
+        d_target, bounded, e_target = terms(x_target, reference, scale, floor)
+        sd += e_target * bounded
+        out = finish(
+            d_target, e_target, m, reference, others, sd, d_sum, inv_temperature, total, log_total
+        )
+        tl.store(logprob + row, out[0])
+        tl.store(nsc + row, out[1])
+        tl.store(entropy + row, out[2])
+        tl.store(lse + row, out[3])
+        tl.store(row_max + row, m)
+        tl.store(sum_exp + row, out[4])
+    else:
+        tl.store(state + row, others)
+        tl.store(state + rows + row, sd * inv_temperature)
+        tl.store(state + 2 * rows + row, d_sum * inv_temperature)
+        tl.store(state + 3 * rows + row, m)
+        tl.store(state + 4 * rows + row, x_target)
 
 
 @jit
@@ -169,10 +229,10 @@ def _scaled(grad, row, factor):
 
 @jit
 def _backward_kernel(
-    logits, grad, token_ids, mask, row_max, sum_exp, entropy,
+    logits, bias, grad, token_ids, mask, row_max, sum_exp, entropy,
     grad_logprob, grad_nsc, grad_entropy, grad_lse,
     inner, stride_outer, stride_inner, grad_inner, grad_stride_outer, grad_stride_inner,
-    columns_held, V, temperature,
+    columns_held, first_column, V, total, temperature,
     T_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -186,7 +246,7 @@ def _backward_kernel(
         tl.store(grad + columns, tl.zeros([BLOCK], grad.dtype.element_ty), columns < columns_held)
         return
     logits += row_offset(row, inner, stride_outer, stride_inner)
-    x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+    x = _load(logits, bias, columns, V, True)
     scale, inv_temperature, floor = scalars(scalar(temperature, T_IN_MEMORY))
     s = tl.load(sum_exp + row)
     on_target = _scaled(grad_logprob, row, inv_temperature)
@@ -197,8 +257,8 @@ def _backward_kernel(
     on_pd = on_entropy * inv_temperature / s
     m = tl.load(row_max + row)
     _, bounded, e = terms(x, tl.where(m == float("-inf"), 0.0, m), scale, floor)
-    g = e * (on_p - on_pd * bounded) + on_all / V
-    g += tl.where(columns == target, on_target, 0.0)
+    g = e * (on_p - on_pd * bounded) + on_all / total
+    g += tl.where(columns == target - first_column, on_target, 0.0)
     g = tl.where(columns < V, g, 0.0)
     tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=columns < columns_held)
 
@@ -224,32 +284,51 @@ def backward_launch(columns: int) -> dict[str, int | bool]:
     return {"BLOCK": block, "num_warps": max(1, min(8, block // 512)), "enable_fp_fusion": True}
 
 
-def forward_triton(logits, token_ids, mask, temperature, vocab_size, outputs) -> None:
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of the whole rows the logits at hand are, and what to add to them."""
+
+    count: int  # how many exist; those after them are padding
+    first: int = 0
+    total: int = 0  # of the whole row; 0: the same as `count`
+    bias: Tensor | None = None  # [count]
+    state: Tensor | None = None  # [5, R], RowSums of the columns so far; None: the row is whole
+    is_first: bool = True  # nothing is in `state` yet
+    is_last: bool = True  # the statistics follow; else `state` is brought up to date
+
+    @property
+    def whole(self) -> int:
+        """The number of columns of the whole row."""
+        return self.total or self.count
+
+
+def forward_triton(logits, token_ids, mask, temperature, columns: Columns, outputs) -> None:
     """Fill the six flat `outputs` [R]; `token_ids` and `mask` are flat too."""
     for rows, part in row_parts(logits, levels=2):
-        outer, inner, stride_outer, stride_inner = fold_rows(part)
+        outer, inner, *strides = fold_rows(part)
         _forward_kernel[(outer * inner,)](
-            part, token_ids[rows], None if mask is None else mask[rows],
-            *(out[rows] for out in outputs), inner, stride_outer, stride_inner,
-            vocab_size, math.log(vocab_size), temperature,
+            part, columns.bias, token_ids[rows], None if mask is None else mask[rows],
+            columns.state, *(out[rows] for out in outputs), inner, *strides, outer * inner,
+            columns.first, columns.count, columns.whole, math.log(columns.whole), temperature,
             T_IN_MEMORY=isinstance(temperature, Tensor),
-            **forward_launch(vocab_size, logits.element_size()),
+            FIRST=columns.is_first, LAST=columns.is_last,
+            **forward_launch(columns.count, logits.element_size()),
         )  # fmt: skip
 
 
-def backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size):
+def backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature, columns: Columns):
     """Fill `grad`: `logits` itself, or contiguous. `saved` and `upstream` are flat [R]."""
     for rows, part in row_parts(logits, levels=2):
         grad_part = part if grad is logits else grad.view(-1, grad.shape[-1])[rows]
         outer, inner, *strides = fold_rows(part)
         _, grad_inner, *grad_strides = fold_rows(grad_part)
-        columns = part.shape[-1]
-        launch = backward_launch(columns)
-        _backward_kernel[(outer * inner, triton.cdiv(columns, launch["BLOCK"]))](
-            part, grad_part, token_ids[rows], None if mask is None else mask[rows],
+        held = part.shape[-1]
+        launch = backward_launch(held)
+        _backward_kernel[(outer * inner, triton.cdiv(held, launch["BLOCK"]))](
+            part, columns.bias, grad_part, token_ids[rows], None if mask is None else mask[rows],
             *(t[rows] for t in saved), *(None if g is None else g[rows] for g in upstream),
             inner, *strides, grad_inner, *grad_strides,
-            columns, vocab_size, temperature,
+            held, columns.first, columns.count, columns.whole, temperature,
             T_IN_MEMORY=isinstance(temperature, Tensor), **launch,
         )  # fmt: skip
 
@@ -257,36 +336,48 @@ def backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature,
 # --- The torch path -------------------------------------------------------------------------------
 
 
-def _forward_torch(logits, token_ids, mask, temperature, vocab_size, outputs) -> None:
+def forward_torch(logits, token_ids, mask, temperature, columns: Columns, outputs) -> None:
+    """As `forward_triton`."""
     kept = kept_rows(token_ids, mask)
-    wrong = kept & ((token_ids < 0) | (token_ids >= vocab_size))
-    ids = token_ids.long().clamp(0, vocab_size - 1)
-    for rows, x, d, p in Buffers(logits, vocab_size).chunks(logits):
-        chunk = chunk_stats(x[:, :vocab_size], ids[rows], temperature, d, p)
-        for out, value in zip(outputs, chunk, strict=True):
-            value.masked_fill_(wrong[rows], math.nan)
+    ids = token_ids.long() - columns.first
+    for rows, x, d, p in Buffers(logits, columns.count).chunks(logits):
+        x = x[:, : columns.count] if columns.bias is None else x[:, : columns.count] + columns.bias
+        sums = chunk_sums(x, ids[rows], temperature, d, p)
+        if not columns.is_first:
+            before = RowSums(*columns.state[:, rows])
+            sums = merge(before, columns.first, sums, columns.count, temperature)
+        results = finish_rows(sums, columns.whole, temperature) if columns.is_last else sums
+        for out, value in zip(outputs if columns.is_last else columns.state, results, strict=True):
             out[rows] = value.masked_fill_(~kept[rows], 0.0)
 
 
-def _backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size):
+def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, columns: Columns):
+    """As `backward_triton`."""
     row_max, sum_exp, entropy = saved
+    V = columns.count
     kept = kept_rows(token_ids, mask)
     dead = row_max == -math.inf
     row_max = row_max.masked_fill(dead, 0.0)
-    ids = token_ids.long().clamp(0, vocab_size - 1)
+    ids = token_ids.long() - columns.first
+    here = (ids >= 0) & (ids < V)
+    ids = ids.clamp_(0, V - 1)
     zero = torch.zeros_like(row_max)
     on_target, on_all, on_entropy, on_lse = (
         zero if g is None else torch.where(kept, g / temperature, 0.0) for g in upstream
     )
-    # gradient_j = p_j (on_p - on_pd d_j) + on_all + 1[j = a] on_target, with log p_j = d_j - log s
+    # gradient_j = p_j (on_p - on_entropy d_j) + on_all + 1[j = a] on_target; log p_j = d_j - log s
     on_p = on_lse - on_target - on_all + on_entropy * (sum_exp.log() - entropy)
-    on_all = on_all / vocab_size
+    on_all = on_all / columns.whole
+    on_target = torch.where(here, on_target, 0.0)
     flat_grad = None if grad is logits else grad.view(-1, grad.shape[-1])
-    for rows, part, d, p in Buffers(logits, vocab_size).chunks(logits):
+    for rows, part, d, p in Buffers(logits, V).chunks(logits):
         held = part if flat_grad is None else flat_grad[rows]
-        out = held[:, :vocab_size]
-        distances(part[:, :vocab_size], d, row_max[rows], temperature)
+        out = held[:, :V]
+        x = part[:, :V] if columns.bias is None else part[:, :V] + columns.bias
+        distances(x, d, row_max[rows], temperature)
         torch.softmax(d, -1, out=p)
+        if columns.whole != V:  # softmax is over these columns alone
+            p *= (d.amax(-1).exp() / p.amax(-1) / sum_exp[rows])[:, None]
         if any_row(dead[rows]):
             p.masked_fill_(dead[rows, None], 0.0)
         factor = on_p[rows, None]
@@ -302,7 +393,7 @@ def _backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature,
             g.masked_fill_(~kept[rows, None], 0.0)
         if g is not out:
             out.copy_(g)
-        held[:, vocab_size:] = 0
+        held[:, V:] = 0
 
 
 # --- Custom ops and autograd ----------------------------------------------------------------------
@@ -315,11 +406,11 @@ def _token_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     outputs = _empty_outputs(logits, token_ids)
     if token_ids.numel():
-        run = forward_triton if use_triton(logits) else _forward_torch
+        run = forward_triton if use_triton(logits) else forward_torch
         if token_ids.is_cpu:
             check_ids_in_range(token_ids, kept_rows(token_ids, mask), vocab_size)
         run(
-            logits, _flat(token_ids), _flat(mask), number(temperature), vocab_size,
+            logits, _flat(token_ids), _flat(mask), number(temperature), Columns(vocab_size),
             [_flat(out) for out in outputs],
         )  # fmt: skip
     return outputs
@@ -346,7 +437,7 @@ def _backward_op(
     grad_entropy: Tensor | None, grad_lse: Tensor | None,
     temperature: Tensor, vocab_size: int,
 ) -> Tensor:  # fmt: skip
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad = prefer_huge_pages(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
     _run_backward(
         logits, grad, token_ids, mask, (row_max, sum_exp, entropy),
         (grad_logprob, grad_nsc, grad_entropy, grad_lse), temperature, vocab_size,
@@ -380,10 +471,10 @@ def _(*_):
 
 def _run_backward(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size) -> None:
     if token_ids.numel():
-        run = backward_triton if use_triton(logits) else _backward_torch
+        run = backward_triton if use_triton(logits) else backward_torch
         run(
             logits, grad, _flat(token_ids), _flat(mask), [_flat(t) for t in saved],
-            [_flat(g) for g in upstream], number(temperature), vocab_size,
+            [_flat(g) for g in upstream], number(temperature), Columns(vocab_size),
         )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def paths_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the backend functions that the ops called, in order."""
     names: list[str] = []
     functions = {
-        "token_stats": ("forward_triton", "backward_triton", "_forward_torch", "_backward_torch"),
+        "token_stats": ("forward_triton", "backward_triton", "forward_torch", "backward_torch"),
         "guided_sample": ("sample_triton", "_sample_torch"),
     }
     for module_name, of_module in functions.items():

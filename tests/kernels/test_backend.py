@@ -30,7 +30,7 @@ def test_triton_does_not_take_float64(monkeypatch):
 def test_auto_is_torch_on_a_cpu(monkeypatch, paths_run):
     monkeypatch.delenv("IRIS_KERNELS_BACKEND", raising=False)
     token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
-    assert paths_run == ["_forward_torch"]
+    assert paths_run == ["forward_torch"]
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from kernel_oracle import (
 )
 
 PATHS = {
-    "torch": ["_forward_torch", "_backward_torch"],
+    "torch": ["forward_torch", "backward_torch"],
     "triton": ["forward_triton", "backward_triton"],
 }
 # name: (rows, V, dtype). The forward kernel takes tiles of L lanes x 16 bytes: 8192 bf16 or 4096
