@@ -119,6 +119,9 @@ class TrainConfig(SamplingConfig):
     resume_from_checkpoint: bool = False
     """Go on from the newest complete checkpoint in --output_dir."""
 
+    dry_run: bool = False
+    """Print what the run will need, memory per GPU and time per step by part, and stop. Without a
+    GPU the estimate is for H200s, as many as there are ranks."""
     max_steps: int = 800
     """Optimizer steps."""
     per_device_train_batch_size: int = 1

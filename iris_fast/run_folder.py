@@ -20,7 +20,7 @@ LAUNCH = ".launch"
 # Settings that a resumed run may change; the others would make it a different run.
 MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "max_steps", "save_steps", "save_total_limit",
-    "sample_steps", "num_sample_prompts", "report_to", "ddp_timeout", "device",
+    "sample_steps", "num_sample_prompts", "report_to", "ddp_timeout", "device", "dry_run",
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "beta", "epsilon", "epsilon_high", "preset",

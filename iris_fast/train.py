@@ -27,9 +27,11 @@ from iris_fast import checkpoint, distributed, run_folder
 from iris_fast.checkpoint import Progress
 from iris_fast.distributed import Ranks, StopSignal, copy_weights
 from iris_fast.errors import UserError, tell
-from iris_fast.inputs import open_inputs
+from iris_fast.estimate import Estimate, check_fits, estimate, this_gpu
+from iris_fast.inputs import Inputs, open_inputs
 from iris_fast.log import Log, rollout_metrics
 from iris_fast.models.janus import Janus
+from iris_fast.models.templates import get_template, image_prompt_ids
 from iris_fast.models.vq import VQModel
 from iris_fast.pictures import decode_images, grid, save_png
 from iris_fast.prompts import PromptSource
@@ -61,6 +63,8 @@ def train(config: TrainConfig) -> None:
     UserError for whatever the user can mend; SIGTERM or Ctrl-C save a checkpoint and return.
     """
     with StopSignal() as stop, distributed.start(config.device, config.ddp_timeout) as ranks:
+        if config.dry_run:
+            return dry_run(config, ranks)
         folder = run_folder.choose(config, ranks)
         rewards = load_rewards(config.reward_funcs)
         models, prompts = load_inputs(config, ranks)
@@ -90,6 +94,24 @@ def train(config: TrainConfig) -> None:
                     "go on with the same command and: "
                     f"--output_dir {folder.path} --resume_from_checkpoint true"
                 )
+
+
+def dry_run(config: TrainConfig, ranks: Ranks) -> None:
+    """Print what the run will need; UserError if that does not fit."""
+    needs = estimate_run(config, open_inputs(config, torch.float32), ranks)
+    if ranks.is_first:
+        print(needs.table())
+    check_fits(needs, config)
+
+
+def estimate_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Estimate:
+    """The estimate for these inputs; prompts count with their mean length and the template."""
+    tokenizer, template = inputs.checkpoint.tokenizer, get_template(config.template)
+    shown = inputs.prompts[:100]
+    lengths = [len(image_prompt_ids(tokenizer, template, prompt.text)) for prompt in shown]
+    mean_length = round(sum(lengths) / len(lengths))
+    gpu = this_gpu(ranks.device)
+    return estimate(config, inputs.checkpoint.config, ranks.world_size, gpu, mean_length)
 
 
 def report(folder: run_folder.RunFolder) -> None:
@@ -158,8 +180,10 @@ def loop(
 
 
 def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource]:
-    """Prompts, checked, and the model in its three roles."""
+    """Prompts, checked, and the model in its three roles; UserError if a GPU will not hold them."""
     inputs = open_inputs(config, torch.float32)
+    if ranks.device.type == "cuda":
+        check_fits(estimate_run(config, inputs, ranks), config)
     opened = inputs.checkpoint
     compute_dtype = torch.bfloat16 if config.bf16 else torch.float32
     frozen = copy.deepcopy(opened.model).to(ranks.device, compute_dtype).requires_grad_(False)

@@ -1,0 +1,111 @@
+"""The estimate of memory: against what torch really keeps, and what it tells the user."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from runs import quick
+
+from iris_fast.config import PRESETS, TrainConfig
+from iris_fast.errors import UserError
+from iris_fast.estimate import GIB, H200, check_fits, estimate, layer_activation_elements
+from iris_fast.models.attention import PackedAttention
+from iris_fast.models.decoder import DecoderConfig, DecoderLayer, rope_tables
+from iris_fast.models.vq import VQConfig
+from iris_fast.tiny.build import TINY_CONFIG
+from iris_fast.train import main
+
+JANUS_1B = dataclasses.replace(
+    TINY_CONFIG,
+    decoder=DecoderConfig(102400, 2048, 5632, 24, 16, 16, 128),
+    vq=VQConfig(),
+    image_size=384,
+)
+JANUS_7B = dataclasses.replace(
+    JANUS_1B, decoder=DecoderConfig(102400, 4096, 11008, 30, 32, 32, 128)
+)
+
+
+def preset(name: str, **changes) -> TrainConfig:
+    return TrainConfig(**{"preset": name, "prompts": "p.txt"} | PRESETS[name] | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_blocks_activations_are_what_autograd_keeps(dtype, kv_heads):
+    config = DecoderConfig(64, 128, 352, 1, 4, kv_heads, 32)
+    layer = DecoderLayer(config).to(dtype)
+    lengths = [30, 29, 31, 30]
+    rows = sum(lengths)
+    x = torch.randn(rows, 128, dtype=dtype, requires_grad=True)
+    cos, sin = rope_tables(torch.arange(rows), 32, 1e4)
+    kept, alive = {}, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)  # or the allocator would use its address again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x, cos, sin, PackedAttention(lengths), 0)
+    for parameter in layer.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    compute, single = layer_activation_elements(config)
+    expected = compute * dtype.itemsize + single * 4
+    assert sum(kept.values()) / rows == pytest.approx(expected, rel=0.05)
+
+
+def test_states_are_counted_from_the_parameters():
+    config = preset("janus-pro-1b")
+    parts = estimate(config, JANUS_1B, 1, H200, 64).always_bytes
+    # Decoder 24 x (4 D^2 + 3 D I + 2 D) + D, text embedding and head 2 V D; all but these frozen.
+    trained = 24 * (4 * 2048**2 + 3 * 2048 * 5632 + 2 * 2048) + 2048 + 2 * 102400 * 2048
+    assert parts["gradients, float32"] == 4 * trained
+    assert parts["AdamW moments, float32"] == 8 * trained
+    on_four = estimate(config, JANUS_1B, 4, H200, 64).always_bytes
+    assert on_four["policy, float32"] == parts["policy, float32"] / 4
+    assert on_four["sampler's copy"] == parts["sampler's copy"]
+
+
+def test_without_beta_there_is_no_reference_to_count():
+    assert (
+        estimate(preset("janus-pro-1b", beta=0.0), JANUS_1B, 1, H200, 64).always_bytes["reference"]
+        == 0
+    )
+
+
+def test_1b_fits_one_h200_and_7b_does_not():
+    one, seven = preset("janus-pro-1b", max_completion_length=128), preset("janus-pro-7b")
+    check_fits(estimate(one, JANUS_1B, 1, H200, 64), one)
+    with pytest.raises(
+        UserError, match=r"needs about \d+ GiB per GPU, and a H200 has 140; use more"
+    ):
+        check_fits(estimate(seven, JANUS_7B, 1, H200, 64), seven)
+    check_fits(estimate(seven, JANUS_7B, 4, H200, 64), seven)
+
+
+def test_what_does_not_fit_names_what_to_change():
+    wide = preset("janus-pro-1b", per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    with pytest.raises(UserError, match="add --gradient_checkpointing true"):
+        check_fits(estimate(wide, JANUS_1B, 1, H200, 64), wide)
+    many = preset("janus-pro-1b", per_device_train_batch_size=1, gradient_accumulation_steps=80)
+    with pytest.raises(UserError, match="lower --gradient_accumulation_steps"):
+        check_fits(estimate(many, JANUS_1B, 1, H200, 64), many)
+
+
+def test_the_peak_is_the_larger_phase_on_top_of_what_is_always_there():
+    found = estimate(preset("janus-pro-1b"), JANUS_1B, 1, H200, 64)
+    always = sum(found.always_bytes.values())
+    assert found.peak_bytes == always + sum(found.training_bytes.values())
+    assert f"{found.peak_bytes / GIB:.2f} GiB" in found.table()
+
+
+def test_dry_run_prints_the_table_and_leaves_nothing_behind(tmp_path, capsys):
+    assert main(quick(tmp_path / "run", dry_run=True)) == 0
+    printed = capsys.readouterr().out
+    for part in ("policy, float32", "KV cache", "activations", "peak", "whole step"):
+        assert part in printed
+    assert not (tmp_path / "run").exists()
