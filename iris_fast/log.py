@@ -7,6 +7,7 @@ Units stand in the names (`_s`, `_bytes`, `_tokens`); what has none is a mean pe
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import statistics
@@ -194,6 +195,12 @@ def console_line(metrics: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def require_tracker(name: str) -> None:
+    """Raise UserError if the tracker `name` is not installed: before a run makes its folder."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"report_to: {name} is not installed; pip install {name}")
+
+
 def _tracker(config: TrainConfig, folder: Path) -> Any:
     from accelerate import tracking  # imports half of the ecosystem: only where asked for
 
@@ -203,14 +210,9 @@ def _tracker(config: TrainConfig, folder: Path) -> Any:
         "trackio": (tracking.TrackioTracker, {}),
     }
     kind, arguments = kinds[config.report_to]
-    try:
-        tracker = kind("iris-fast", **arguments)
-        if hasattr(tracker, "start"):  # accelerate >= 1.15 opens trackers on demand
-            tracker.start()
-    except ImportError:
-        raise UserError(
-            f"report_to: {config.report_to} is not installed; pip install {config.report_to}"
-        ) from None
+    tracker = kind("iris-fast", **arguments)
+    if hasattr(tracker, "start"):  # accelerate >= 1.15 opens trackers on demand
+        tracker.start()
     settings = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
     tracker.store_init_configuration(settings)
     return tracker

@@ -29,7 +29,7 @@ from iris_fast.distributed import Ranks, StopSignal, copy_weights
 from iris_fast.errors import UserError, tell
 from iris_fast.estimate import Estimate, check_fits, estimate, this_gpu
 from iris_fast.inputs import Inputs, open_inputs
-from iris_fast.log import Log, rollout_metrics
+from iris_fast.log import Log, require_tracker, rollout_metrics
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import get_template, image_prompt_ids
 from iris_fast.models.vq import VQModel
@@ -66,6 +66,7 @@ def train(config: TrainConfig) -> None:
         if config.dry_run:
             return dry_run(config, ranks)
         folder = run_folder.choose(config, ranks)
+        require_tracker(config.report_to)
         rewards = load_rewards(config.reward_funcs)
         models, prompts = load_inputs(config, ranks)
         optimizer = make_optimizer(models.policy, config)
