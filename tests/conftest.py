@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import make_trace
 from torch.distributed.checkpoint.logger import _dcp_logger as dcp_logger
 
 from iris_fast import distributed
+from iris_fast.batch import Prompt, Rollout
 from iris_fast.distributed import Ranks
 
 ROOT = Path(__file__).parent.parent
@@ -52,3 +54,23 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     monkeypatch.setattr(distributed.gc, "collect", lambda: 0)  # for those, and slow
     with distributed.start("cpu", 60.0) as started:
         yield started
+
+
+@pytest.fixture
+def rollout() -> Rollout:
+    """Two prompts, G = 2; 3, 1, 2 and 3 tokens of text, 4 of each image."""
+    first, second = Prompt("a cube", {"n": 1}), Prompt("a ball", {"n": 2, "color": "red"})
+    lengths = [3, 1, 2, 3]
+    return Rollout(
+        prompts=[first, first, second, second],
+        sample_numbers=[10, 11, 12, 13],
+        seed=42,
+        cot_prompt_ids=[[1]] * 4,
+        cot_ids=[[2] * length for length in lengths],
+        cot_texts=["text"] * 4,
+        truncated=[True, False, False, False],
+        image_prompt_ids=[[1]] * 4,
+        codes_NI=torch.zeros(4, 4, dtype=torch.int64),
+        text=make_trace(lengths, seed=0),
+        image=make_trace([4] * 4, seed=1),
+    )

@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from iris_kernels import TokenStats
 from safetensors.torch import load_file
 from torch import Tensor
 
+from iris_fast.batch import Trace
 from iris_fast.config import TrainConfig
 
 # A step of a fraction of a second, with everything in it.
@@ -66,3 +69,15 @@ def tree(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def make_trace(lengths: list[int], seed: int) -> Trace:
+    """Statistics of tokens that are all different; 0 where no token is."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+
+    def stats() -> TokenStats:
+        fields = [torch.rand(mask.shape, generator=generator) + 1 for _ in TokenStats._fields]
+        return TokenStats(*(field.masked_fill(~mask, 0.0) for field in fields))
+
+    return Trace(conditional=stats(), guided=stats(), mask=mask)

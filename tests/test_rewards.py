@@ -11,48 +11,13 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from iris_kernels import TokenStats
 from PIL import Image
-from runs import flags, metrics, quick
+from runs import flags, make_trace, metrics, quick
 
-from iris_fast.batch import Prompt, Rollout, Trace
+from iris_fast.batch import Rollout, Trace
 from iris_fast.errors import UserError
 from iris_fast.rewards import INTRINSIC, load_rewards, score
 from iris_fast.train import train
-
-TEXT_LENGTHS = [3, 1, 2, 3]
-IMAGE_TOKENS = 4
-
-
-def make_trace(lengths: list[int], seed: int) -> Trace:
-    """Statistics that no two tokens share; beyond a sequence's end they are numbers, not zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (len(lengths), max(lengths))
-
-    def stats() -> TokenStats:
-        return TokenStats(*(torch.rand(shape, generator=generator) + 1 for _ in range(4)))
-
-    mask = torch.arange(shape[1])[None] < torch.tensor(lengths)[:, None]
-    return Trace(conditional=stats(), guided=stats(), mask=mask)
-
-
-@pytest.fixture
-def rollout() -> Rollout:
-    """Two prompts, G = 2."""
-    prompts = [Prompt("a cube", {"n": 1}), Prompt("a ball", {"n": 2, "color": "red"})]
-    return Rollout(
-        prompts=[prompts[0], prompts[0], prompts[1], prompts[1]],
-        sample_numbers=[10, 11, 12, 13],
-        seed=42,
-        cot_prompt_ids=[[1]] * 4,
-        cot_ids=[[2] * length for length in TEXT_LENGTHS],
-        cot_texts=["text"] * 4,
-        truncated=[False] * 4,
-        image_prompt_ids=[[1]] * 4,
-        codes_NI=torch.zeros(4, IMAGE_TOKENS, dtype=torch.int64),
-        text=make_trace(TEXT_LENGTHS, seed=0),
-        image=make_trace([IMAGE_TOKENS] * 4, seed=1),
-    )
 
 
 def by_hand(trace: Trace, distribution: str, statistic: str, reduction: str) -> list[float]:
@@ -73,6 +38,13 @@ def test_intrinsic_rewards_by_hand(rollout, kind, statistic, distribution, reduc
     (function,) = load_rewards([f"{kind}_{statistic}"]).values()
     expected = by_hand(getattr(rollout, kind), distribution, statistic, reduction)
     assert function(rollout, distribution, reduction).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_places_without_a_token_are_not_read(rollout):
+    (function,) = load_rewards(["text_nsc"]).values()
+    expected = function(rollout, "conditional", "mean")
+    rollout.text.conditional.nsc[~rollout.text.mask] = float("nan")
+    assert torch.equal(function(rollout, "conditional", "mean"), expected)
 
 
 def test_text_rewards_of_no_text_are_0(rollout):
@@ -312,7 +284,7 @@ def test_a_failing_reward_is_one_line_on_the_command(here):
     settings = flags(reward_funcs="[broken:reward]")
     finished = run("iris_fast.train", *settings, "--output_dir", "run", cwd=here)
     assert finished.code == 2
-    assert "broken:reward gave 1 numbers for 4 images" in finished.error_line
+    assert "broken:reward gave 1 numbers for 2 images" in finished.error_line
 
 
 def test_weights_may_be_infinitely_small_but_not_infinite():
