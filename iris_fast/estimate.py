@@ -81,9 +81,9 @@ def layer_activation_elements(decoder: DecoderConfig) -> tuple[int, int]:
     of float32 (norms and rotary positions run in float32)."""
     width, heads = decoder.hidden_size, decoder.num_heads * decoder.head_dim
     kv = decoder.num_kv_heads * decoder.head_dim
-    # Per norm its result before and after the weight; q, k, v and the context, packed and padded;
+    # Per norm its result before and after the weight; q, k, v; the context, padded and packed;
     # gate, silu, up and their product.
-    compute = 4 * width + 4 * heads + 4 * kv + 4 * decoder.intermediate_size
+    compute = 4 * width + 3 * heads + 2 * kv + 4 * decoder.intermediate_size
     single = 2 * width + 2 * decoder.head_dim
     return compute, single
 

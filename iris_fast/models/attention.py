@@ -62,8 +62,10 @@ class PackedAttention:
 
     def _pad(self, x_THd: Tensor) -> Tensor:
         if self.slot_T is not None:
-            empty = x_THd.new_zeros(self.batch * self.longest, *x_THd.shape[1:])
-            x_THd = empty.index_copy(0, self.slot_T, x_THd)
+            # Assigned, not index_copy: that would keep x_THd for a backward that does not read it.
+            padded = x_THd.new_zeros(self.batch * self.longest, *x_THd.shape[1:])
+            padded[self.slot_T] = x_THd
+            x_THd = padded
         return x_THd.unflatten(0, (self.batch, self.longest)).transpose(1, 2)
 
 
