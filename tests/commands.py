@@ -8,6 +8,7 @@ interpreter, or torchrun with its workers.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -131,6 +132,7 @@ def _run(
     os.chdir(cwd)
     sys.path.insert(0, cwd)
     sys.argv = [module, *arguments]
+    gc.freeze()  # see conftest.py
     import torch
 
     torch.set_num_threads(1)

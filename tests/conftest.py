@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "shared" in item.keywords and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="needs ../shared, which is not here"))
+
+
+def pytest_collection_finish() -> None:
+    """A training run ends with a garbage collection: not of all that was imported before it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

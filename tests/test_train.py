@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -353,12 +352,14 @@ def test_another_number_of_ranks_inside_a_rollout_is_refused_and_says_why(prompt
     assert tree(Path.cwd()) == before
 
 
-REAL_PROMPTS = ["t2i_r1_train_prompts.jsonl", "geneval/evaluation_metadata.jsonl"]
+REAL = [
+    ("janus_original_tiny", "t2i_r1_train_prompts.jsonl"),
+    ("janus_hf_tiny", "geneval/evaluation_metadata.jsonl"),
+]
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("prompt_file", REAL_PROMPTS)
-@pytest.mark.parametrize("layout", ["janus_original_tiny", "janus_hf_tiny"])
+@pytest.mark.parametrize(("layout", "prompt_file"), REAL)
 def test_real_layouts_and_prompts_on_one_and_two_ranks(shared, here, layout, prompt_file):
     common = {
         "model": shared / "fixtures" / layout,
@@ -496,14 +497,27 @@ def test_torchrun_goes_on_from_the_checkpoint_after_a_rank_was_killed(prompts):
 
 
 def test_a_restart_does_not_take_over_a_folder_that_was_refused(here):
-    train(quick("run", max_steps=1))
-    before = tree(here)
-    words = flags(max_steps=5, output_dir="run")
-    process = launch("iris_fast.train", *words, cwd=here, ranks=1, torchrun=("--max-restarts", "1"))
-    try:
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode != 0
-    assert len(re.findall(r"^iris_fast.train: error: output_dir: run is not empty", err, re.M)) == 2
-    assert tree(here) == before
+    """The launch that claims a folder is told apart by its process, here the one that forks."""
+    train(quick("theirs", max_steps=1))
+    before = tree(here / "theirs")
+    words = flags(max_steps=2, output_dir="theirs")
+    for attempt in "01":
+        again = run("iris_fast.train", *words, cwd=here, TORCHELASTIC_RESTART_COUNT=attempt)
+        assert again.code == 2
+        assert "theirs is not empty and nothing in it is written over" in again.error_line
+    assert tree(here / "theirs") == before
+
+
+def test_a_restart_takes_up_the_folder_that_it_claimed_before(here):
+    train(quick("theirs", max_steps=1))
+    (here / "runs").mkdir()
+    (here / "theirs").rename(here / "runs" / "tiny-001")
+    for attempt, steps in (("0", 1), ("1", 2)):
+        words = flags(max_steps=steps)  # and no --output_dir
+        again = run("iris_fast.train", *words, cwd=here, TORCHELASTIC_RESTART_COUNT=attempt)
+        assert (again.code, again.err) == (0, "")
+        assert "run folder: runs/tiny-002" in again.out
+    assert len(metrics("runs/tiny-001")) == 1
+    assert len(metrics("runs/tiny-002")) == 2
+    anew = run("iris_fast.train", *flags(max_steps=1), cwd=here)
+    assert "run folder: runs/tiny-003" in anew.out
