@@ -40,6 +40,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or Triton's bindings count it all as leaked
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real prompt files and fixture checkpoints."""
