@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -379,7 +380,12 @@ def parse(config_class: type[Config], program: str, arguments: list[str]) -> Con
 
 
 def parse_command_line(config_class: type[Config], program: str) -> Config:
-    """`parse` for `sys.argv`, with mistakes told as one line and exit code 2."""
+    """`parse` for `sys.argv`, with mistakes told as one line and exit code 2.
+
+    From here on Ctrl-C ends the process without a traceback, until there is something to save.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         return parse(config_class, program, sys.argv[1:])
     except UserError as mistake:

@@ -27,6 +27,10 @@ from torch.distributed.tensor import DTensor
 from iris_fast.errors import UserError
 
 PR_SET_PDEATHSIG = 1
+# How gloo says that a rank at the other end of a collective is no more. That rank, if it lives to
+# say why, does so first.
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+GONE_RANK_SPEAKS_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,14 @@ def start(wanted_device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> It
     mesh = init_device_mesh(device.type, (world_size,))
     try:
         yield Ranks(rank, world_size, device, mesh)
+    except RuntimeError as mistake:
+        if not any(sign in str(mistake) for sign in PEER_IS_GONE):
+            raise
+        time.sleep(GONE_RANK_SPEAKS_S)
+        raise UserError(
+            "another rank has ended in the middle of the run; what it said, or torchrun's closing "
+            "report, tells why"
+        ) from None
     finally:
         # Anything that still holds a sharded tensor at destruction can abort the process.
         gc.collect()

@@ -16,6 +16,7 @@ CONFIG = parse_command_line(TrainConfig, PROGRAM) if __name__ == "__main__" else
 import copy
 import functools
 import resource
+import signal
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -340,6 +341,8 @@ def main(config: TrainConfig) -> int:
         train(config)
     except UserError as mistake:
         return tell(PROGRAM, mistake)
+    except KeyboardInterrupt:  # the second Ctrl-C, which does not wait for a checkpoint
+        return 128 + signal.SIGINT
     return 0
 
 
