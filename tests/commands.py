@@ -15,6 +15,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,3 +162,11 @@ def launch(
         text=True,
         start_new_session=True,
     )
+
+
+def wait_for(holds: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
+    """Return as soon as `holds()` does; AssertionError after `timeout_s`."""
+    until = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from runs import make_trace
@@ -21,6 +22,8 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_configure() -> None:
+    hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("project")  # how long an example takes is no property
     torch.set_num_threads(1)  # two workers on two cores: more threads only get in each other's way
     # It notes every tensor of every checkpoint, at length: the report of any failing test.
     dcp_logger.setLevel(logging.WARNING)

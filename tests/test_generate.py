@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import run
+from commands import run, start, wait_for
 from PIL import Image
 from runs import tree
 
@@ -190,3 +192,13 @@ def test_real_layouts_give_the_same_images(shared, here, layout):
         drawn.append(np.load(codes)["codes"])
     assert drawn[0].shape == (3, 1, 36)
     assert np.array_equal(*drawn)
+
+
+def test_ctrl_c_ends_without_a_traceback_and_leaves_whole_images(here):
+    running = start("iris_fast.generate", "--batch_size", "1", cwd=here)
+    wait_for(lambda: list(here.glob("images/*.png")))
+    os.kill(running.processes[0].pid, signal.SIGINT)
+    finished = running.wait()
+    assert (finished.code, finished.err) == (-signal.SIGINT, "")
+    for path in here.glob("images/[0-9]*.png"):
+        Image.open(path).load()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import launch, run, start
+from commands import launch, run, start, wait_for
 from PIL import Image
 from runs import checkpoints, flags, metrics, quick, tensors, tree
 
@@ -352,6 +351,20 @@ def test_another_number_of_ranks_inside_a_rollout_is_refused_and_says_why(prompt
     assert tree(Path.cwd()) == before
 
 
+def test_a_mistake_that_one_rank_alone_meets_is_a_line_a_rank(here):
+    (here / "half_bad.py").write_text(
+        "import os\n"
+        "def reward(prompts, images):\n"
+        "    return [float(os.environ['RANK'].replace('1', 'nan'))] * len(prompts)\n"
+    )
+    words = flags(reward_funcs="[half_bad:reward]", output_dir="run")
+    finished = run("iris_fast.train", *words, cwd=here, ranks=2)
+    assert finished.codes == [2, 2]
+    first, second = finished.err.splitlines()
+    assert "another rank has ended" in first
+    assert "half_bad:reward gave nan" in second
+
+
 REAL = [
     ("janus_original_tiny", "t2i_r1_train_prompts.jsonl"),
     ("janus_hf_tiny", "geneval/evaluation_metadata.jsonl"),
@@ -379,13 +392,6 @@ def test_real_layouts_and_prompts_on_one_and_two_ranks(shared, here, layout, pro
 
 
 # --- Signals and restarts -------------------------------------------------------------------------
-
-
-def wait_for(holds, timeout_s: float = 60.0) -> None:
-    until = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
 
 
 def step_count(folder: Path) -> int:
