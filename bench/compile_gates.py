@@ -148,9 +148,21 @@ def _guided_sample(vocab_size: int, dtype: torch.dtype) -> None:
     sample_triton(*pair, uniform, None, 5.0, 1.0, False, vocab_size)
 
 
+def _linear_tile(vocab_size: int, dtype: torch.dtype) -> None:
+    """A tile in the middle of a row, with a bias: fp32 logits, gradients in `dtype`."""
+    (ids,) = _rows(1, 2048, torch.int64)
+    (bias,) = _rows(1, 2048, dtype)
+    state = torch.empty(5, 2048, device="meta")
+    tile = Columns(2048, 2048, vocab_size, bias, state, is_first=False, is_last=False)
+    logits, grad = _logits(2048, 2048, torch.float32), _logits(2048, 2048, dtype)
+    forward_triton(logits, ids, None, 1.0, tile, _rows(6, 2048))
+    backward_triton(logits, grad, ids, None, _rows(3, 2048), _rows(4, 2048), 1.0, tile)
+
+
 CASES: dict[str, Callable[[int, torch.dtype], None]] = {
     "token_stats forward": _token_stats_forward,
     "token_stats backward": _token_stats_backward,
+    "linear_token_stats tile": _linear_tile,
     "guided_sample": _guided_sample,
 }
 

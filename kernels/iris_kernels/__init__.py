@@ -1,6 +1,7 @@
 """Fused kernels for the statistics that sampling and training a token model need.
 
     token_stats          logits -> logprob, nsc, entropy, lse of one token a row, differentiable
+    linear_token_stats   the same from hidden states and a head, without holding the logits
     vocab_parallel_token_stats  the same for a vocabulary sharded over the ranks of a group
     guided_sample        cond and uncond logits -> a sampled token and its statistics, one launch
 
@@ -10,6 +11,7 @@ Every op has a Triton path for GPUs and a torch path for everything else; `IRIS_
 
 from . import integrations as integrations
 from .guided_sample import GuidedSample, guided_sample
+from .linear_token_stats import linear_token_stats
 from .token_stats import TokenStats, token_stats
 from .vocab_parallel import vocab_parallel_token_stats
 
@@ -17,6 +19,7 @@ __all__ = [
     "GuidedSample",
     "TokenStats",
     "guided_sample",
+    "linear_token_stats",
     "token_stats",
     "vocab_parallel_token_stats",
 ]

@@ -376,10 +376,13 @@ def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, 
         x = part[:, :V] if columns.bias is None else part[:, :V] + columns.bias
         distances(x, d, row_max[rows], temperature)
         torch.softmax(d, -1, out=p)
+        empty = dead[rows]
         if columns.whole != V:  # softmax is over these columns alone
-            p *= (d.amax(-1).exp() / p.amax(-1) / sum_exp[rows])[:, None]
-        if any_row(dead[rows]):
-            p.masked_fill_(dead[rows, None], 0.0)
+            best = d.amax(-1)
+            p *= (best.exp() / p.amax(-1) / sum_exp[rows])[:, None]
+            empty = best == -math.inf
+        if any_row(empty):
+            p.masked_fill_(empty[:, None], 0.0)
         factor = on_p[rows, None]
         if upstream[2] is not None:
             factor = d.clamp_(min=FLOOR).mul_(-on_entropy[rows, None]).add_(factor)

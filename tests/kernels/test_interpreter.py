@@ -1,4 +1,4 @@
-"""The Triton half of these tests, where this process cannot interpret."""
+"""The Triton half of these tests, where this process cannot interpret: each file in its own."""
 
 import os
 import subprocess
@@ -9,13 +9,19 @@ import pytest
 from conftest import TRITON_RUNS
 
 HERE = Path(__file__).parent
+ON_BOTH_BACKENDS = sorted(
+    path.name for path in HERE.glob("test_*.py") if "(backend, device" in path.read_text()
+)
 
 
 @pytest.mark.skipif(TRITON_RUNS, reason="the Triton tests run in this process")
-def test_triton_backend_in_its_own_process():
+@pytest.mark.parametrize("file", ON_BOTH_BACKENDS)
+def test_triton_backend_in_its_own_process(file):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-k", "triton", "-p", "no:xdist"]
+    options = ["-q", "-k", "triton or every_backend", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(HERE / file), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout.splitlines()[-1]

@@ -1,0 +1,362 @@
+"""`token_stats` of hidden @ weight.T + bias, without ever holding the [R, V] logits.
+
+Logits are made tile by tile [C rows, B columns] by the library's matrix product, accumulated and
+kept in fp32, and a row's sums are carried from one tile to the next. Backward makes every tile
+again, turns it into its gradient G, and takes from it
+
+    d hidden = G @ weight        d weight = G.T @ hidden        d bias = sum over rows of G
+
+Sums over tiles are held in fp32, also for half-precision gradients: those of `hidden` a row chunk
+at a time; those of a half-precision `weight` a column block at a time, in a second round of tiles.
+So backward costs three products of R V D multiply-adds, four where such a weight is trained, two
+where it is frozen; forward one. What is held beside inputs and gradients stays under 64 MB,
+whatever R and V.
+
+Shapes: R rows, D hidden width, V columns (classes), tiles [C, B].
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._backend import use_triton
+from ._checks import (
+    LOGIT_DTYPES,
+    check_ids_in_range,
+    check_temperature,
+    check_token_ids,
+    check_vocab_size,
+)
+from ._ops import add_op_namespace_prefix
+from ._row_math import CHUNK_ELEMENTS, compute_dtype, kept_rows, number, run_time
+from .token_stats import (
+    Columns,
+    TokenStats,
+    backward_torch,
+    backward_triton,
+    forward_torch,
+    forward_triton,
+    token_stats_reference,
+)
+
+TILE_ELEMENTS = 1 << 22  # on a GPU: 17 MB of fp32 logits, which its L2 cache holds
+SUM_ELEMENTS = 1 << 22  # of an fp32 sum over tiles; another 17 MB, and as much for its summand
+LEAST_SIDE = 128  # of a tile, so that its product stays one of matrices
+
+
+# --- Tiles ----------------------------------------------------------------------------------------
+
+
+def tile_shape(R: int, V: int, D: int, on_cpu: bool, *, sum_columns: bool = False):
+    """Rows and columns of a tile: the sum held over tiles is [rows, D], or [columns, D]."""
+    elements = CHUNK_ELEMENTS if on_cpu else TILE_ELEMENTS
+    summed = min(max(LEAST_SIDE, SUM_ELEMENTS // D), 512 if on_cpu else 2048)
+    rows, columns = (elements // summed, summed) if sum_columns else (summed, elements // summed)
+    if not sum_columns and columns >= V:  # few classes: make up for it in rows
+        rows = min(max(rows, elements // V), max(LEAST_SIDE, SUM_ELEMENTS // D))
+    return min(rows, max(R, 1)), min(columns, V)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in fp32 (fp64 for fp64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the dtype of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += product(a, b)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The flat arguments of forward and backward, and the logits they stand for."""
+
+    hidden: Tensor  # [R, D]
+    weight: Tensor  # [V, D], the columns that exist
+    bias: Tensor | None  # [V]
+    token_ids: Tensor  # [R]
+    mask: Tensor | None  # [R]
+    temperature: float | Tensor
+
+    def columns(self, start: int, stop: int, state: Tensor | None = None) -> Columns:
+        """What the kernels are told of the tile of columns from `start` to `stop`."""
+        V = self.weight.shape[0]
+        bias = None if self.bias is None else self.bias[start:stop]
+        return Columns(stop - start, start, V, bias, state, start == 0, stop == V)
+
+    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Token ids and mask of a chunk."""
+        return self.token_ids[start:stop], None if self.mask is None else self.mask[start:stop]
+
+
+def _flat(hidden, weight, bias, token_ids, mask, temperature, vocab_size) -> _Head:
+    return _Head(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight[:vocab_size],
+        None if bias is None else bias[:vocab_size].contiguous(),
+        token_ids.reshape(-1).contiguous(),
+        None if mask is None else mask.reshape(-1).contiguous(),
+        number(temperature),
+    )
+
+
+def _spans(count: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+# --- Forward and backward over tiles --------------------------------------------------------------
+
+
+def _forward(head: _Head, outputs: list[Tensor]) -> None:
+    """Fill the six flat `outputs` [R] of token_stats."""
+    run = forward_triton if use_triton(head.hidden) else forward_torch
+    (R, D), V = head.hidden.shape, head.weight.shape[0]
+    C, B = tile_shape(R, V, D, head.hidden.is_cpu)
+    for start, stop in _spans(R, C):
+        state = outputs[0].new_empty(5, stop - start)
+        for first, last in _spans(V, B):
+            logits = product(head.hidden[start:stop], head.weight[first:last].t())
+            run(
+                logits, *head.rows(start, stop), head.temperature,
+                head.columns(first, last, state), [out[start:stop] for out in outputs],
+            )  # fmt: skip
+
+
+def _gradient_tile(head, saved, upstream, rows, columns) -> Tensor:
+    """The gradient of a tile of logits, in the dtype of the head."""
+    (start, stop), (first, last) = rows, columns
+    run = backward_triton if use_triton(head.hidden) else backward_torch
+    logits = product(head.hidden[start:stop], head.weight[first:last].t())
+    same = head.hidden.dtype == logits.dtype
+    gradient = logits if same else torch.empty_like(logits, dtype=head.hidden.dtype)
+    run(
+        logits, gradient, *head.rows(start, stop), [t[start:stop] for t in saved],
+        [None if g is None else g[start:stop] for g in upstream], head.temperature,
+        head.columns(first, last),
+    )  # fmt: skip
+    return gradient
+
+
+def _backward(head: _Head, saved, upstream, d_hidden, d_weight, d_bias) -> None:
+    """Add to those gradients [R, D], [V, D], [V] that are not None; they come as zeros."""
+    R, D = head.hidden.shape
+    V, on_cpu = head.weight.shape[0], head.hidden.is_cpu
+    full = head.hidden.dtype == compute_dtype(head.hidden)
+    if d_hidden is not None or d_bias is not None or (full and d_weight is not None):
+        C, B = tile_shape(R, V, D, on_cpu)
+        for rows in _spans(R, C):
+            h = head.hidden[slice(*rows)]
+            d_h = None if d_hidden is None else _sum_for(d_hidden[slice(*rows)], full)
+            for columns in _spans(V, B):
+                block = slice(*columns)
+                g = _gradient_tile(head, saved, upstream, rows, columns)
+                if d_h is not None:
+                    add_product(d_h, g, head.weight[block])
+                if d_weight is not None and full:
+                    add_product(d_weight[block], g.t(), h)
+                if d_bias is not None:
+                    d_bias[block] += g.sum(0, dtype=d_bias.dtype)
+            if d_h is not None and not full:
+                d_hidden[slice(*rows)] = d_h
+    if d_weight is not None and not full:
+        C, B = tile_shape(R, V, D, on_cpu, sum_columns=True)
+        for columns in _spans(V, B):
+            d_w = _sum_for(d_weight[slice(*columns)], full)
+            for rows in _spans(R, C):
+                g = _gradient_tile(head, saved, upstream, rows, columns)
+                add_product(d_w, g.t(), head.hidden[slice(*rows)])
+            d_weight[slice(*columns)] = d_w
+
+
+def _sum_for(gradient: Tensor, full: bool) -> Tensor:
+    """Where to add up what goes into `gradient`: itself, or an fp32 stand-in."""
+    return gradient if full else torch.zeros_like(gradient, dtype=torch.float32)
+
+
+# --- Custom ops and autograd ----------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("linear_token_stats"), mutates_args=())
+def _linear_token_stats_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, mask: Tensor | None,
+    temperature: Tensor, vocab_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _empty_outputs(hidden, token_ids)
+    if token_ids.is_cpu:
+        check_ids_in_range(token_ids, kept_rows(token_ids, mask), vocab_size)
+    if token_ids.numel():
+        head = _flat(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
+        with torch.autocast(hidden.device.type, enabled=False):
+            _forward(head, [out.reshape(-1) for out in outputs])
+    return outputs
+
+
+@_linear_token_stats_op.register_fake
+def _(hidden, weight, bias, token_ids, *_):
+    return _empty_outputs(hidden, token_ids)
+
+
+def _empty_outputs(hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
+    return tuple(hidden.new_empty(token_ids.shape, dtype=compute_dtype(hidden)) for _ in range(6))
+
+
+@torch.library.custom_op(add_op_namespace_prefix("linear_token_stats_backward"), mutates_args=())
+def _backward_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, mask: Tensor | None,
+    temperature: Tensor, vocab_size: int,
+    row_max: Tensor, sum_exp: Tensor, entropy: Tensor,
+    grad_logprob: Tensor | None, grad_nsc: Tensor | None,
+    grad_entropy: Tensor | None, grad_lse: Tensor | None,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = _zero_gradients(hidden, weight, needed)
+    if token_ids.numel():
+        upstream = (grad_logprob, grad_nsc, grad_entropy, grad_lse)
+        d_hidden, d_weight, d_bias = (
+            g if wanted else None for g, wanted in zip(gradients, needed, strict=True)
+        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            _backward(
+                _flat(hidden, weight, bias, token_ids, mask, temperature, vocab_size),
+                [t.reshape(-1) for t in (row_max, sum_exp, entropy)],
+                [None if g is None else g.reshape(-1).contiguous() for g in upstream],
+                None if d_hidden is None else d_hidden.view(-1, hidden.shape[-1]),
+                None if d_weight is None else d_weight[:vocab_size],
+                None if d_bias is None else d_bias[:vocab_size],
+            )
+    return gradients
+
+
+@_backward_op.register_fake
+def _(hidden, weight, *rest):
+    return _zero_gradients(hidden, weight, rest[-1])
+
+
+def _zero_gradients(hidden, weight, needed) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias (fp32), empty where not needed."""
+    d_hidden, d_weight, d_bias = needed
+    return (
+        hidden.new_zeros(hidden.shape if d_hidden else 0),
+        weight.new_zeros(weight.shape if d_weight else 0),
+        hidden.new_zeros(weight.shape[0] if d_bias else 0, dtype=compute_dtype(hidden)),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.vocab_size = inputs
+    _, _, entropy, _, row_max, sum_exp = output
+    ctx.mark_non_differentiable(row_max, sum_exp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, row_max, sum_exp, entropy)
+
+
+def _autograd_backward(ctx, *upstream):
+    *inputs, row_max, sum_exp, entropy = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:3])
+    gradients = _backward_op(
+        *inputs, ctx.vocab_size, row_max, sum_exp, entropy, *upstream[:4], needed
+    )
+    wanted = (g if want else None for g, want in zip(gradients, needed, strict=True))
+    return *wanted, None, None, None, None
+
+
+_linear_token_stats_op.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+# --- Public ---------------------------------------------------------------------------------------
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> TokenStats:
+    """`token_stats(hidden @ weight.T + bias, token_ids)` without holding the logits.
+
+    The logits are accumulated and kept in float32, also for half-precision inputs, so the results
+    are closer to the truth than those of half-precision logits. What is held beside inputs and
+    gradients stays under 64 MB. Gradients go to `hidden`, `weight` and `bias`, each computed only
+    where it is required: a frozen `weight` costs no product for it. See
+    `linear_token_stats_reference` for the same in plain torch.
+
+    Args:
+        hidden: (..., D) float32, bfloat16 or float16 (float64 on the torch path).
+        weight: (V_held, D), a plain tensor of the same dtype: inside FSDP2, the gathered one.
+        token_ids: (...) int64 or int32 in [0, vocab_size); -100 where a row has no token.
+        bias: (V_held), of the same dtype, or None.
+        temperature, mask, vocab_size: as for `token_stats`; classes from vocab_size on do not
+            exist, and their rows of `weight` get gradient 0.
+
+    Under torch.autocast the inputs are first cast to its dtype, as for torch.nn.functional.linear.
+    Rows do not influence one another, but the library's matrix product may round a row differently
+    for another number of rows.
+
+    Returns:
+        TokenStats(logprob, nsc, entropy, lse), each float32 (...), as `token_stats`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range; token ids out of range
+            as in `token_stats`.
+    """
+    _check_head(hidden, weight, bias)
+    check_token_ids(token_ids, mask, hidden)
+    check_temperature(temperature, hidden)
+    vocab_size = check_vocab_size(vocab_size, weight.shape[0])
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"weight has dtype {weight.dtype} but hidden has {hidden.dtype}: cast one of them"
+        )
+    temperature = run_time(temperature, hidden)
+    out = _linear_token_stats_op(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
+    return TokenStats(*out[:4])
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in LOGIT_DTYPES:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}: cast it to float32, bfloat16 or float16"
+            )
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} but hidden has {tuple(hidden.shape)}: "
+            "pass (V, D) and (..., D)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)} but weight has {weight.shape[0]} rows: "
+            "pass one number per class"
+        )
+
+
+def linear_token_stats_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+) -> TokenStats:
+    """The same in plain torch: holds all logits, in the dtype of `hidden`."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return token_stats_reference(logits, token_ids, temperature=temperature)
