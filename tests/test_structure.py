@@ -182,7 +182,7 @@ def test_modules_that_the_readme_runs_exist():
 
 
 def test_settings_that_the_readme_names_exist():
-    known = {"--help", "--print_config", "--config", "--nproc-per-node"}
+    known = {"--help", "--print_config", "--config", "--nproc-per-node", "--benchmark-only"}
     for command in ("iris_fast.train", "iris_fast.generate", "iris_fast.export"):
         shown = subprocess.run(
             [sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=True

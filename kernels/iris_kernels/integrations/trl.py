@@ -1,15 +1,22 @@
-"""TRL's log-probability and entropy functions, by one pass over the logits.
+"""TRL's log-probability and entropy functions by one pass over the logits, and its fused head.
 
 Signatures, shapes and masks are those of `trl.trainer.utils` in TRL 1.16. What differs:
 - results are float32 for half-precision logits on every device (TRL: on a GPU only);
 - any strides, any number of leading dimensions and V of any size take the same path;
 - logits of -inf give no NaN; an index of -100 gives 0 where TRL reads out of bounds;
 - a new temperature compiles nothing.
+
+TRL's main trainers (GRPO, RLOO, DPO, KTO, SFT) score through the fused head, `FusedHead` here; the
+functions are what its experimental trainers call.
 """
+
+import math
+import warnings
 
 import torch
 from torch import Tensor
 
+from ..linear_token_stats import linear_token_stats
 from ..token_stats import token_stats
 from ._patching import Patch, Swap
 
@@ -74,16 +81,66 @@ def selective_log_softmax_and_entropy(
     return stats.logprob, stats.entropy if entropy_requires_grad else stats.entropy.detach()
 
 
-_HOME = "trl.trainer.utils"
-PATCH = Patch(
-    "trl",
-    KNOWN_VERSION,
-    tuple(
-        Swap(_HOME, function.__name__, function)
-        for function in (
-            selective_log_softmax,
-            entropy_from_logits,
-            selective_log_softmax_and_entropy,
+class FusedHead:
+    """What TRL calls `ChunkedLogProbFunction`: statistics of hidden @ weight.T without the logits.
+
+    Computed by `linear_token_stats`, whose logits are float32 (TRL's are of the compute dtype). Two
+    of TRL's optional outputs, softcapped logits and DeepSpeed ZeRO-3 it does not know: then TRL's
+    own function computes, and a warning says so.
+    """
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor | None, ...]:
+        """As `ChunkedLogProbFunction.apply`; `chunk_size` is taken and not needed.
+
+        Returns:
+            log-probabilities, entropy, log_sum_sq_probs, mean_logits, is_top1, each [N] or None.
+        """
+        reason = _beyond_us(weight, final_logit_softcapping, logit_scale, outputs)
+        if reason is not None:
+            warnings.warn(f"TRL's own fused head computes: {reason}", stacklevel=2)
+            return PATCH.originals[_HEAD].apply(
+                hidden, weight, bias, targets, temperature, chunk_size,
+                final_logit_softcapping, logit_scale, outputs,
+            )  # fmt: skip
+        if not torch.is_autocast_enabled(hidden.device.type):
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        stats = linear_token_stats(
+            hidden, weight, targets, bias, temperature=temperature / logit_scale
         )
-    ),
-)
+        entropy = stats.entropy if "entropy" in outputs else None
+        mean = (stats.nsc + stats.lse).detach() - math.log(weight.shape[0])
+        return stats.logprob, entropy, None, mean if "mean_logits" in outputs else None, None
+
+
+def _beyond_us(
+    weight: Tensor, softcap: float | None, logit_scale: float, outputs: tuple[str, ...]
+) -> str | None:
+    """Why `linear_token_stats` cannot compute this, in words."""
+    unknown = {"log_sum_sq_probs", "is_top1"} & set(outputs)
+    if unknown:
+        return f"iris_kernels has no {' and no '.join(sorted(unknown))}"
+    if softcap is not None:
+        return "iris_kernels has no softcapped logits"
+    if logit_scale <= 0:
+        return f"logit_scale is {logit_scale}, and iris_kernels takes positive ones"
+    if hasattr(weight, "ds_id"):
+        return "iris_kernels does not gather weights of DeepSpeed ZeRO-3 in its backward"
+    return None
+
+
+_HOME = "trl.trainer.utils"
+_HEAD = Swap("trl.kernels.chunked_logprob", "ChunkedLogProbFunction", FusedHead)
+_FUNCTIONS = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
+PATCH = Patch("trl", KNOWN_VERSION, (*(Swap(_HOME, f.__name__, f) for f in _FUNCTIONS), _HEAD))
