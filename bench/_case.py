@@ -64,10 +64,13 @@ def tensors(inputs: Any) -> Iterator[torch.Tensor]:
             yield from tensors(value)
 
 
-def check_close(what: str, result: torch.Tensor, reference: torch.Tensor) -> None:
-    """||result - reference|| / ||reference|| is that of the result's precision."""
+def check_close(
+    what: str, result: torch.Tensor, reference: torch.Tensor, allowed: float | None = None
+) -> None:
+    """||result - reference|| / ||reference|| is that of the result's precision, or `allowed`."""
     reference = reference.double()
     error = (result.double() - reference).norm() / reference.norm()
-    allowed = 1e-4 if result.dtype in (torch.float32, torch.float64) else 1e-2
+    if allowed is None:
+        allowed = 1e-4 if result.dtype in (torch.float32, torch.float64) else 1e-2
     if not error <= allowed:  # NaN is wrong too
         raise WrongResult(f"{what}: relative error {error.item():.1e}, allowed {allowed:.0e}")

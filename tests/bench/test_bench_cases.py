@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import guided_sample, token_stats
+from bench import guided_sample, linear_token_stats, token_stats
 from bench._case import Absent, WrongResult
 from bench._clock import restore
 
@@ -96,3 +96,44 @@ def test_guided_sample_agrees_and_a_wrong_token_is_refused():
     with pytest.raises(WrongResult, match="guided nsc"):
         guided = result.guided | {"nsc": result.guided["nsc"] * 1.01}
         guided_sample.check(inputs, result._replace(guided=guided))
+
+
+LINEAR = "linear_token_stats {} R=4608 D=2048 V=16384 bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("metric", "products", "moved"),
+    [
+        ("forward", 1, 4608 * 2048 + 16384 * 2048),
+        ("forward+backward", 3, 2 * (4608 * 2048 + 16384 * 2048)),
+        ("forward+backward, frozen weight", 2, 2 * 4608 * 2048 + 16384 * 2048),
+    ],
+)
+def test_counts_of_linear_token_stats(metric, products, moved):
+    case = by_name(linear_token_stats, "cuda")[LINEAR.format(metric)]
+    assert case.flops == products * 309_237_645_312  # 2 R D V
+    assert case.bytes == 2 * moved
+    assert {"liger", "cut-cross-entropy", "trl", "matmuls"} <= set(case.candidates)
+
+
+@pytest.fixture(params=[True, False])
+def head(request):
+    return linear_token_stats.make_inputs(24, 16, 300, torch.float32, CPU, request.param, seed=5)
+
+
+@pytest.mark.parametrize("name", ["ours", "eager", "trl"])
+@pytest.mark.parametrize("forward", [True, False])
+def test_implementations_of_linear_token_stats_agree(head, name, forward):
+    call = linear_token_stats._prepare(forward, linear_token_stats.CANDIDATES[name], CPU, head)
+    check = linear_token_stats.check_forward if forward else linear_token_stats.check_backward
+    check(head, call())
+
+
+def test_a_wrong_gradient_of_the_head_is_refused(head):
+    eager = linear_token_stats.CANDIDATES["eager"]
+    names, gradients = linear_token_stats._prepare(False, eager, CPU, head)()
+    assert len(gradients) == 1 + head.weight.requires_grad
+    for i, gradient in enumerate(gradients):
+        wrong = [*gradients[:i], gradient.roll(1, 0), *gradients[i + 1 :]]
+        with pytest.raises(WrongResult, match=("d hidden", "d weight")[i]):
+            linear_token_stats.check_backward(head, (names, wrong))

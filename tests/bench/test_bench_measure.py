@@ -108,7 +108,7 @@ def test_inputs_outgrow_the_cache(bench):
     cache = bench.clock.cache_bytes()
     assert bench._sets(torch.empty(cache // 4, dtype=torch.uint8)) == 16
     assert bench._sets(torch.empty(cache * 3, dtype=torch.uint8)) == 2
-    assert bench._sets(torch.empty(1)) == 64
+    assert bench._sets(torch.empty(1)) == 256
     seeds = []
 
     def make_inputs(seed):
