@@ -74,8 +74,8 @@ class SamplingConfig:
         require(math.isfinite(self.cfg_weight), "cfg_weight", self.cfg_weight, "give a number")
         tokens = self.image_token_num_per_image
         if tokens is not None:
-            square = tokens >= 1 and math.isqrt(tokens) ** 2 == tokens
-            require(square, "image_token_num_per_image", tokens, "give a square, such as 576")
+            square = tokens >= 4 and math.isqrt(tokens) ** 2 == tokens
+            require(square, "image_token_num_per_image", tokens, "give a square from 4, say 576")
         if self.prompts is None and self.model != "tiny":
             raise UserError(
                 f"prompts: --model {self.model} needs a prompt file; add --prompts FILE "
@@ -209,10 +209,13 @@ class TrainConfig(SamplingConfig):
         )  # fmt: skip
         require_at_least(
             self, 0, "beta", "epsilon", "rollout_correction_cap", "learning_rate",
-            "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "sample_steps",
+            "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+            "max_grad_norm", "save_steps", "sample_steps",
         )  # fmt: skip
         require(self.temperature > 0, "temperature", self.temperature, "train above 0: groups of"
                 " equal images teach nothing")  # fmt: skip
+        betas = max(self.adam_beta1, self.adam_beta2)
+        require(betas < 1, "adam_beta1, adam_beta2", betas, "give numbers below 1")
         if self.epsilon_high is not None:
             require_at_least(self, 0, "epsilon_high")
         if self.reward_funcs is None:

@@ -107,7 +107,7 @@ def start(wanted_device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> It
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = _place()
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         backend, store=_store(timeout), rank=rank, world_size=world_size, timeout=timeout
@@ -128,6 +128,20 @@ def start(wanted_device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> It
         # Anything that still holds a sharded tensor at destruction can abort the process.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _place() -> tuple[int, int]:
+    """Rank and number of ranks, as torchrun or a cluster's launcher names them; (0, 1) alone."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return 0, 1
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"environment: {missing[0]} is not set, while other variables of a launcher are; start "
+            "with torchrun, or unset RANK and WORLD_SIZE"
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def _store(timeout: timedelta) -> dist.Store:
