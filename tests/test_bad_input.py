@@ -208,6 +208,14 @@ def test_a_gpu_that_is_not_there(here):
     assert "device: cuda was asked for" in refused(here, "--device", "cuda")
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_half_of_a_launchers_environment(here, name):
+    """Else rank 1 of 2 waits for a rank 0 that nobody starts."""
+    finished = run("iris_fast.train", *flags(), cwd=here, **{name: "1"})
+    check_refusal(finished, "iris_fast.train")
+    assert "is not set, while other variables of a launcher are" in finished.error_line
+
+
 # --- Output folders -------------------------------------------------------------------------------
 
 
