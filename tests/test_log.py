@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -102,13 +103,14 @@ def test_metrics_by_hand(rollout, ranks):
     """Token means weigh every token alike, sample means every sample."""
     config = quick("unused", reward_funcs=["image_nsc", "text_nsc"], reward_weights=[1.0, 2.0])
     scored = score(rollout, load_rewards(config.reward_funcs), None, config, ranks)
+    scored = dataclasses.replace(scored, reward_N=torch.tensor([0.0, 1.0, 10.0, 12.0]))
     found = rollout_metrics(scored, config, ranks)
     rewards = scored.reward_N.double()
     text = rollout.text
     expected = {
         "reward": rewards.mean(),
         "reward_std": rewards.std(),
-        "reward_std_in_groups": (rewards[:2].std() + rewards[2:].std()) / 2,
+        "reward_std_in_groups": (1 + 2) / 2 / 2**0.5,
         "frac_reward_zero_std": 0.0,
         "rewards/image_nsc": scored.reward_terms["image_nsc"].mean(),
         "rewards/text_nsc": scored.reward_terms["text_nsc"].mean(),

@@ -233,7 +233,9 @@ def test_copied_weights_keep_their_addresses():
     with one_step() as step:
         sampler = step.models.sampler.janus
         addresses = [parameter.data_ptr() for parameter in sampler.parameters()]
+        before = sampler.lm_head.weight.clone()
         step.update(step.batches())
+        assert torch.equal(sampler.lm_head.weight, before)  # a copy, not the policy's own memory
         copy_weights(step.models.policy, sampler)
         assert [parameter.data_ptr() for parameter in sampler.parameters()] == addresses
         copied = dict(sampler.named_parameters())
