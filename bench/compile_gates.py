@@ -18,10 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
+from iris_kernels.decode_attention import decode_triton
 from iris_kernels.guided_sample import sample_triton
 from iris_kernels.token_stats import Columns, backward_triton, forward_triton
 from triton.backends.compiler import GPUTarget
@@ -30,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
 VOCABULARIES = (16384, 102400, 151936)
+HEAD_WIDTHS = (64, 128)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -167,17 +170,36 @@ CASES: dict[str, Callable[[int, torch.dtype], None]] = {
 }
 
 
-def gates(architectures=ARCHITECTURES, vocabularies=VOCABULARIES) -> Iterator[Gate]:
-    """Compile every case for every architecture, vocabulary and logits type."""
-    for arch in architectures:
+def _decode(width: int, dtype: torch.dtype) -> None:
+    """64 sequences of 16 heads, with a shared prefix."""
+
+    def cache(rows: int, length: int) -> torch.Tensor:
+        return torch.empty(rows, 16, length, width, dtype=dtype, device="meta")
+
+    query = torch.empty(64, 16, width, dtype=dtype, device="meta")
+    lengths, index = _rows(2, 64, torch.int32)
+    prefix = (cache(9, 64), cache(9, 64), _rows(1, 9, torch.int32)[0], index)
+    decode_triton(query, cache(64, 576), cache(64, 576), lengths, prefix, width**-0.5)
+
+
+def _cases(vocabularies) -> Iterator[tuple[str, Callable[[], None]]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        of_type = str(dtype).removeprefix("torch.")
         for name, launch in CASES.items():
-            for vocab_size in vocabularies:
-                for dtype in (torch.bfloat16, torch.float32):
-                    with captured(arch) as compiled:
-                        launch(vocab_size, dtype)
-                    case = f"{name} V={vocab_size} {str(dtype).removeprefix('torch.')}"
-                    for kernel in compiled:
-                        yield inspect(kernel, case, arch)
+            for V in vocabularies:
+                yield f"{name} V={V} {of_type}", partial(launch, V, dtype)
+        for width in HEAD_WIDTHS:
+            yield f"decode_attention Dh={width} {of_type}", partial(_decode, width, dtype)
+
+
+def gates(architectures=ARCHITECTURES, vocabularies=VOCABULARIES) -> Iterator[Gate]:
+    """Compile every case for every architecture."""
+    for arch in architectures:
+        for case, launch in _cases(vocabularies):
+            with captured(arch) as compiled:
+                launch()
+            for kernel in compiled:
+                yield inspect(kernel, case, arch)
 
 
 def failures(gate: Gate) -> list[str]:

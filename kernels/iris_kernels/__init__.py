@@ -3,6 +3,7 @@
     token_stats          logits -> logprob, nsc, entropy, lse of one token a row, differentiable
     linear_token_stats   the same from hidden states and a head, without holding the logits
     vocab_parallel_token_stats  the same for a vocabulary sharded over the ranks of a group
+    decode_attention     one new token a sequence over the live part of a static cache
     guided_sample        cond and uncond logits -> a sampled token and its statistics, one launch
 
 Every op has a Triton path for GPUs and a torch path for everything else; `IRIS_KERNELS_BACKEND`
@@ -10,6 +11,7 @@ Every op has a Triton path for GPUs and a torch path for everything else; `IRIS_
 """
 
 from . import integrations as integrations
+from .decode_attention import decode_attention
 from .guided_sample import GuidedSample, guided_sample
 from .linear_token_stats import linear_token_stats
 from .token_stats import TokenStats, token_stats
@@ -18,6 +20,7 @@ from .vocab_parallel import vocab_parallel_token_stats
 __all__ = [
     "GuidedSample",
     "TokenStats",
+    "decode_attention",
     "guided_sample",
     "linear_token_stats",
     "token_stats",

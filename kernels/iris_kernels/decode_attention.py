@@ -1,0 +1,305 @@
+"""Attention of one new token a sequence over a static key-value cache, live entries only.
+
+    context_bh = softmax_s(scale q_bh . k_bs) v_bs    over the s < prefix length, then s < length_b
+
+Every sequence has a length of its own, read on the device, so one captured graph serves all steps.
+A prompt that several sequences share is held once, as a prefix: its rows are read from memory once
+and from the L2 cache for the others.
+
+Bytes moved for b-byte caches: 2 b Dh Hkv (sum of lengths + sum of distinct prefix lengths); the
+part of a static cache that is not live yet is never read.
+
+Shapes: B sequences, H query heads, Hkv key-value heads (H a multiple of it: query head h reads
+head h // (H / Hkv)), S cache entries, Dh head width, N prefixes of up to S_p entries, L slots.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._backend import jit, tl, triton, use_triton
+from ._ops import add_op_namespace_prefix
+from ._row_math import LOG2_E
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# --- Triton kernel --------------------------------------------------------------------------------
+
+
+@jit
+def _attend(
+    q, keys, values, length, key_stride, value_stride, m, l, acc,
+    L: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Take `length` cache entries into the running softmax of L slots.
+
+    Entry s goes to slot s % L. Per slot: m the maximum score, l = sum exp2(score - m), acc [L, D]
+    the values weighted so. Slots meet only after the last entry, so no step waits for another.
+    """
+    d = tl.arange(0, D)
+    for start in range(0, length, L):
+        s = start + tl.arange(0, L)
+        alive = s < length
+        held = alive[:, None] & (d[None, :] < WIDTH)
+        k = tl.load(keys + s[:, None] * key_stride + d[None, :], mask=held, other=0.0)
+        v = tl.load(values + s[:, None] * value_stride + d[None, :], mask=held, other=0.0)
+        score = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
+        score = tl.where(alive, score, float("-inf"))
+        m_new = tl.maximum(m, score)
+        reference = tl.where(m_new == float("-inf"), 0.0, m_new)  # a slot without entries yet
+        p = tl.exp2(score - reference)
+        faded = tl.exp2(m - reference)
+        l = l * faded + p
+        acc = acc * faded[:, None] + p[:, None] * v.to(tl.float32)
+        m = m_new
+    return m, l, acc
+
+
+@jit
+def _decode_kernel(
+    query, keys, values, lengths, prefix_keys, prefix_values, prefix_lengths, prefix_index, context,
+    scale, S, prefix_S,
+    q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, pk_n, pk_h, pk_s, pv_n, pv_h, pv_s, c_b, c_h,
+    HEADS_PER_KV: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    kv = h // HEADS_PER_KV
+    d = tl.arange(0, D)
+    q = tl.load(query + b * q_b + h * q_h + d, mask=d < WIDTH, other=0.0).to(tl.float32) * scale
+    m = tl.full([L], float("-inf"), tl.float32)
+    l = tl.zeros([L], tl.float32)
+    acc = tl.zeros([L, D], tl.float32)
+    if prefix_keys is not None:
+        n = tl.load(prefix_index + b).to(tl.int64)
+        length = 0
+        if n >= 0:
+            length = tl.minimum(tl.load(prefix_lengths + n).to(tl.int32), prefix_S)
+        m, l, acc = _attend(
+            q, prefix_keys + n * pk_n + kv * pk_h, prefix_values + n * pv_n + kv * pv_h, length,
+            pk_s, pv_s, m, l, acc, L, WIDTH, D,
+        )  # fmt: skip
+    length = tl.minimum(tl.load(lengths + b).to(tl.int32), S)
+    m, l, acc = _attend(
+        q, keys + b * k_b + kv * k_h, values + b * v_b + kv * v_h, length,
+        k_s, v_s, m, l, acc, L, WIDTH, D,
+    )  # fmt: skip
+    top = tl.max(m, axis=0)
+    weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(l * weight, axis=0)
+    out = tl.sum(acc * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(context + b * c_b + h * c_h + d, out.to(context.dtype.element_ty), mask=d < WIDTH)
+
+
+# --- Launcher -------------------------------------------------------------------------------------
+
+
+def decode_launch(head_width: int) -> dict[str, int | bool]:
+    """32 elements of a key and of a value tile a thread; the same for any number of sequences."""
+    D = max(16, triton.next_power_of_2(head_width))
+    slots = max(16, 8192 // D)
+    return {"D": D, "L": slots, "num_warps": slots * D // 1024, "enable_fp_fusion": True}
+
+
+def decode_triton(query, keys, values, lengths, prefix, scale) -> Tensor:
+    """One launch; `prefix` is (keys, values, lengths, index) or four None."""
+    prefix_keys, prefix_values, prefix_lengths, prefix_index = prefix
+    B, H, width = query.shape
+    context = query.new_empty(B, H, width)
+    strides = [*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3]]
+    if prefix_keys is None:
+        strides += [0] * 6
+    else:
+        strides += [*prefix_keys.stride()[:3], *prefix_values.stride()[:3]]
+    _decode_kernel[(H, B)](
+        query, keys, values, lengths, prefix_keys, prefix_values, prefix_lengths, prefix_index,
+        context, scale * LOG2_E, keys.shape[2], 0 if prefix_keys is None else prefix_keys.shape[2],
+        *strides, *context.stride()[:2],
+        HEADS_PER_KV=H // keys.shape[1], WIDTH=width, **decode_launch(width),
+    )  # fmt: skip
+    return context
+
+
+# --- The torch path -------------------------------------------------------------------------------
+
+
+def decode_torch(query, keys, values, lengths, prefix, scale) -> Tensor:
+    """Masked scores over the live part of the caches; gathers each sequence's prefix."""
+    prefix_keys, prefix_values, prefix_lengths, prefix_index = prefix
+    B, H, width = query.shape
+    q = query.float().view(B, keys.shape[1], -1, width) * scale
+    parts = [(keys, values, lengths)]
+    if prefix_keys is not None:
+        n = prefix_index.long().clamp(min=0)
+        live = torch.where(prefix_index >= 0, prefix_lengths[n], 0)
+        longest = _longest(live, prefix_keys.shape[2])
+        parts.insert(0, (prefix_keys[n, :, :longest], prefix_values[n, :, :longest], live))
+    scores, live_values = [], []
+    for k, v, live in parts:
+        longest = _longest(live, k.shape[2])
+        k, v = k[:, :, :longest].float(), v[:, :, :longest].float()
+        alive = torch.arange(longest, device=k.device) < live[:, None]
+        if alive.is_cpu and alive.all():
+            scores.append(q @ k.transpose(2, 3))
+            live_values.append(v)
+            continue
+        dead = ~alive[:, None, :, None]  # may hold NaN, and 0 * NaN is NaN
+        score = q @ k.masked_fill(dead, 0.0).transpose(2, 3)
+        scores.append(score.masked_fill(dead.transpose(2, 3), -math.inf))
+        live_values.append(v.masked_fill(dead, 0.0))
+    p = torch.softmax(torch.cat(scores, -1), -1).nan_to_num_(0.0)  # NaN: no entry at all
+    context = p @ torch.cat(live_values, 2)
+    return context.view(B, H, width).to(query.dtype)
+
+
+def _longest(lengths: Tensor, limit: int) -> int:
+    """How many entries to look at; where asking would cost a sync, all there are."""
+    return min(limit, int(lengths.max())) if lengths.is_cpu else limit
+
+
+# --- Custom op ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("decode_attention"), mutates_args=())
+def _decode_attention_op(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor,
+    prefix_keys: Tensor | None, prefix_values: Tensor | None,
+    prefix_lengths: Tensor | None, prefix_index: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    if not query.numel():
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    _check_range("lengths", lengths, 0, key_cache.shape[2])
+    if prefix_keys is not None:
+        _check_range("prefix_lengths", prefix_lengths, 0, prefix_keys.shape[2])
+        _check_range("prefix_index", prefix_index, -1, prefix_keys.shape[0] - 1)
+    run = decode_triton if use_triton(query) else decode_torch
+    prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
+    return run(query, key_cache, value_cache, lengths, prefix, scale)
+
+
+@_decode_attention_op.register_fake
+def _(query, *_):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Looks at the values, so only on the CPU."""
+    if values.is_cpu and ((values < low) | (values > high)).any():
+        raise ValueError(f"{name} is {values.tolist()}: all must lie in [{low}, {high}]")
+
+
+# --- Public ---------------------------------------------------------------------------------------
+
+
+def decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    *,
+    prefix_keys: Tensor | None = None,
+    prefix_values: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    prefix_index: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of one query token a sequence over the live entries of a static cache.
+
+    context = softmax(scale * query @ keys.T) @ values, over the sequence's prefix, if it has one,
+    and the first `lengths` entries of its own cache (the new token's included: append it first).
+    Float32 inside. One launch, no host sync, safe in a CUDA graph: lengths and prefix_index are
+    read on the device in every replay. A sequence's result does not depend on those beside it (bit
+    for bit on the Triton path).
+    Not differentiable; for training use packed attention.
+
+    Args:
+        query: (B, H, Dh) float32, bfloat16 or float16; strides are free but for the last dimension.
+        key_cache, value_cache: (B, Hkv, S, Dh) of the same dtype, strides likewise; entries from
+            `lengths` on are never read. H is a multiple of Hkv: heads in groups share keys.
+        lengths: (B) int32 or int64, on the device; 0 where a sequence has no entry of its own.
+        prefix_keys, prefix_values: (N, Hkv, S_p, Dh), prompts that sequences share.
+        prefix_lengths: (N), live entries of each prefix.
+        prefix_index: (B), the prefix of each sequence; -1 for none.
+        scale: None is Dh ** -0.5.
+
+    Returns:
+        (B, H, Dh) context in the dtype of `query`; 0 for a sequence without any entry.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device; a length or index out of range,
+            which is looked for on the CPU only (on a GPU lengths are cut to the cache).
+    """
+    _check_caches(query, key_cache, value_cache, lengths, "key_cache", "value_cache", "lengths")
+    prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
+    if any(t is not None for t in prefix):
+        if any(t is None for t in prefix):
+            raise ValueError(
+                "prefix_keys, prefix_values, prefix_lengths and prefix_index go together: pass all "
+                "four or none"
+            )
+        names = ("prefix_keys", "prefix_values", "prefix_lengths")
+        _check_caches(query, *prefix[:3], *names, rows=prefix_keys.shape[0])
+        _check_integers("prefix_index", prefix_index, query.shape[0], query.device)
+        if prefix_keys.shape[1] != key_cache.shape[1]:
+            raise ValueError(
+                f"prefix_keys has {prefix_keys.shape[1]} heads but key_cache has "
+                f"{key_cache.shape[1]}: make them equal"
+            )
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _decode_attention_op(
+        query.detach(), key_cache.detach(), value_cache.detach(), lengths, *prefix, scale
+    )
+
+
+def _check_caches(query, keys, values, lengths, keys_name, values_name, lengths_name, rows=None):
+    if query.dtype not in DTYPES or query.dim() != 3 or query.stride(-1) != 1:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}, dtype {query.dtype}, strides {query.stride()}: "
+            "pass (B, H, Dh) in float32, bfloat16 or float16 with a contiguous last dimension"
+        )
+    B, H, width = query.shape
+    rows = B if rows is None else rows
+    for name, cache in ((keys_name, keys), (values_name, values)):
+        if cache.dim() != 4 or cache.shape[0] != rows or cache.shape[3] != width:
+            raise ValueError(
+                f"{name} has shape {tuple(cache.shape)} but query has {tuple(query.shape)}: "
+                f"pass ({rows}, Hkv, S, {width})"
+            )
+        if cache.dtype != query.dtype or cache.device != query.device or cache.stride(-1) != 1:
+            raise ValueError(
+                f"{name} is {cache.dtype} on {cache.device} with strides {cache.stride()}: pass "
+                f"{query.dtype} on {query.device} with a contiguous last dimension"
+            )
+        if H % cache.shape[1]:
+            raise ValueError(
+                f"{name} has {cache.shape[1]} heads, which do not divide the {H} of query"
+            )
+    if keys.shape != values.shape:
+        raise ValueError(
+            f"{values_name} has shape {tuple(values.shape)} but {keys_name} has "
+            f"{tuple(keys.shape)}: make them equal"
+        )
+    _check_integers(lengths_name, lengths, rows, query.device)
+
+
+def _check_integers(name: str, values: Tensor, count: int, device: torch.device) -> None:
+    if values.shape != (count,) or values.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}: "
+            f"pass int32 or int64 of shape ({count},)"
+        )
+    if values.device != device:
+        raise ValueError(f"{name} is on {values.device} but query is on {device}: move it")
+
+
+def decode_attention_reference(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
+) -> Tensor:
+    """The same in plain torch, without prefixes: a mask over the whole cache."""
+    alive = torch.arange(key_cache.shape[2], device=query.device) < lengths[:, None]
+    context = torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, None], key_cache, value_cache, alive[:, None, None], enable_gqa=True
+    )
+    return context[:, :, 0]
