@@ -18,6 +18,7 @@ from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig
 
 GIB = 2**30
+HEAD_BYTES = 64 * 2**20  # what iris_kernels.linear_token_stats holds at the most
 FREE_SHARE = 0.92  # of a GPU's memory; the rest is the allocator's slack and CUDA's own
 
 
@@ -115,7 +116,6 @@ def estimate(
         if config.gradient_checkpointing
         else per_layer * decoder.num_layers
     )
-    head_rows = text * decoder.vocab_size + image * model.codebook_size
     block = sum(p.numel() for p in shapes.model.language_model.layers[0].parameters())
     outside = total - block * decoder.num_layers
 
@@ -135,7 +135,7 @@ def estimate(
         rollout_bytes={"KV cache": rows * (prompt_tokens + text + image) * kv_token},
         training_bytes={
             "activations": batch * tokens * per_token,
-            "logits and their gradient": 2 * batch * head_rows * item,
+            "heads, tile by tile": HEAD_BYTES,
             "gathered weights": (outside + 2 * block) * item,
         },
         seconds={

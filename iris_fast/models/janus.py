@@ -87,9 +87,13 @@ class GenerationHead(nn.Module):
         self.proj_out = nn.Linear(width, width)
         self.vision_head = nn.Linear(width, codebook_size)
 
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """What the last Linear takes, [..., D], of hidden rows [..., D]."""
+        return F.gelu(self.proj_out(hidden))
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., K] of hidden rows [..., D]."""
-        return self.vision_head(F.gelu(self.proj_out(hidden)))
+        return self.vision_head(self.hidden(hidden))
 
 
 class JanusCore(nn.Module):
@@ -144,20 +148,24 @@ class Janus(nn.Module):
 
         Each field is fp32, shaped like `packed.text_targets` and `packed.image_targets`
         (`iris_kernels.token_stats` defines them); either may be empty. Only the rows that predict
-        something are projected by the heads. All of it happens inside this one call, since that
+        something are projected by the heads, and their logits are never held as a whole. All of it happens inside this one call, since that
         is when FSDP has the weights gathered.
         """
         embeds_TD = self._embed_packed(packed)
         attention = PackedAttention(packed.sequence_lengths, embeds_TD.device)
         hidden_TD = self.decode(embeds_TD, packed.positions_T, attention)
-        text = iris_kernels.token_stats(
-            self.text_logits(hidden_TD.index_select(0, packed.text_rows)),
+        text = iris_kernels.linear_token_stats(
+            hidden_TD.index_select(0, packed.text_rows),
+            self.lm_head.weight,
             packed.text_targets,
             temperature=temperature,
         )
-        image = iris_kernels.token_stats(
-            self.image_logits(hidden_TD.index_select(0, packed.image_rows)),
+        head = self.model.generation_head
+        image = iris_kernels.linear_token_stats(
+            head.hidden(hidden_TD.index_select(0, packed.image_rows)),
+            head.vision_head.weight,
             packed.image_targets,
+            head.vision_head.bias,
             temperature=temperature,
         )
         return text, image
