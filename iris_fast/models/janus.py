@@ -148,8 +148,8 @@ class Janus(nn.Module):
 
         Each field is fp32, shaped like `packed.text_targets` and `packed.image_targets`
         (`iris_kernels.token_stats` defines them); either may be empty. Only the rows that predict
-        something are projected by the heads, and their logits are never held as a whole. All of it happens inside this one call, since that
-        is when FSDP has the weights gathered.
+        something are projected by the heads, and their logits are never held as a whole. All of it
+        happens inside this one call, since that is when FSDP has the weights gathered.
         """
         embeds_TD = self._embed_packed(packed)
         attention = PackedAttention(packed.sequence_lengths, embeds_TD.device)
