@@ -23,9 +23,10 @@ from pathlib import Path
 
 import torch
 import triton
+from iris_kernels._row_math import Columns
+from iris_kernels._stats_triton import backward_triton, forward_triton
 from iris_kernels.decode_attention import decode_triton
 from iris_kernels.guided_sample import sample_triton
-from iris_kernels.token_stats import Columns, backward_triton, forward_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction

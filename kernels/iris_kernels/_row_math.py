@@ -16,6 +16,7 @@ behind are its `RowSums`, which merge exactly.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -110,6 +111,41 @@ def finish(d_target, e_target, m, reference, others, sd, d_sum, inv_temperature,
     )
 
 
+# --- Blocks of columns ----------------------------------------------------------------------------
+
+
+class RowSums(NamedTuple):
+    """What some columns of each row add up to, with d = (x - maximum) / T; [R] each.
+
+    A maximum of -inf stands for 0 in d. The first two leave the token out; its logit is NaN where
+    it is not among the columns. In memory: the rows of one [5, R] tensor.
+    """
+
+    others: Tensor  # sum exp(d)
+    sd: Tensor  # sum exp(d) d
+    d_sum: Tensor  # sum d
+    maximum: Tensor
+    x_token: Tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of the whole rows the logits at hand are, and what to add to them."""
+
+    count: int  # how many exist; those after them are padding
+    first: int = 0
+    total: int = 0  # of the whole row; 0: the same as `count`
+    bias: Tensor | None = None  # [count]
+    state: Tensor | None = None  # [5, R], RowSums of the columns so far; None: the row is whole
+    is_first: bool = True  # nothing is in `state` yet
+    is_last: bool = True  # the statistics follow; else `state` is brought up to date
+
+    @property
+    def whole(self) -> int:
+        """The number of columns of the whole row."""
+        return self.total or self.count
+
+
 # --- Numbers that stay run-time values ------------------------------------------------------------
 
 
@@ -168,20 +204,6 @@ def distances(x: Tensor, out: Tensor, row_max: Tensor, temperature: float | Tens
 def any_row(rows: Tensor) -> bool:
     """Whether any of the boolean `rows` is set; on a GPU, where looking costs a sync, assume so."""
     return not rows.is_cpu or bool(rows.any())
-
-
-class RowSums(NamedTuple):
-    """What some columns of each row add up to, with d = (x - maximum) / T; [R] each.
-
-    A maximum of -inf stands for 0 in d. The first two leave the token out; its logit is NaN where
-    it is not among the columns. In memory: the rows of one [5, R] tensor.
-    """
-
-    others: Tensor  # sum exp(d)
-    sd: Tensor  # sum exp(d) d
-    d_sum: Tensor  # sum d
-    maximum: Tensor
-    x_token: Tensor
 
 
 def chunk_sums(x, token_ids, temperature, d, p) -> RowSums:

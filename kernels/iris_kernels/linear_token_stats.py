@@ -29,16 +29,10 @@ from ._checks import (
     check_vocab_size,
 )
 from ._ops import add_op_namespace_prefix
-from ._row_math import CHUNK_ELEMENTS, compute_dtype, kept_rows, number, run_time
-from .token_stats import (
-    Columns,
-    TokenStats,
-    backward_torch,
-    backward_triton,
-    forward_torch,
-    forward_triton,
-    token_stats_reference,
-)
+from ._row_math import CHUNK_ELEMENTS, Columns, compute_dtype, kept_rows, number, run_time
+from ._stats_torch import backward_torch, forward_torch
+from ._stats_triton import backward_triton, forward_triton
+from .token_stats import TokenStats, token_stats_reference
 
 TILE_ELEMENTS = 1 << 22  # on a GPU: 17 MB of fp32 logits, which its L2 cache holds
 SUM_ELEMENTS = 1 << 22  # of an fp32 sum over tiles; another 17 MB, and as much for its summand
