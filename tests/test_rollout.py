@@ -16,7 +16,7 @@ from iris_fast.models.attention import PackedAttention
 from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.templates import TEMPLATES, image_prompt_ids, join_prompt, unconditional_ids
 from iris_fast.packing import pack
-from iris_fast.randomness import generator, uniforms
+from iris_fast.randomness import uniforms
 from iris_fast.rollout import Sampler
 from iris_fast.tiny import build_tiny
 
@@ -38,16 +38,17 @@ def opened() -> JanusCheckpoint:
     model = checkpoint.model.requires_grad_(False)
     model.lm_head.weight *= 5
     model.model.generation_head.vision_head.weight *= 16
-    favour_end(checkpoint, 5.0)
+    favour_end(checkpoint, 7.5)
     return checkpoint
 
 
-def favour_end(checkpoint: JanusCheckpoint, by: float) -> None:
-    """Raise the end token's logit."""
-    bias = torch.zeros(checkpoint.config.decoder.vocab_size)
-    bias[checkpoint.tokenizer.eos_id] = by
-    text_logits = checkpoint.model.text_logits
-    checkpoint.model.text_logits = lambda hidden: text_logits(hidden) + bias
+def favour_end(checkpoint: JanusCheckpoint, logit: float) -> None:
+    """Give the end token about this logit everywhere: hidden states of a random model are alike."""
+    janus, tokenizer = checkpoint.model, checkpoint.tokenizer
+    ids = torch.tensor(tokenizer.encode(" ".join(PROMPTS)))
+    attention = PackedAttention([len(ids)])
+    mean = janus.decode(janus.embed_text(ids), torch.arange(len(ids)), attention).mean(dim=0)
+    janus.lm_head.weight[tokenizer.eos_id] = logit * mean / mean.dot(mean)
 
 
 def sampler(opened: JanusCheckpoint, greedy: bool = False, **settings: Any) -> Sampler:
@@ -107,11 +108,20 @@ def test_equal_prompts_draw_from_streams_of_their_own(rollout):
 
 def test_random_streams_differ_by_each_part_of_their_name():
     names = [(1, "a", 1), (2, "a", 1), (1, "b", 1), (1, "a", 2), (1, "a", -1), (11, "a", 1)]
-    draws = [tuple(torch.rand(4, generator=generator(*name)).tolist()) for name in names]
+    draws = [tuple(uniforms(seed, name, [n], 4)[0].tolist()) for seed, name, n in names]
     assert len(set(draws)) == len(names)
-    rows = uniforms(1, "a", [3, 1], 4)
-    assert rows[1].tolist() == list(draws[0])
-    assert ((rows >= 0) & (rows < 1)).all()
+    together = uniforms(1, "a", [2, 1], 4)
+    assert [tuple(row) for row in together.tolist()] == [draws[3], draws[0]]
+    assert torch.equal(uniforms(1, "a", [1], 2)[0], together[1, :2])  # however many are drawn
+    assert together.dtype == torch.float32
+
+
+def test_random_numbers_fill_0_to_1_and_streams_are_their_own():
+    drawn = uniforms(3, "a", list(range(70_000)), 8)
+    assert 0 <= drawn.min() < 1e-4
+    assert 1 - 1e-4 < drawn.max() < 1
+    assert abs(drawn.mean().item() - 0.5) < 1e-3
+    assert len(torch.unique(drawn, dim=0)) == len(drawn)  # a hash cut to 32 bits would repeat one
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -233,11 +243,14 @@ def test_text_ends_at_the_first_end_token_or_at_the_limit(opened, rollout):
 def test_texts_that_all_end_early_stop_the_loop(opened, monkeypatch):
     steps = []
     decode = type(opened.model).decode
-    with monkeypatch.context() as patch:
-        patch.setattr(opened.model, "text_logits", opened.model.text_logits)  # to be put back
-        favour_end(opened, 1e4)
-        patch.setattr(type(opened.model), "decode", lambda *a: steps.append(1) or decode(*a))
+    monkeypatch.setattr(type(opened.model), "decode", lambda *a: steps.append(1) or decode(*a))
+    end = opened.model.lm_head.weight[opened.tokenizer.eos_id]
+    before = end.clone()
+    try:
+        end *= 100
         ended = draw(sampler(opened, max_completion_length=50), [0, 1])
+    finally:
+        end.copy_(before)
     assert ended.cot_ids == [[opened.tokenizer.eos_id]] * 2
     assert ended.truncated == [False, False]
     assert ended.cot_texts == ["", ""]
