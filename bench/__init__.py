@@ -1,6 +1,6 @@
 """Benchmarks: each op against the floor of what the machine can do, and against its peers.
 
-    python -m bench.run [--suite kernels] [--only token_stats ...] [--out FILE.json]
+    python -m bench.run [--suite kernels] [--only token_stats ...] [--out FILE.json] [--append]
     pytest bench --benchmark-only            the same cases through pytest-benchmark
     python -m bench.report                   RESULTS.md, the README's table and plots, from results/
 
@@ -12,3 +12,10 @@ A benchmark is a file here with `SUITE = "name"` and one of
 
 `run.py` finds it by itself. Files with a leading underscore are the machinery.
 """
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("iris_kernels") is None:  # run from a copy that is not installed
+    sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))

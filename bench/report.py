@@ -109,10 +109,12 @@ def _head_line(run: Run) -> str:
     facts += [f"{name} {version}" for name, version in head.get("peers", {}).items()]
     if head.get("absent"):
         facts.append("absent: " + ", ".join(head["absent"]))
+    ceilings = {}  # an appended run measured them again
     for row in run["rows"]:
         if row["suite"] == CEILINGS:
             dtype = "" if row["case"] == "copy" else f" {row['dtype']}"
-            facts.append(f"{row['case']}{dtype} {row['value']:g} {row['unit']}")
+            ceilings[row["case"] + dtype] = f"{row['value']:g} {row['unit']}"
+    facts += [f"{name} {amount}" for name, amount in ceilings.items()]
     return "; ".join(facts) + "."
 
 

@@ -1,10 +1,11 @@
 """Run the benchmarks and write what they measured as JSON.
 
-    python -m bench.run [--suite kernels] [--only token_stats ...] [--out FILE.json]
+    python -m bench.run [--suite kernels] [--only token_stats ...] [--out FILE.json] [--append]
 
 On a GPU where there is one, else on the CPU with smaller shapes. Every benchmark file runs in a
 process of its own; rows are on disk as soon as they are measured, so a run that is cut short
-leaves what it had. What fails is a row, or a peer, with "error"; the exit status is then 1.
+leaves what it had; `--append` then adds to it, on the same device with the same code. What fails is
+a row, or a peer, with "error"; the exit status is then 1.
 """
 
 import argparse
@@ -113,6 +114,13 @@ def write(path: Path, document: dict[str, Any]) -> None:
     aside.replace(path)
 
 
+def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Rows of one file are of one machine and one code: exits with a message where they are not."""
+    for key in ("device", "torch", "triton", "driver", "commit"):
+        if before[key] != now[key]:
+            sys.exit(f"{out} was written with {key} {before[key]}, not {now[key]}: no --append")
+
+
 def failed_row(suite: str, case: str, error: str) -> dict[str, Any]:
     return {
         "suite": suite, "case": case, "shape": {}, "dtype": None, "metric": None, "value": None,
@@ -179,6 +187,7 @@ def main() -> int:
     parser.add_argument("--suite", choices=suites, help="only this suite")
     parser.add_argument("--only", nargs="+", choices=[*benchmarks()], help="only these files")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>.json")
+    parser.add_argument("--append", action="store_true", help="keep the rows that FILE has")
     parser.add_argument("--commit", help="where the run is not in a git repository")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -188,7 +197,10 @@ def main() -> int:
     document = {"head": head(arguments.commit), "rows": []}
     out = arguments.out or FOLDER / "results" / f"{_file_name(document['head'])}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, document)
+    if arguments.append and out.exists():
+        check_same(read(out)["head"], document["head"], out)
+    else:
+        write(out, document)
     print(json.dumps(document["head"], indent=1), flush=True)
     (ceilings, suite), *others = benchmarks().items()
     status = _run_in_process(ceilings, suite, out)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import guided_sample, linear_token_stats, token_stats
+from bench import decode_attention, guided_sample, linear_token_stats, token_stats
 from bench._case import Absent, WrongResult
 from bench._clock import restore
 
@@ -137,3 +137,25 @@ def test_a_wrong_gradient_of_the_head_is_refused(head):
         wrong = [*gradients[:i], gradient.roll(1, 0), *gradients[i + 1 :]]
         with pytest.raises(WrongResult, match=("d hidden", "d weight")[i]):
             linear_token_stats.check_backward(head, (names, wrong))
+
+
+def test_bytes_of_decode_attention():
+    case = by_name(decode_attention, "cuda")[
+        "decode_attention forward H=32 B=64 S=704 Dh=128 bfloat16"
+    ]
+    assert case.bytes == 2 * 64 * 400 * 32 * 128 * 2  # keys and values, 400 entries on average
+    assert case.in_graph
+    lengths = decode_attention.live_entries(64)
+    assert (lengths.min(), lengths.max()) == (352, 448)
+
+
+def test_implementations_of_decode_attention_agree_and_a_wrong_one_is_refused():
+    inputs = decode_attention.make_inputs(3, 2, torch.float32, CPU, seed=6)
+    for name in ("ours", "sdpa, masked", "sdpa, cut"):
+        context = decode_attention.CANDIDATES[name](CPU)(inputs)()
+        decode_attention.check(inputs, context)
+        with pytest.raises(WrongResult, match="sequence 2"):
+            decode_attention.check(inputs, context.index_fill(0, torch.tensor([2]), 0.0))
+    longer = inputs._replace(lengths=inputs.lengths + 1)
+    with pytest.raises(WrongResult):
+        decode_attention.check(inputs, decode_attention.ours(CPU)(longer)())

@@ -107,3 +107,39 @@ def test_a_row_is_added_whole_or_not_at_all(tmp_path):
         run.append(out, {"case": "second", "value": float("nan")})
     assert [row["case"] for row in run.read(out)["rows"]] == ["first"]
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_append_keeps_rows_of_the_same_machine_and_code_only(tmp_path, monkeypatch):
+    out = tmp_path / "r.json"
+    here = {key: key for key in (*HEAD, "absent")}
+    monkeypatch.setattr(run, "head", lambda commit: here)
+    monkeypatch.setattr(run, "benchmarks", lambda: {"ceilings": "ceilings", "a": "kernels"})
+
+    def run_one(stem, suite, path):
+        run.append(path, {"case": stem})
+        return 0
+
+    monkeypatch.setattr(run, "_run_in_process", run_one)
+
+    def cases(*flags):
+        monkeypatch.setattr("sys.argv", ["run", "--out", str(out), *flags])
+        assert run.main() == 0
+        return [row["case"] for row in run.read(out)["rows"]]
+
+    assert cases() == ["ceilings", "a"]
+    assert cases("--append") == ["ceilings", "a", "ceilings", "a"]
+    here = here | {"date": "later"}
+    assert len(cases("--append")) == 6
+    here = here | {"commit": "another"}
+    with pytest.raises(SystemExit, match="commit commit, not another"):
+        cases("--append")
+    assert cases() == ["ceilings", "a"]
+
+
+def test_bench_finds_the_kernels_where_they_are_not_installed(tmp_path):
+    """`-S` hides what is installed; torch is then not there either, and is not needed for this."""
+    program = "import bench, importlib.util as u; print(u.find_spec('iris_kernels').origin)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert Path(done.stdout.strip()) == ROOT / "kernels" / "iris_kernels" / "__init__.py"

@@ -84,9 +84,11 @@ def selective_log_softmax_and_entropy(
 class FusedHead:
     """What TRL calls `ChunkedLogProbFunction`: statistics of hidden @ weight.T without the logits.
 
-    Computed by `linear_token_stats`, whose logits are float32 (TRL's are of the compute dtype). Two
-    of TRL's optional outputs, softcapped logits and DeepSpeed ZeRO-3 it does not know: then TRL's
-    own function computes, and a warning says so.
+    Computed by `linear_token_stats`, whose logits are float32 (TRL's have the compute dtype). Under
+    autocast a float32 weight is cast as a whole and its gradient first has the autocast dtype, as
+    in torch's own linear (TRL casts block by block and sums in float32). Two of TRL's optional
+    outputs, softcapped logits and DeepSpeed ZeRO-3 it does not know: then TRL's own function
+    computes, and a warning says so.
     """
 
     @staticmethod

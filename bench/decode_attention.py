@@ -1,0 +1,179 @@
+"""decode_attention: one query a sequence against its live part of a static cache.
+
+Shapes of Janus-Pro-1B (16 heads) and 7B (32 heads) at head width 128, about 400 live entries of
+704. Least bytes: the live keys and values once; all lengths differ, so a peer that cannot read them
+on the device reads more. On a GPU timed inside a CUDA graph, as a decoding loop runs it.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from iris_kernels import decode_attention
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench import _peers
+from bench._case import Call, Case, check_close
+
+SUITE = "kernels"
+SLOTS, WIDTH = 704, 128
+SHORTEST, LONGEST = 352, 448  # live entries, spread evenly over the sequences
+CHECKED = 8  # sequences, in float64
+GPU_GRID = ((16, 32), (16, 64, 128, 256), torch.bfloat16)
+CPU_GRID = ((16,), (16,), torch.float32)
+
+
+class Inputs(NamedTuple):
+    """Query [B, H, Dh], caches [B, H, S, Dh], live entries [B]."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    heads, sequences, dtype = GPU_GRID if device.type == "cuda" else CPU_GRID
+    for H, B in product(heads, sequences):
+        live = int(live_entries(B).sum())
+        yield Case(
+            case="decode_attention",
+            shape={"H": H, "B": B, "S": SLOTS, "Dh": WIDTH},
+            dtype=dtype,
+            metric="forward",
+            unit="us",
+            bytes=2 * live * H * WIDTH * dtype.itemsize,
+            flops=0,
+            make_inputs=partial(make_inputs, B, H, dtype, device),
+            candidates={name: partial(_prepare, load, device) for name, load in CANDIDATES.items()},
+            check=check,
+            in_graph=True,
+        )
+
+
+def live_entries(B: int) -> Tensor:
+    return torch.linspace(SHORTEST, LONGEST, B).round().int()
+
+
+def make_inputs(B: int, H: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+    caches = (draw(B, H, SLOTS, WIDTH) for _ in range(2))
+    return Inputs(draw(B, H, WIDTH), *caches, live_entries(B).to(device))
+
+
+def _prepare(load: Callable, device: torch.device, inputs: Inputs) -> Call:
+    return load(device)(inputs)
+
+
+# --- Ours and the peers: each returns the context [B, H, Dh] --------------------------------------
+
+
+def ours(device: torch.device) -> Callable[[Inputs], Call]:
+    return lambda inputs: lambda: decode_attention(*inputs)
+
+
+def masked_sdpa(device: torch.device) -> Callable[[Inputs], Call]:
+    """torch's attention over the whole cache with a mask: what a captured graph can replay."""
+
+    def prepare(inputs: Inputs) -> Call:
+        alive = torch.arange(SLOTS, device=device) < inputs.lengths[:, None]
+        mask, query = alive[:, None, None], inputs.query[:, :, None]
+
+        def call():
+            context = scaled_dot_product_attention(query, inputs.keys, inputs.values, mask)
+            return context[:, :, 0]
+
+        return call
+
+    return prepare
+
+
+def cut_sdpa(device: torch.device) -> Callable[[Inputs], Call]:
+    """The same over the longest sequence's entries only: a host knows it, a graph does not."""
+
+    def prepare(inputs: Inputs) -> Call:
+        alive = torch.arange(LONGEST, device=device) < inputs.lengths[:, None]
+        mask, query = alive[:, None, None], inputs.query[:, :, None]
+        keys, values = inputs.keys[:, :, :LONGEST], inputs.values[:, :, :LONGEST]
+        return lambda: scaled_dot_product_attention(query, keys, values, mask)[:, :, 0]
+
+    return prepare
+
+
+def flex(device: torch.device) -> Callable[[Inputs], Call]:
+    """torch's flex attention with a block mask made beforehand; it compiles for GPUs only here."""
+    module = _peers.load("torch.nn.attention.flex_attention", device)
+    function = torch.compile(module.flex_attention, dynamic=False)
+
+    def prepare(inputs: Inputs) -> Call:
+        B = len(inputs.lengths)
+
+        def alive(b, h, q, s):
+            return s < inputs.lengths[b]
+
+        mask = module.create_block_mask(alive, B, None, 1, SLOTS, device=device)
+        query = inputs.query[:, :, None]
+        return lambda: function(query, inputs.keys, inputs.values, block_mask=mask)[:, :, 0]
+
+    return prepare
+
+
+def flash_attn(device: torch.device) -> Callable[[Inputs], Call]:
+    """flash-attn's decoding kernel, on caches in its own layout [B, S, H, Dh]."""
+    function = _peers.load("flash_attn", device).flash_attn_with_kvcache
+
+    def prepare(inputs: Inputs) -> Call:
+        keys, values = (t.transpose(1, 2).contiguous() for t in (inputs.keys, inputs.values))
+        query = inputs.query[:, None]
+        return lambda: function(query, keys, values, cache_seqlens=inputs.lengths)[:, 0]
+
+    return prepare
+
+
+def xformers(device: torch.device) -> Callable[[Inputs], Call]:
+    """xformers' split-K kernel, on caches in its own layout [1, B S, H, Dh]."""
+    fmha = _peers.load("xformers.ops.fmha", device)
+
+    def prepare(inputs: Inputs) -> Call:
+        B, H, width = inputs.query.shape
+        keys, values = (
+            t.transpose(1, 2).reshape(1, B * SLOTS, H, width) for t in (inputs.keys, inputs.values)
+        )
+        bias = fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+            q_seqlen=[1] * B, kv_padding=SLOTS, kv_seqlen=inputs.lengths.tolist()
+        )
+        query, split_k = inputs.query[None], fmha.triton_splitk.FwOp
+        run = fmha.memory_efficient_attention_forward
+        return lambda: run(query, keys, values, attn_bias=bias, op=split_k)[0]
+
+    return prepare
+
+
+CANDIDATES = {
+    "ours": ours,
+    "sdpa, masked": masked_sdpa,
+    "sdpa, cut": cut_sdpa,
+    "flex": flex,
+    "flash-attn": flash_attn,
+    "xformers": xformers,
+}
+
+
+def check(inputs: Inputs, context: Tensor) -> None:
+    rows = torch.linspace(0, len(inputs.lengths) - 1, CHECKED).long().tolist()
+    for b in rows:
+        live = int(inputs.lengths[b])
+        query, keys, values = (
+            t.double()
+            for t in (inputs.query[b], inputs.keys[b, :, :live], inputs.values[b, :, :live])
+        )
+        scores = torch.einsum("hd,hsd->hs", query, keys) * WIDTH**-0.5
+        reference = torch.einsum("hs,hsd->hd", scores.softmax(-1), values)
+        check_close(f"context of sequence {b}", context[b], reference)
