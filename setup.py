@@ -26,7 +26,7 @@ TEST = [
     "pytest-xdist>=3.6",  # both cores
     "hypothesis>=6.100",  # properties
     "transformers>=5.17",  # the oracle for Janus
-    "datasets>=3",  # prompts from a Hugging Face dataset
+    "datasets>=4",  # prompts from a Hugging Face dataset
     "tensorboard>=2.16",  # the tracker that needs no account
     "ruff>=0.9",
     "trl==1.16.*",  # the drop-ins against the real functions and the real trainer

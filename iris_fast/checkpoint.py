@@ -21,6 +21,7 @@ import pickle
 import random
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from iris_fast.errors import UserError, writing
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 MANIFEST = "manifest.json"
+HASHED_AT_ONCE = 8
+STATE_FIELDS = ("step", "cursor", "prompts_sha256", "world_size", "inside_rollout")
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Progress:
 
     step: int = 0
     cursor: int = 0  # prompts taken by all ranks together
+    prompts_sha256: str = ""  # of the prompts that `cursor` counts
     scored: Scored | None = None  # this rank's rollout, while num_iterations passes go over it
     old_logprobs: list[Tensor] | None = None
 
@@ -144,6 +148,7 @@ def _write(
         state = {
             "step": progress.step,
             "cursor": progress.cursor,
+            "prompts_sha256": progress.prompts_sha256,
             "world_size": ranks.world_size,
             "inside_rollout": progress.scored is not None,
         }
@@ -161,9 +166,12 @@ def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 def _seal(partial: Path, step: int) -> None:
     """Re-read every file, note its size and hash, and put the manifest beside them."""
-    files = {}
-    for path in sorted(partial.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    paths = sorted(partial.iterdir())
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _sha256_of(paths), strict=True)
+    }
+    for path in paths:
         _flush(path)
     (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
     _flush(partial / MANIFEST)
@@ -176,6 +184,12 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sha256_of(paths: list[Path]) -> list[str]:
+    """Hashes, several files at a time: hashlib lets other threads run, and the ranks wait."""
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
+        return list(threads.map(_sha256, paths))
 
 
 def _sha256(path: Path) -> str:
@@ -202,13 +216,15 @@ def find_fault(path: Path) -> str | None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    for name, (size, digest) in expected.items():
+    for name, (size, _) in expected.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if _sha256(file) != digest:
+    found = _sha256_of([path / name for name in expected])
+    for (name, (_, digest)), now in zip(expected.items(), found, strict=True):
+        if now != digest:
             return f"{name} has changed since it was written"
     return None
 
@@ -258,7 +274,9 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
         optim_state_dict=settings | parts["optimizer"],
         options=OPTIONS,
     )
-    progress = Progress(step=state["step"], cursor=state["cursor"])
+    progress = Progress(
+        step=state["step"], cursor=state["cursor"], prompts_sha256=state["prompts_sha256"]
+    )
     if same_ranks:
         mine = _read_rank_state(path / f"rank_{ranks.rank}.pt")
         _set_random_state(mine["random"])
@@ -271,7 +289,7 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
-        return {name: state[name] for name in ("step", "cursor", "world_size", "inside_rollout")}
+        return {name: state[name] for name in STATE_FIELDS}
     except (OSError, ValueError, KeyError, TypeError) as mistake:
         raise UserError(
             f"resume_from_checkpoint: {path / 'state.json'} is damaged ({_reason(mistake)}); "
@@ -307,6 +325,8 @@ def load_policy_weights(path: Path, policy: nn.Module) -> None:
 
 def _plain(value: Any) -> Any:
     """Records as dicts and tuples as lists: what `weights_only=True` reads back."""
+    if isinstance(value, Prompt):  # its other fields were for the rewards, which are known
+        return {"text": value.text}
     if dataclasses.is_dataclass(value):
         return {name: _plain(part) for name, part in vars(value).items()}
     if isinstance(value, dict):

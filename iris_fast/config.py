@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import jsonargparse
 import yaml
 
-from iris_fast.errors import UserError, tell
+from iris_fast.errors import UserError, require, tell
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -67,6 +67,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Check every range; raise UserError naming the setting, the value and the remedy."""
+        for name in ("model", "prompts", "cot_instruction", "output_dir"):
+            require(getattr(self, name, None) != "", name, "''", "give a value or leave it out")
         require_at_least(self, 1, "max_prompt_length", "max_completion_length")
         require_at_least(self, 0, "top_k", "temperature", "min_p")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number in (0, 1]; 1 is off")
@@ -214,15 +216,15 @@ class TrainConfig(SamplingConfig):
         )  # fmt: skip
         require(self.temperature > 0, "temperature", self.temperature, "train above 0: groups of"
                 " equal images teach nothing")  # fmt: skip
-        betas = max(self.adam_beta1, self.adam_beta2)
-        require(betas < 1, "adam_beta1, adam_beta2", betas, "give numbers below 1")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(getattr(self, name) < 1, name, getattr(self, name), "give a number below 1")
         if self.epsilon_high is not None:
             require_at_least(self, 0, "epsilon_high")
         if self.reward_funcs is None:
             self.reward_funcs = ["image_nsc", "text_nsc"] if self.cot else ["image_nsc"]
         if self.reward_weights is None:
             self.reward_weights = [1.0] * len(self.reward_funcs)
-        require(len(self.reward_funcs) > 0, "reward_funcs", "[]", "name at least one reward")
+        require(bool(self.reward_funcs), "reward_funcs", "[]", "name at least one reward")
         twice = [name for name in self.reward_funcs if self.reward_funcs.count(name) > 1]
         if twice:
             raise UserError(f"reward_funcs: {twice[0]} is named twice; name it once, with a weight")
@@ -249,14 +251,14 @@ class TrainConfig(SamplingConfig):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
-# The paper's hyperparameters; what it leaves open is T2I-R1's. Batch: 8 prompts x G 8 on one GPU.
+# The paper's hyperparameters; what it leaves open is T2I-R1's. 8 prompts x G 8 on one GPU.
 PAPER = {"cot": True, "bf16": True, "max_steps": 800, "beta": 0.01, "learning_rate": 1e-6}
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "max_steps": 12,
         "per_device_train_batch_size": 2,
         "num_generations": 4,
-        "learning_rate": 3e-4,
+        "learning_rate": 1e-4,
         "cot": True,
         "max_completion_length": 24,
         "sample_steps": 6,
@@ -276,12 +278,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
     },
 }
-
-
-def require(holds: bool, name: str, value: Any, remedy: str) -> None:
-    """Raise UserError unless `holds`."""
-    if not holds:
-        raise UserError(f"{name}: {value} is out of range; {remedy}")
 
 
 def require_at_least(config: SamplingConfig, least: float, *names: str) -> None:

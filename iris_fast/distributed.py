@@ -75,12 +75,13 @@ class Ranks:
     def first_does(self) -> Iterator[bool]:
         """`with ranks.first_does() as mine: if mine: ...`: work of rank 0 that the others wait for.
 
-        What rank 0 raises of UserError or OSError is raised on every rank: none is left waiting.
+        What rank 0 raises of UserError, OSError or RuntimeError (out of memory is one) is raised on
+        every rank: none is left waiting.
         """
-        failure: UserError | OSError | None = None
+        failure: UserError | OSError | RuntimeError | None = None
         try:
             yield self.is_first
-        except (UserError, OSError) as mistake:
+        except (UserError, OSError, RuntimeError) as mistake:
             failure = mistake
         failure = self.from_first(failure)
         if failure is not None:
@@ -97,7 +98,13 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         raise UserError("device: cuda was asked for and torch sees no GPU; use --device cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"device: local rank {local_rank} has no GPU of its own, there are "
+            f"{torch.cuda.device_count()}; lower torchrun's --nproc-per-node, or use --device cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
 @contextlib.contextmanager
@@ -188,8 +195,12 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         targets[name].copy_(full(parameter.detach()))
 
 
+class Interrupted(Exception):
+    """A stop was asked for: the step under way is given up. Raised on all ranks alike."""
+
+
 class StopSignal:
-    """Remembers SIGTERM and Ctrl-C inside its `with` block, so that the loop can end between steps.
+    """Remembers SIGTERM and Ctrl-C inside its `with` block, so that the loop can end in good order.
 
     torchrun passes one Ctrl-C on as two signals; only a second Ctrl-C a while later, from somebody
     who does not want to wait, interrupts at once.
@@ -220,4 +231,6 @@ class StopSignal:
             raise KeyboardInterrupt
         if not self.requested:
             self._first_at = now
+            if os.environ.get("RANK", "0") == "0":  # os.write: print is not safe in a handler
+                os.write(2, b"stopping: a checkpoint is saved at the next opportunity\n")
         self.requested = True

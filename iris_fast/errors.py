@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 EXIT_CODE = 2
 FIRST_RANK_SPEAKS_S = 1.0
@@ -16,6 +17,12 @@ FIRST_RANK_SPEAKS_S = 1.0
 
 class UserError(ValueError):
     """Something the user can mend: names what is wrong, where, the value found, and the remedy."""
+
+
+def require(holds: bool, name: str, value: Any, remedy: str) -> None:
+    """Raise UserError unless `holds`."""
+    if not holds:
+        raise UserError(f"{name}: {value} is out of range; {remedy}")
 
 
 @contextlib.contextmanager

@@ -82,8 +82,9 @@ def refuse_to_overwrite(config: GenerateConfig, paths: list[Path], ranks: Ranks)
                     f"{setting}: {standing[0]} is there already and is not written over; name "
                     f"another --{setting}, or add --overwrite true"
                 )
-            for folder in {path.parent for path in targets}:
-                with writing("output_dir", folder):
+            for path in {target.parent: target for target in targets}.values():
+                folder = path.parent
+                with writing("save_codes" if path.suffix == ".npz" else "output_dir", folder):
                     folder.mkdir(parents=True, exist_ok=True)
                     probe = folder / ".iris_fast_probe"
                     probe.touch()

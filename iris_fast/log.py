@@ -89,7 +89,8 @@ def find_warnings(metrics: dict[str, Any], history: list[dict[str, Any]]) -> dic
             "every chain of thought was cut at max_completion_length; raise it, or check that the "
             "template is the model's"
         )
-    recent = [row["kl"] for row in history[-HISTORY_STEPS:]]
+    # On the first step the policy is the reference, and its KL of 0 says nothing.
+    recent = [row["kl"] for row in history[-HISTORY_STEPS:] if row["kl"] > 0]
     usual = statistics.median(recent) if recent else math.inf
     if metrics["kl"] > max(KL_SPIKE_LEAST, KL_SPIKE_FACTOR * usual):
         found["kl spike"] = (

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from iris_fast.batch import Prompt
 from iris_fast.errors import UserError
@@ -179,6 +178,10 @@ class PromptSource:
         self.seed = seed
         self.cursor = 0
 
+    def sha256(self) -> str:
+        """Of all texts in their order: whether a cursor counts these prompts or others."""
+        return hashlib.sha256(json.dumps([p.text for p in self.prompts]).encode()).hexdigest()
+
     def take(self, count: int, rank: int, world_size: int) -> tuple[list[Prompt], list[int]]:
         """This rank's `count` prompts and their global numbers; moves every rank's cursor on."""
         first = self.cursor + rank * count
@@ -188,7 +191,5 @@ class PromptSource:
 
     def _prompt(self, number: int) -> Prompt:
         epoch, place = divmod(number, len(self.prompts))
-        order = torch.randperm(
-            len(self.prompts), generator=generator(self.seed, "prompt order", epoch)
-        )
+        order = generator(self.seed, "prompt order", epoch).permutation(len(self.prompts))
         return self.prompts[order[place]]

@@ -7,6 +7,8 @@ rounding at most.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,7 @@ from iris_fast.models.templates import (
 from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.randomness import uniforms
 
+PAUSE_STEPS = 64  # image steps between two calls of `pause`
 # Text steps between two looks at the device's "all ended" flag: a look stalls a GPU.
 POLL_STEPS = {"cpu": 1, "cuda": 16}
 
@@ -47,9 +50,22 @@ class Sampler:
         """Where the model is."""
         return self.janus.lm_head.weight.device
 
+    @functools.cached_property
+    def instruction(self) -> str:
+        """The chain-of-thought instruction, read once: a file edited later changes no run."""
+        return load_instruction(self.config.cot_instruction)
+
     @torch.no_grad()
-    def rollout(self, prompts: list[Prompt], sample_numbers: list[int]) -> Rollout:
-        """One sample for each entry of `prompts`; `sample_numbers` choose their random streams."""
+    def rollout(
+        self,
+        prompts: list[Prompt],
+        sample_numbers: list[int],
+        pause: Callable[[], None] = lambda: None,
+    ) -> Rollout:
+        """One sample for each entry of `prompts`; `sample_numbers` choose their random streams.
+
+        `pause` is called from time to time, equally often on every rank, and may raise.
+        """
         template = TEMPLATES[self.config.template]
         cot_prompt_ids: list[list[int]] = [[] for _ in prompts]
         cot_ids: list[list[int]] = [[] for _ in prompts]
@@ -58,9 +74,8 @@ class Sampler:
         texts = [prompt.text for prompt in prompts]
         cot_texts = ["" for _ in prompts]
         if self.config.cot:
-            instruction = load_instruction(self.config.cot_instruction)
             cot_prompt_ids = [
-                self.tokenizer.encode(template.cot_prompt(fill_instruction(instruction, text)))
+                self.tokenizer.encode(template.cot_prompt(fill_instruction(self.instruction, text)))
                 for text in texts
             ]
             cot_ids, text = self._write_text(cot_prompt_ids, sample_numbers)
@@ -70,7 +85,7 @@ class Sampler:
             ]
             texts = [join_prompt(*pair) for pair in zip(texts, cot_texts, strict=True)]
         prompt_ids = [image_prompt_ids(self.tokenizer, template, text) for text in texts]
-        codes_NI, image = self._draw_codes(prompt_ids, sample_numbers)
+        codes_NI, image = self._draw_codes(prompt_ids, sample_numbers, pause)
         return Rollout(
             prompts=prompts,
             sample_numbers=sample_numbers,
@@ -112,7 +127,7 @@ class Sampler:
         return ids, make_trace(steps[:width], mask_NL[:, :width])
 
     def _draw_codes(
-        self, prompt_ids: list[list[int]], sample_numbers: list[int]
+        self, prompt_ids: list[list[int]], sample_numbers: list[int], pause: Callable[[], None]
     ) -> tuple[Tensor, Trace]:
         """Sample the image codes; the unconditional rows follow the conditional ones."""
         guided = self.config.cfg_weight != 1.0
@@ -124,6 +139,8 @@ class Sampler:
         hidden_BD, cache = self._prefill(rows, room=self.image_tokens)
         steps = []
         for step in range(self.image_tokens):
+            if step % PAUSE_STEPS == 0:
+                pause()
             logits_BK = self.janus.image_logits(hidden_BD)
             cond, uncond = logits_BK.chunk(2) if guided else (logits_BK, None)
             sampled = self._sample(cond, uncond, draws_NI[:, step])

@@ -6,9 +6,12 @@ config.yaml  metrics.jsonl  samples/step_NNNNN.png  checkpoints/step_NNNNN/  rep
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -106,20 +109,52 @@ def _choose(config: TrainConfig) -> RunFolder:
     return RunFolder(path, resumed=False)
 
 
-def claim(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> None:
-    """Make the folder and its config.yaml; UserError if that cannot be written."""
-    with ranks.first_does() as mine:
-        if mine:
-            with writing("output_dir", folder.path):
-                folder.path.mkdir(parents=True, exist_ok=True)
-                (folder.path / LAUNCH).write_text(_launch())
-                folder.samples.mkdir(exist_ok=True)
-                folder.checkpoints.mkdir(exist_ok=True)
-                partial = folder.path / ".config.yaml.partial"
-                # Without the flag, so that --config config.yaml starts the same run anew.
-                settings = to_yaml(replace(config, resume_from_checkpoint=False))
-                partial.write_text(settings, encoding="utf-8")
-                partial.replace(folder.path / "config.yaml")
+@contextlib.contextmanager
+def claimed(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+    """Make the folder and its config.yaml, and keep other processes out while the block runs.
+
+    UserError if that cannot be written, or if another run has the folder, or has used it since it
+    was chosen.
+    """
+    with contextlib.ExitStack() as held:
+        with ranks.first_does() as mine:
+            if mine:
+                with writing("output_dir", folder.path):
+                    held.enter_context(_lock(folder))
+                    _fill(folder, config)
+        yield
+
+
+@contextlib.contextmanager
+def _lock(folder: RunFolder) -> Iterator[None]:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / LAUNCH).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"output_dir: another process is running in {folder.path}; wait for it, or name "
+                "another folder"
+            ) from None
+        if not folder.resumed and (folder.path / "config.yaml").exists():
+            raise UserError(
+                f"output_dir: another run has taken {folder.path} in the meantime; start again, or "
+                "name another folder"
+            )
+        file.truncate(0)
+        file.write(_launch())
+        file.flush()
+        yield
+
+
+def _fill(folder: RunFolder, config: TrainConfig) -> None:
+    folder.samples.mkdir(exist_ok=True)
+    folder.checkpoints.mkdir(exist_ok=True)
+    partial = folder.path / ".config.yaml.partial"
+    # Without the flag, so that --config config.yaml starts the same run anew.
+    settings = to_yaml(replace(config, resume_from_checkpoint=False))
+    partial.write_text(settings, encoding="utf-8")
+    partial.replace(folder.path / "config.yaml")
 
 
 def _numbered(preset: str) -> Path:
@@ -139,8 +174,15 @@ def _compare(path: Path, config: TrainConfig) -> None:
     if not isinstance(before, dict):
         raise UserError(f"resume_from_checkpoint: {path / 'config.yaml'} is damaged; restore it")
     for name, value in asdict(config).items():
-        if name not in MAY_CHANGE and before.get(name) != value:
+        if name not in MAY_CHANGE and _resolved(before.get(name)) != _resolved(value):
             raise UserError(
                 f"resume_from_checkpoint: {path} was run with {name} {before.get(name)}, and now "
                 f"{name} is {value}; give the same, or start a new run in another --output_dir"
             )
+
+
+def _resolved(value: Any) -> Any:
+    """A path's absolute form, where there is such a file; other values as they are."""
+    if isinstance(value, str) and Path(value).exists():
+        return str(Path(value).resolve())
+    return value

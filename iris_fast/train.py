@@ -13,7 +13,6 @@ PROGRAM = "iris_fast.train"
 # Before torch is imported: a typo is answered at once.
 CONFIG = parse_command_line(TrainConfig, PROGRAM) if __name__ == "__main__" else None
 
-import copy
 import functools
 import resource
 import signal
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from iris_fast import checkpoint, distributed, run_folder
 from iris_fast.checkpoint import Progress
-from iris_fast.distributed import Ranks, StopSignal, copy_weights
+from iris_fast.distributed import Interrupted, Ranks, StopSignal, copy_weights
 from iris_fast.errors import UserError, tell
 from iris_fast.estimate import Estimate, check_fits, estimate, this_gpu
 from iris_fast.inputs import Inputs, open_inputs
@@ -37,7 +36,7 @@ from iris_fast.models.vq import VQModel
 from iris_fast.pictures import decode_images, grid, save_png
 from iris_fast.prompts import PromptSource
 from iris_fast.report import write_report
-from iris_fast.rewards import load_rewards, score
+from iris_fast.rewards import check_rewards, load_rewards, score
 from iris_fast.rollout import Sampler
 from iris_fast.update import prepare, update
 
@@ -70,32 +69,37 @@ def train(config: TrainConfig) -> None:
         require_tracker(config.report_to)
         rewards = load_rewards(config.reward_funcs)
         models, prompts = load_inputs(config, ranks)
+        check_rewards(rewards, prompts.prompts)
         optimizer = make_optimizer(models.policy, config)
-        progress = restore(folder, models.policy, optimizer, config, ranks)
-        run_folder.claim(folder, config, ranks)
-        prompts.cursor = progress.cursor
-        log = Log(folder, config, progress.step, ranks)
-        log.say(f"run folder: {folder.path}")
-        copy_weights(models.policy, models.sampler.janus)
-        try:
-            if progress.step == 0 and config.sample_steps:
-                draw_samples(models, prompts, folder, 0, config, ranks)
-            loop(models, optimizer, prompts, rewards, progress, folder, log, config, ranks, stop)
-        finally:
-            log.close()
-            if ranks.is_first:
-                report(folder)
-        if ranks.is_first:
-            done = progress.step >= config.max_steps
-            print(
-                f"{'finished' if done else 'stopped by a signal, saved'} at step {progress.step}; "
-                f"report: {folder.report}"
-            )
-            if not done:
-                print(
-                    "go on with the same command and: "
-                    f"--output_dir {folder.path} --resume_from_checkpoint true"
+        progress = restore(folder, models.policy, optimizer, prompts, config, ranks)
+        with run_folder.claimed(folder, config, ranks):
+            log = Log(folder, config, progress.step, ranks)
+            log.say(f"run folder: {folder.path}")
+            copy_weights(models.policy, models.sampler.janus)
+            try:
+                if progress.step == 0 and config.sample_steps:
+                    draw_samples(models, prompts, folder, 0, config, ranks)
+                loop(
+                    models, optimizer, prompts, rewards, progress, folder, log, config, ranks, stop
                 )
+            finally:
+                log.close()
+                if ranks.is_first:
+                    report(folder)
+        if ranks.is_first:
+            tell_end(progress.step, folder, config)
+
+
+def tell_end(step: int, folder: run_folder.RunFolder, config: TrainConfig) -> None:
+    """Where the run ended, and how to go on with it."""
+    if step >= config.max_steps:
+        print(f"finished at step {step}; report: {folder.report}")
+        return
+    saved = f"saved at step {step}" if step else "before the first step"
+    print(f"stopped by a signal, {saved}; report: {folder.report}")
+    print(
+        f"go on with the same command and: --output_dir {folder.path} --resume_from_checkpoint true"
+    )
 
 
 def dry_run(config: TrainConfig, ranks: Ranks) -> None:
@@ -136,49 +140,68 @@ def loop(
     ranks: Ranks,
     stop: StopSignal,
 ) -> None:
-    """Steps until max_steps or a signal; each `num_iterations` steps share one rollout."""
-    batches = None
+    """Steps until max_steps or a signal; each `num_iterations` steps share one rollout.
+
+    A signal gives up the step under way: nothing that a checkpoint holds has changed by then, and
+    after resuming the step is done again.
+    """
+
+    def pause() -> None:
+        if ranks.any(stop.requested):
+            raise Interrupted
+
+    prompts.cursor = progress.cursor
     saved_at = progress.step
-    while progress.step < config.max_steps and not ranks.any(stop.requested):
-        started = time.perf_counter()
-        if progress.scored is None:
-            drawn, numbers = prompts.take(config.prompts_per_step, ranks.rank, ranks.world_size)
-            samples, sample_numbers = repeat(drawn, numbers, config.num_generations)
-            rollout = models.sampler.rollout(samples, sample_numbers)
-            images = functools.partial(decode_images, models.vq, rollout.codes_NI)
-            progress.scored = score(rollout, rewards, images, config, ranks)
+    try:
+        batches = None
+        while progress.step < config.max_steps:
+            pause()
+            started = time.perf_counter()
+            if progress.scored is None:
+                prompts.cursor = progress.cursor
+                drawn, numbers = prompts.take(config.prompts_per_step, ranks.rank, ranks.world_size)
+                samples, sample_numbers = repeat(drawn, numbers, config.num_generations)
+                rollout = models.sampler.rollout(samples, sample_numbers, pause)
+                images = functools.partial(decode_images, models.vq, rollout.codes_NI)
+                pause()
+                scored = score(rollout, rewards, images, config, ranks)
+                batches = None
+            else:
+                scored = progress.scored
+            rolled_out = time.perf_counter()
+            if batches is None:
+                batches = prepare(
+                    scored, models.policy, models.reference, config, ranks, progress.old_logprobs
+                )
+            set_learning_rate(optimizer, progress.step, config)
+            losses = update(models.policy, optimizer, batches, config, ranks, pause)
+            copy_weights(models.policy, models.sampler.janus)
+            progress.step += 1
             progress.cursor = prompts.cursor
-            batches = None
-        rolled_out = time.perf_counter()
-        if batches is None:
-            batches = prepare(
-                progress.scored, models.policy, models.reference, config, ranks,
-                progress.old_logprobs,
-            )  # fmt: skip
-        set_learning_rate(optimizer, progress.step, config)
-        losses = update(models.policy, optimizer, batches, config, ranks)
-        copy_weights(models.policy, models.sampler.janus)
-        progress.step += 1
-        metrics = {
-            "step": progress.step,
-            **rollout_metrics(progress.scored, config, ranks),
-            **losses,
-            "learning_rate": optimizer.param_groups[0]["lr"],
-            **speed(started, rolled_out, config, ranks),
-        }
-        if progress.step % config.num_iterations == 0:
-            progress.scored = progress.old_logprobs = None
-        else:
-            progress.old_logprobs = [batch.old_logprob_M.cpu() for batch in batches]
-        log.step(metrics)
-        last = progress.step == config.max_steps
-        if config.sample_steps and (progress.step % config.sample_steps == 0 or last):
-            draw_samples(models, prompts, folder, progress.step, config, ranks)
-        if last or (config.save_steps and progress.step % config.save_steps == 0):
+            if progress.step % config.num_iterations == 0:
+                progress.scored = progress.old_logprobs = None
+            else:
+                progress.scored = scored
+                progress.old_logprobs = [batch.old_logprob_M.cpu() for batch in batches]
+            log.step(
+                {
+                    "step": progress.step,
+                    **rollout_metrics(scored, config, ranks),
+                    **losses,
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    **speed(started, rolled_out, config, ranks),
+                }
+            )
+            last = progress.step == config.max_steps
+            if config.sample_steps and (progress.step % config.sample_steps == 0 or last):
+                draw_samples(models, prompts, folder, progress.step, config, ranks)
+            if last or (config.save_steps and progress.step % config.save_steps == 0):
+                save(folder, models, optimizer, progress, config, ranks)
+                saved_at = progress.step
+    except Interrupted:
+        optimizer.zero_grad(set_to_none=True)
+        if saved_at != progress.step:
             save(folder, models, optimizer, progress, config, ranks)
-            saved_at = progress.step
-    if saved_at < progress.step:
-        save(folder, models, optimizer, progress, config, ranks)
 
 
 def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource]:
@@ -187,18 +210,27 @@ def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource
     if ranks.device.type == "cuda":
         check_fits(estimate_run(config, inputs, ranks), config)
     opened = inputs.checkpoint
-    compute_dtype = torch.bfloat16 if config.bf16 else torch.float32
-    frozen = copy.deepcopy(opened.model).to(ranks.device, compute_dtype).requires_grad_(False)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    policy, vq = opened.model, opened.vq.to(ranks.device)
+    frozen = frozen_copy(policy, dtype, ranks.device)
     sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
     # Never updated, so it needs no float32 master weights.
-    reference = copy.deepcopy(frozen) if config.beta else None
-    policy = opened.model
+    reference = frozen_copy(policy, dtype, torch.device("cpu")) if config.beta else None
     freeze(policy, config)
     for model in filter(None, (policy, reference)):
-        model.to(ranks.device)
+        # From the CPU, block by block: no GPU ever holds all of what it will hold a share of.
         distributed.shard(model, model.model.language_model.layers, ranks, config.bf16)
-    vq = opened.vq.to(ranks.device)
-    return Models(policy, reference, sampler, vq), PromptSource(inputs.prompts, config.seed)
+    prompts = PromptSource(inputs.prompts, config.seed)
+    return Models(policy, reference, sampler, vq), prompts
+
+
+def frozen_copy(model: Janus, dtype: torch.dtype, device: torch.device) -> Janus:
+    """The same weights in `dtype` on `device`, without a second copy in float32 on the way."""
+    with torch.device("meta"):
+        twin = Janus(model.config)
+    twin.to(dtype).to_empty(device=device)
+    copy_weights(model, twin)
+    return twin.requires_grad_(False)
 
 
 def freeze(policy: Janus, config: TrainConfig) -> None:
@@ -246,6 +278,7 @@ def restore(
     folder: run_folder.RunFolder,
     policy: Janus,
     optimizer: torch.optim.Optimizer,
+    prompts: PromptSource,
     config: TrainConfig,
     ranks: Ranks,
 ) -> Progress:
@@ -254,7 +287,7 @@ def restore(
     UserError if all are broken, or if this one cannot be gone on from as asked.
     """
     if not folder.resumed:
-        return Progress()
+        return Progress(prompts_sha256=prompts.sha256())
     path, faults = ranks.from_first(
         checkpoint.newest(folder.checkpoints) if ranks.is_first else None
     )
@@ -263,7 +296,7 @@ def restore(
             print(f"{PROGRAM}: warning: {fault}", file=sys.stderr)
     if path is None:
         if not faults:  # stopped before its first checkpoint
-            return Progress()
+            return Progress(prompts_sha256=prompts.sha256())
         raise UserError(
             f"resume_from_checkpoint: {folder.checkpoints} holds no sound checkpoint; start anew "
             "in another --output_dir"
@@ -275,6 +308,11 @@ def restore(
             f"resume_from_checkpoint: {path} lies between two passes over one rollout, cut into "
             f"{len(batches)} micro-batches; resume with --gradient_accumulation_steps "
             f"{len(batches)}"
+        )
+    if progress.prompts_sha256 != prompts.sha256():
+        raise UserError(
+            f"prompts: {config.prompts} holds other prompts than when {path} was written; put "
+            "those back, or start a new run in another --output_dir"
         )
     return progress
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -94,15 +95,19 @@ def update(
     batches: list[MicroBatch],
     config: TrainConfig,
     ranks: Ranks,
+    pause: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """One optimizer step over all micro-batches; the step's loss metrics, over all ranks.
+
+    Every micro-batch's gradients are summed over the ranks at once: they are kept sharded, where
+    those of a step that waits for its last one would be held whole. `pause` is called before each,
+    and may raise.
 
     UserError, before any weight changes, if the gradient is not finite.
     """
     sums: dict[str, float] = {}
-    for number, batch in enumerate(batches):
-        # Gradients travel between ranks once, with the last micro-batch.
-        policy.set_requires_gradient_sync(number + 1 == len(batches))
+    for batch in batches:
+        pause()
         text, image = policy(batch.packed)
         logprob_M = torch.cat([text.logprob, image.logprob])
         old_M = logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M

@@ -34,7 +34,7 @@ def load(name: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as mistake:
+    except (ImportError, SyntaxError) as mistake:
         raise UserError(
             f"reward_funcs: {name}: {mistake}; write module:function, with the module importable "
             "from the current folder"
@@ -49,7 +49,7 @@ def call(
     name: str, function: Callable[..., Any], prompts: list[Prompt], images: list[Image]
 ) -> Tensor:
     """[N] float32; UserError unless the function gives one finite number for each sample."""
-    fields = _wanted_fields(name, function, prompts)
+    fields = wanted_fields(name, function, prompts)
     given = function([prompt.text for prompt in prompts], images, **fields)
     try:
         values = [float(value) for value in given]
@@ -72,9 +72,10 @@ def call(
     return torch.tensor(values)
 
 
-def _wanted_fields(
+def wanted_fields(
     name: str, function: Callable[..., Any], prompts: list[Prompt]
 ) -> dict[str, list[Any]]:
+    """The prompt file's fields that the function takes; UserError if it cannot be called so."""
     fields = sorted({field for prompt in prompts for field in prompt.extra})
     signature = inspect.signature(function)
     parameters = signature.parameters

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from iris_fast.advantage import group_advantages
-from iris_fast.batch import Rollout, Scored
+from iris_fast.batch import Prompt, Rollout, Scored
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError
@@ -34,6 +34,14 @@ def load_rewards(names: list[str]) -> dict[str, Callable[..., Any]]:
                 "or write module:function"
             )
     return functions
+
+
+def check_rewards(functions: dict[str, Callable[..., Any]], prompts: list[Prompt]) -> None:
+    """UserError, before anything is drawn, for an external reward that these prompts' fields do not
+    fit."""
+    for name, function in functions.items():
+        if name not in INTRINSIC:
+            external.wanted_fields(name, function, prompts)
 
 
 def score(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import nn
 
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
@@ -71,10 +71,13 @@ def build_tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> JanusCheckp
 
 
 def _initialise(module: nn.Module) -> None:
-    """Llama's initialisation; the VQ keeps torch's, which suits convolutions."""
+    """Embeddings and logits of size 1: with the 0.02 of large models every distribution would be as
+    good as uniform, and rewards would differ by rounding alone. The VQ keeps torch's own."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(weight, Tensor):
-        nn.init.normal_(weight, std=WEIGHT_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(weight, std=module.in_features**-0.5)
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(weight)
     if isinstance(module, nn.Linear) and bias is not None:
         nn.init.zeros_(bias)
 
