@@ -201,6 +201,7 @@ def sample_launch(vocab_size: int, itemsize: int) -> dict[str, int | bool]:
         "Q": columns,
         "Q_POW2": triton.next_power_of_2(columns),
         "num_warps": lanes // 32,
+        "maxnreg": 128,  # what 512 threads can have; some ptxas stop at 64 of themselves, and spill
         "enable_fp_fusion": False,  # fused multiply-adds would round differently from torch
     }
 

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 from iris_kernels import guided_sample, token_stats
-from iris_kernels._inverse_cdf import draw, truncation_threshold
+from iris_kernels._inverse_cdf import (
+    draw,
+    sampling_weights,
+    truncation_threshold,
+    weight_scale,
+)
 from iris_kernels._ops import ops
 from iris_kernels.guided_sample import guided_sample_reference, mix
 from kernel_oracle import FIELDS, random_case
@@ -409,3 +414,16 @@ def test_draw_is_exact_on_integer_weights(device):
     assert draw(logits, uniform, None, 1.0, False).tolist() == list(range(8))
     below = torch.nextafter(uniform[1:], torch.zeros(7, device=device))
     assert draw(logits[1:], below, None, 1.0, False).tolist() == list(range(7))
+
+
+def test_every_step_of_the_cdf_is_exact(backend, device):
+    """At the float32 next to each step, against integer arithmetic: sums round nowhere."""
+    V = 40
+    logits, _ = random_case((1,), V, torch.float32, device, scale=1.5)
+    weights = sampling_weights(logits, logits.amax(-1, keepdim=True), weight_scale(1.0, device))
+    steps = [sum(weights[0].tolist()[: i + 1]) for i in range(V)]
+    uniform = torch.tensor([step / steps[-1] for step in steps[:-1]], device=device)
+    wanted = [int(u * float(steps[-1])) for u in uniform.double().tolist()]
+    expected = [next(i for i, step in enumerate(steps) if step > w) for w in wanted]
+    rows = logits.expand(V - 1, -1)
+    assert guided_sample(rows, None, uniform, cfg_weight=1.0).token_ids.tolist() == expected

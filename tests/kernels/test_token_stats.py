@@ -246,7 +246,7 @@ LAYOUTS = {
     "every_second_row": lambda x: x[:, ::2],
     "padded_vocabulary": lambda x: x[..., :200],
     "unaligned_columns": lambda x: x[..., 3:203],
-    "three_strides": lambda x: x.view(4, 2, 3, 300)[:, ::2, ::2],
+    "three_strides": lambda x: x.view(2, 3, 4, 300)[:, :2, :3],
     "repeated_rows": lambda x: x[:1].expand(3, -1, -1),
     "one_row": lambda x: x[0, 0],
 }
@@ -286,13 +286,13 @@ def test_columns_apart_are_copied(backend, device):
     assert torch.equal(gradient, expected_gradient)
 
 
-def test_rows_beyond_two_to_the_31(backend, device, monkeypatch):
-    """The second row starts at element 2^31 + 64: int32 offsets would wrap."""
+@pytest.mark.parametrize("stride", [2**31 - 64, 2**31 + 64])
+def test_rows_beyond_two_to_the_31(stride, backend, device, monkeypatch):
+    """The third row starts beyond element 2^32; its stride alone may still fit an int32."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    far = 2**31 + 64
-    memory = torch.empty(far + 300, dtype=torch.bfloat16, device=device)
-    logits = memory.as_strided((2, 300), (far, 1))
-    values, token_ids = random_case((2,), 300, torch.bfloat16, device)
+    memory = torch.empty(2 * stride + 300, dtype=torch.bfloat16, device=device)
+    logits = memory.as_strided((3, 300), (stride, 1))
+    values, token_ids = random_case((3,), 300, torch.bfloat16, device)
     logits.copy_(values)
     out = token_stats(logits, token_ids)
     assert all(torch.equal(a, b) for a, b in zip(out, token_stats(values, token_ids), strict=True))
