@@ -139,7 +139,7 @@ def _write(
             storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
         )
     rank_state = {
-        "random": _random_state(),
+        "random": random_state(),
         "scored": _plain(progress.scored),
         "old_logprobs": progress.old_logprobs,
     }
@@ -279,7 +279,7 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
     )
     if same_ranks:
         mine = _read_rank_state(path / f"rank_{ranks.rank}.pt")
-        _set_random_state(mine["random"])
+        set_random_state(mine["random"])
         if mine["scored"] is not None:
             progress.scored = _scored(mine["scored"])
             progress.old_logprobs = mine["old_logprobs"]
@@ -349,7 +349,7 @@ def _scored(fields: dict[str, Any]) -> Scored:
     return Scored(**{**fields, "rollout": Rollout(**rollout)})
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """States of the global generators; iris-fast draws from none of them, rewards may."""
     kind, keys, *rest = np.random.get_state()
     return {
@@ -360,7 +360,8 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """What `random_state` gave, put back."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

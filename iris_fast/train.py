@@ -151,12 +151,13 @@ def loop(
             raise Interrupted
 
     prompts.cursor = progress.cursor
+    random_before = checkpoint.random_state()
     saved_at = progress.step
     try:
         batches = None
         while progress.step < config.max_steps:
             pause()
-            started = time.perf_counter()
+            started, random_before = time.perf_counter(), checkpoint.random_state()
             if progress.scored is None:
                 prompts.cursor = progress.cursor
                 drawn, numbers = prompts.take(config.prompts_per_step, ranks.rank, ranks.world_size)
@@ -200,6 +201,7 @@ def loop(
                 saved_at = progress.step
     except Interrupted:
         optimizer.zero_grad(set_to_none=True)
+        checkpoint.set_random_state(random_before)
         if saved_at != progress.step:
             save(folder, models, optimizer, progress, config, ranks)
 

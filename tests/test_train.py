@@ -191,7 +191,8 @@ def test_a_schedule_goes_on_where_a_signal_stopped_it(prompts, monkeypatch):
     random.seed(5)
     train(quick("whole", **settings))
     random.seed(5)
-    stops.stop_at += [len(stops.calls) + 1, len(stops.calls) + 4]
+    # In the second step, and, as that one is done again, in the fifth.
+    stops.stop_at += [len(stops.calls) + 2, len(stops.calls) + 6]
     train(quick("parts", **settings))
     assert checkpoints("parts") == ["step_00001"]
     for step in (4, 6):
@@ -381,6 +382,9 @@ def test_real_layouts_and_prompts_on_one_and_two_ranks(shared, here, layout, pro
         "cot": "true",
         "max_steps": 4,
         "max_completion_length": 8,
+        # Logits differ by round-off, so a draw that falls between the two picks another token: about
+        # once in fifty such runs. It does with the default seed.
+        "seed": 7,
     }
     words = [word for name, value in common.items() for word in (f"--{name}", value)]
     two = run("iris_fast.train", *words, "--output_dir", "two", cwd=here, ranks=2)
