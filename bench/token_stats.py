@@ -19,7 +19,8 @@ from bench._case import Call, Case, WrongResult, check_close
 SUITE = "kernels"
 SAMPLED_ROWS = 16  # checked in float64
 GPU_GRID = ((4608, 36864), (16384, 102400, 151936), torch.bfloat16)
-CPU_GRID = ((288, 1152), (4096, 16384), torch.float32)
+# One shape: where malloc can hand out memory again, without page faults, depends on what else ran.
+CPU_GRID = ((1152,), (16384,), torch.float32)
 
 
 class Inputs(NamedTuple):
