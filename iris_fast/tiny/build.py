@@ -24,6 +24,7 @@ TEXT_TOKENS = 480  # 256 bytes and the merges learned from the prompts
 VOCAB_SIZE = 512  # larger than the tokenizer, as in the real checkpoints
 EXTRA_SPECIALS = ["<patch_placeholder>", "<|User|>", "<|Assistant|>"]
 WEIGHT_STD = 0.02
+IMAGE_LOGIT_SCALE = 0.15
 
 TINY_CONFIG = JanusConfig(
     decoder=DecoderConfig(
@@ -59,6 +60,8 @@ def build_tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> JanusCheckp
         model, vq = Janus(config), VQModel(config.vq)
         for module in model.modules():
             _initialise(module)
+        # Guidance multiplies the image logits; larger ones would leave it one token to choose.
+        model.model.generation_head.vision_head.weight.data *= IMAGE_LOGIT_SCALE
         untouched = {
             name: torch.randn(shape) * WEIGHT_STD
             for name, shape in untouched_shapes(config).items()
