@@ -382,8 +382,8 @@ def test_real_layouts_and_prompts_on_one_and_two_ranks(shared, here, layout, pro
         "cot": "true",
         "max_steps": 4,
         "max_completion_length": 8,
-        # Logits differ by round-off, so a draw that falls between the two picks another token: about
-        # once in fifty such runs. It does with the default seed.
+        # Logits differ by round-off, so a draw that falls between the two picks another token:
+        # about once in fifty such runs. It does with the default seed.
         "seed": 7,
     }
     words = [word for name, value in common.items() for word in (f"--{name}", value)]
