@@ -14,6 +14,8 @@ from torch import Tensor
 
 from iris_fast.batch import Trace
 from iris_fast.config import TrainConfig
+from iris_fast.models.attention import PackedAttention
+from iris_fast.models.layouts import JanusCheckpoint
 
 # A step of a fraction of a second, with everything in it.
 QUICK: dict[str, Any] = {
@@ -81,3 +83,17 @@ def make_trace(lengths: list[int], seed: int) -> Trace:
         return TokenStats(*(field.masked_fill(~mask, 0.0) for field in fields))
 
     return Trace(conditional=stats(), guided=stats(), mask=mask)
+
+
+@torch.no_grad()
+def set_spread(checkpoint: JanusCheckpoint, text: float, image: float) -> None:
+    """Scale both heads until the logits of a typical prompt have these standard deviations, whatever
+    the weights were."""
+    janus = checkpoint.model
+    ids = torch.tensor(checkpoint.tokenizer.encode("a small blue ball left of a large green cone"))
+    attention = PackedAttention([len(ids)])
+    hidden = janus.decode(janus.embed_text(ids), torch.arange(len(ids)), attention)
+    janus.lm_head.weight *= text / janus.text_logits(hidden).std()
+    scale = image / janus.image_logits(hidden).std()
+    for parameter in janus.model.generation_head.vision_head.parameters():
+        parameter *= scale

@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import run, start, wait_for
 from PIL import Image
-from runs import tree
+from runs import set_spread, tree
 
 from iris_fast.config import GenerateConfig
 from iris_fast.generate import main
@@ -26,9 +26,7 @@ PROMPTS = ["a red cube", "two yellow pyramids", "a small blue ball left of a lar
 def model(tmp_path_factory) -> Path:
     """A tiny model whose draws depend on prompt and seed. Read-only."""
     checkpoint = build_tiny(seed=5)
-    checkpoint.model.requires_grad_(False)
-    checkpoint.model.lm_head.weight *= 5
-    checkpoint.model.model.generation_head.vision_head.weight *= 16
+    set_spread(checkpoint, text=2.5, image=0.6)
     return export_janus(checkpoint, tmp_path_factory.mktemp("model") / "model")
 
 

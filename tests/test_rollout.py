@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from iris_kernels import TokenStats, token_stats
+from runs import set_spread
 
 from iris_fast.batch import PackedBatch, Prompt, Rollout
 from iris_fast.config import SamplingConfig
@@ -33,22 +34,13 @@ IMAGE_TOKENS = 9
 
 @pytest.fixture(scope="module")
 def opened() -> JanusCheckpoint:
-    """A tiny Janus whose distributions are far from uniform, and that ends about half its texts."""
+    """A tiny Janus with lively distributions. Its end token is one that the second sample draws
+    fourth, so that some texts end and some do not."""
     checkpoint = build_tiny(seed=5)
-    model = checkpoint.model.requires_grad_(False)
-    model.lm_head.weight *= 5
-    model.model.generation_head.vision_head.weight *= 16
-    favour_end(checkpoint, 7.5)
+    checkpoint.model.requires_grad_(False)
+    set_spread(checkpoint, text=2.5, image=0.6)
+    checkpoint.tokenizer.eos_id = draw(sampler(checkpoint), list(range(6))).cot_ids[1][3]
     return checkpoint
-
-
-def favour_end(checkpoint: JanusCheckpoint, logit: float) -> None:
-    """Give the end token about this logit everywhere: hidden states of a random model are alike."""
-    janus, tokenizer = checkpoint.model, checkpoint.tokenizer
-    ids = torch.tensor(tokenizer.encode(" ".join(PROMPTS)))
-    attention = PackedAttention([len(ids)])
-    mean = janus.decode(janus.embed_text(ids), torch.arange(len(ids)), attention).mean(dim=0)
-    janus.lm_head.weight[tokenizer.eos_id] = logit * mean / mean.dot(mean)
 
 
 def sampler(opened: JanusCheckpoint, greedy: bool = False, **settings: Any) -> Sampler:
@@ -68,7 +60,7 @@ def rollout(opened) -> Rollout:
 
 def test_the_model_of_these_tests_is_neither_flat_nor_certain(rollout):
     assert 1 < rollout.image.guided.entropy.mean() < 4  # of log 256 = 5.5
-    assert 3 < rollout.text.conditional.entropy[rollout.text.mask].mean() < 6  # of log 512 = 6.2
+    assert 1 < rollout.text.conditional.entropy[rollout.text.mask].mean() < 5  # of log 512 = 6.2
     assert any(rollout.truncated)
     assert not all(rollout.truncated)
     assert len({tuple(row) for row in rollout.codes_NI.tolist()}) == 6
@@ -241,19 +233,15 @@ def test_text_ends_at_the_first_end_token_or_at_the_limit(opened, rollout):
 
 
 def test_texts_that_all_end_early_stop_the_loop(opened, monkeypatch):
+    drawer = sampler(opened, top_k=1, max_completion_length=50)
+    first = draw(drawer, [0, 2]).cot_ids[0][0]  # of the same prompt twice
+    monkeypatch.setattr(opened.tokenizer, "eos_id", first)
     steps = []
     decode = type(opened.model).decode
     monkeypatch.setattr(type(opened.model), "decode", lambda *a: steps.append(1) or decode(*a))
-    end = opened.model.lm_head.weight[opened.tokenizer.eos_id]
-    before = end.clone()
-    try:
-        end *= 100
-        ended = draw(sampler(opened, max_completion_length=50), [0, 1])
-    finally:
-        end.copy_(before)
-    assert ended.cot_ids == [[opened.tokenizer.eos_id]] * 2
+    ended = draw(drawer, [0, 2])
+    assert ended.cot_ids == [[first]] * 2
     assert ended.truncated == [False, False]
-    assert ended.cot_texts == ["", ""]
     assert ended.text.mask.shape == (2, 1)
     assert len(steps) == 1 + IMAGE_TOKENS  # one prefill of the text, then the image
 
