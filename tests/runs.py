@@ -87,8 +87,8 @@ def make_trace(lengths: list[int], seed: int) -> Trace:
 
 @torch.no_grad()
 def set_spread(checkpoint: JanusCheckpoint, text: float, image: float) -> None:
-    """Scale both heads until the logits of a typical prompt have these standard deviations, whatever
-    the weights were."""
+    """Scale both heads until the logits of a typical prompt have these standard deviations,
+    whatever the weights were."""
     janus = checkpoint.model
     ids = torch.tensor(checkpoint.tokenizer.encode("a small blue ball left of a large green cone"))
     attention = PackedAttention([len(ids)])
