@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Finished, run
+from commands import Finished, run, start, wait_for
 from disks import read_only
 from runs import flags, quick, tree
 from safetensors.torch import load_file, save_file
@@ -226,6 +227,21 @@ def test_a_folder_that_holds_another_run(here):
     assert "--resume_from_checkpoint true" in line
 
 
+def test_a_folder_that_a_running_process_has(here):
+    """The second would write the same checkpoints, and drop the first one's lines."""
+    words = flags(output_dir="run", max_steps=10_000)
+    first = start("iris_fast.train", *words, cwd=here)
+    wait_for(lambda: (here / "run" / "metrics.jsonl").exists())
+    second = run("iris_fast.train", *words, "--resume_from_checkpoint", "true", cwd=here)
+    assert first.processes[0].is_alive()
+    os.kill(first.processes[0].pid, signal.SIGTERM)
+    assert first.wait().code == 0
+    check_refusal(second, "iris_fast.train")
+    assert "another process is running in run" in second.error_line
+    steps = [json.loads(line)["step"] for line in (here / "run/metrics.jsonl").open()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
 def test_a_folder_that_holds_something_else(here):
     (here / "photos").mkdir()
     (here / "photos" / "cat.jpg").write_bytes(b"cat")
@@ -257,6 +273,28 @@ def test_a_run_that_has_become_read_only(here):
     with read_only(here / "run"):
         line = refused(here, "--output_dir", "run", "--resume_from_checkpoint", "true")
         assert "output_dir: run cannot be written (Read-only file system)" in line
+
+
+def test_resuming_with_other_prompts(here):
+    (here / "p.txt").write_text("a cube\na ball\n")
+    train(quick("run", prompts="p.txt", max_steps=1))
+    resume = ["--output_dir", "run", "--prompts", "p.txt", "--resume_from_checkpoint", "true"]
+    (here / "p.txt").write_text("a cube\na cone\n")
+    assert "p.txt holds other prompts than when" in refused(here, *resume)
+    (here / "p.txt").write_text("a ball\na cube\n")  # the order counts
+    assert "p.txt holds other prompts than when" in refused(here, *resume)
+    (here / "p.txt").write_text("a cube \r\na ball\n\n")  # white space does not
+    assert run("iris_fast.train", *flags(), *resume, cwd=here).code == 0
+
+
+def test_a_reward_whose_field_no_prompt_has(here):
+    (here / "my.py").write_text("def reward(prompts, images, colour): return [0.0] * len(prompts)")
+    (here / "p.jsonl").write_text('{"prompt": "a cube", "color": "red"}\n')
+    words = flags(reward_funcs="[my:reward]", prompts="p.jsonl", output_dir="run")
+    finished = run("iris_fast.train", *words, cwd=here)
+    check_refusal(finished, "iris_fast.train")
+    assert "fields color: missing a required argument: 'colour'" in finished.error_line
+    assert not (here / "run").exists()
 
 
 def test_resuming_what_is_no_run(here):
