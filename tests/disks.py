@@ -13,7 +13,7 @@ import pytest
 def mount(*arguments: str) -> None:
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+        pytest.skip(f"needs the right to mount: {done.stderr.strip().splitlines()[0]}")
 
 
 @contextmanager
