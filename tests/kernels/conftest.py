@@ -18,10 +18,9 @@ if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from iris_kernels import _backend
+from kernel_oracle import TRITON_RUNS
 
-torch.set_num_threads(2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON_RUNS = torch.cuda.is_available() or _backend.interpreted()
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -14,6 +14,7 @@ from iris_kernels import TokenStats, _backend, token_stats
 from iris_kernels.token_stats import token_stats_reference
 from torch import Tensor
 
+TRITON_RUNS = torch.cuda.is_available() or _backend.interpreted()
 EPS = torch.finfo(torch.float32).eps
 FIELDS = TokenStats._fields
 

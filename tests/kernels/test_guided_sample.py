@@ -54,7 +54,7 @@ def arguments(name: str) -> dict:
 @pytest.mark.parametrize("regime", REGIMES)
 def test_same_token_on_every_backend(regime, name, device, monkeypatch, paths_run):
     """Bit for bit, also at both ends of [0, 1)."""
-    from conftest import TRITON_RUNS
+    from kernel_oracle import TRITON_RUNS
 
     if not TRITON_RUNS:
         pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")

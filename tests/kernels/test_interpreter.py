@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TRITON_RUNS
+from kernel_oracle import TRITON_RUNS
 
 HERE = Path(__file__).parent
 ON_BOTH_BACKENDS = sorted(

@@ -28,8 +28,8 @@ properties = settings(max_examples=15, deadline=None, derandomize=True)
 @pytest.fixture(scope="module", params=["torch", "triton"])
 def module_backend(request):
     """`backend`, once for all of a property's examples."""
-    from conftest import TRITON_RUNS
     from iris_kernels import _backend
+    from kernel_oracle import TRITON_RUNS
 
     if request.param == "triton" and not TRITON_RUNS:
         pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
