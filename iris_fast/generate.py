@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from iris_fast.config import GenerateConfig, parse_command_line
+from iris_fast.command_line import parse_command_line
+from iris_fast.config import GenerateConfig
 
 PROGRAM = "iris_fast.generate"
 # Before torch is imported: a typo is answered at once.

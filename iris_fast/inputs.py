@@ -8,8 +8,14 @@ import torch
 
 from iris_fast.batch import Prompt
 from iris_fast.config import SamplingConfig
+from iris_fast.errors import UserError
 from iris_fast.models.layouts import JanusCheckpoint, load_janus
-from iris_fast.models.templates import load_instruction
+from iris_fast.models.templates import (
+    TEMPLATES,
+    fill_instruction,
+    image_prompt_ids,
+    load_instruction,
+)
 from iris_fast.pictures import check_image_tokens
 from iris_fast.prompts import check_against, read_prompts
 from iris_fast.tiny import PROMPTS_FILE, build_tiny
@@ -33,9 +39,36 @@ def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:
     """Read the prompts (first: they are the cheaper mistake), open the model, check both."""
     source = config.prompts or str(PROMPTS_FILE)
     prompts = read_prompts(source)
-    if config.cot:
-        load_instruction(config.cot_instruction)  # a mistake in it is told before anything is made
+    # A mistake in it is told before anything is made.
+    instruction = load_instruction(config.cot_instruction) if config.cot else ""
     checkpoint = open_model(config.model, dtype)
-    check_against(checkpoint.tokenizer, prompts, config.max_prompt_length, source)
+    longest = check_against(checkpoint.tokenizer, prompts, config.max_prompt_length, source)
     tokens = check_image_tokens(config.image_token_num_per_image, checkpoint.config.image_tokens)
+    check_positions(config, checkpoint, longest.text, instruction, tokens)
     return Inputs(checkpoint, prompts, tokens)
+
+
+def check_positions(
+    config: SamplingConfig,
+    checkpoint: JanusCheckpoint,
+    prompt: str,
+    instruction: str,
+    image_tokens: int,
+) -> None:
+    """Raise UserError if the longest sequence that `prompt` can lead to is longer than the model's
+    `max_positions`: it would be drawn, but from positions that the model never saw."""
+    template, tokenizer = TEMPLATES[config.template], checkpoint.tokenizer
+    cot_tokens = config.max_completion_length if config.cot else 0
+    needed = len(image_prompt_ids(tokenizer, template, prompt)) + cot_tokens + image_tokens
+    if config.cot:
+        asked = tokenizer.encode(template.cot_prompt(fill_instruction(instruction, prompt)))
+        needed = max(needed, len(asked) + cot_tokens)
+    room = checkpoint.config.decoder.max_positions
+    if needed > room:
+        cot = f"a chain of thought of {cot_tokens}, " if config.cot else ""
+        remedy = "lower --max_completion_length or " if config.cot else ""
+        raise UserError(
+            f"max_prompt_length: with its template, {cot}and {image_tokens} image tokens, the "
+            f"longest prompt ({prompt[:40]!r}) takes up to {needed} positions, and {config.model} "
+            f"has {room}; {remedy}shorten the prompt"
+        )

@@ -10,7 +10,10 @@ import contextlib
 import importlib.util
 import json
 import math
+import netrc
+import os
 import statistics
+import urllib.parse
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -197,9 +200,27 @@ def console_line(metrics: dict[str, Any]) -> str:
 
 
 def require_tracker(name: str) -> None:
-    """Raise UserError if the tracker `name` is not installed: before a run makes its folder."""
+    """Raise UserError if the tracker `name` is not installed, or would stop to ask for a login:
+    before a run makes its folder."""
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(f"report_to: {name} is not installed; pip install {name}")
+    if name == "wandb" and not _wandb_can_start():
+        raise UserError(
+            "report_to: wandb has no login on this machine; run `wandb login`, set WANDB_API_KEY, "
+            "or set WANDB_MODE=offline"
+        )
+
+
+def _wandb_can_start() -> bool:
+    """Whether wandb finds what it else prompts for: it looks in these places, in this order."""
+    if os.environ.get("WANDB_MODE", "online") != "online" or os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return urllib.parse.urlsplit(server).hostname in hosts
 
 
 def _tracker(config: TrainConfig, folder: Path) -> Any:

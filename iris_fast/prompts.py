@@ -149,9 +149,10 @@ def _checked(text: str, where: str) -> str:
 
 def check_against(
     tokenizer: JanusTokenizer, prompts: Iterable[Prompt], max_prompt_length: int, source: str
-) -> None:
-    """Raise UserError for a prompt that the model cannot take: one longer than `max_prompt_length`
-    tokens, or one that spells a special token and so would end the prompt early."""
+) -> Prompt:
+    """The prompt of most tokens; UserError for one that the model cannot take: longer than
+    `max_prompt_length` tokens, or spelling a special token, which would end the prompt early."""
+    longest, most_tokens = None, -1
     for number, prompt in enumerate(prompts, start=1):
         where = f"prompts: {source} prompt {number} ({prompt.text[:40]!r})"
         for special in tokenizer.special_strings:
@@ -163,6 +164,10 @@ def check_against(
                 f"{where}: {length} tokens ({len(prompt.text)} characters) are more than "
                 f"max_prompt_length {max_prompt_length}; shorten it or raise --max_prompt_length"
             )
+        if length > most_tokens:
+            longest, most_tokens = prompt, length
+    assert longest is not None, "read_prompts gives at least one"
+    return longest
 
 
 class PromptSource:

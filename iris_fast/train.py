@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from iris_fast.config import TrainConfig, parse_command_line
+from iris_fast.command_line import parse_command_line
+from iris_fast.config import TrainConfig
 
 PROGRAM = "iris_fast.train"
 # Before torch is imported: a typo is answered at once.

@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from runs import make_trace
+from small_runs import make_trace
 from torch.distributed.checkpoint.logger import _dcp_logger as dcp_logger
 
 from iris_fast import distributed

@@ -16,8 +16,8 @@ import pytest
 import torch
 from commands import Finished, run, start, wait_for
 from disks import read_only
-from runs import flags, quick, tree
 from safetensors.torch import load_file, save_file
+from small_runs import flags, quick, tree
 
 from iris_fast.models.layouts import export_janus
 from iris_fast.tiny import build_tiny
@@ -75,6 +75,19 @@ def test_prompt_files(here, module, name, content, told):
         (here / name).write_bytes(content)
     line = refused(here, "--prompts", name, "--output_dir", "out", module=module)
     assert all(part in line for part in ["prompts: ", *told]), line
+
+
+@pytest.mark.parametrize("module", ["iris_fast.train", "iris_fast.generate"])
+@pytest.mark.parametrize("cot", [True, False])
+def test_sequences_longer_than_the_model_has_positions_for(here, module, cot):
+    long = "a red ball and " * (10 if cot else 500)
+    (here / "p.txt").write_text(f"a cube\n{long}a cone\n")
+    words = ["--prompts", "p.txt", "--output_dir", "out", "--cot", str(cot).lower()]
+    words += ["--max_completion_length", "1000"] if cot else ["--max_prompt_length", "9999"]
+    line = refused(here, *words, module=module)
+    assert "longest prompt ('a red ball and" in line
+    assert "tiny has 1024" in line
+    assert ("lower --max_completion_length or" in line) == cot
 
 
 def test_emoji_are_no_mistake(here):

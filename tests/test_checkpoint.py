@@ -14,7 +14,7 @@ import pytest
 import torch
 from commands import run
 from disks import mount, small_disk
-from runs import checkpoints, flags, metrics, quick, tensors, tree
+from small_runs import checkpoints, flags, metrics, quick, tensors, tree
 
 from iris_fast import checkpoint
 from iris_fast.checkpoint import find_fault, newest
@@ -151,7 +151,8 @@ def test_broken_checkpoints_do_not_count_when_old_ones_are_deleted(damaged, here
 KILLED = """
 import os
 from iris_fast import checkpoint
-from iris_fast.config import TrainConfig, parse_command_line
+from iris_fast.command_line import parse_command_line
+from iris_fast.config import TrainConfig
 seal = checkpoint._seal
 checkpoint._seal = lambda partial, step: os._exit(9) if step == 3 else seal(partial, step)
 from iris_fast.train import main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,8 @@ import pytest
 import yaml
 from commands import run
 
-from iris_fast.config import (
-    PRESETS,
-    GenerateConfig,
-    SamplingConfig,
-    TrainConfig,
-    parse,
-    to_yaml,
-)
+from iris_fast.command_line import parse
+from iris_fast.config import PRESETS, GenerateConfig, SamplingConfig, TrainConfig, to_yaml
 from iris_fast.errors import UserError
 
 
@@ -120,11 +115,14 @@ def test_a_name_like_no_other_is_pointed_to_help():
     [
         (["--learning_rate", "abc"], "learning_rate: .*float.*abc"),
         (["--num_generations", "2.5"], "num_generations: .*int.*2.5"),
-        (["--cot", "maybe"], "cot: .*bool.*maybe"),
-        (["--cot"], "--cot: expected one argument"),
+        (["--cot", "maybe"], "cot: maybe is neither true nor false"),
+        (["--cot"], "cot: no value given.*--cot true"),
         (["--loss_type", "grop"], "loss_type: .*grpo.*bnpo.*dr_grpo.*dapo.*grop"),
         (["--preset", "tinyy"], "preset: .*tiny.*janus-pro-1b.*tinyy"),
-        (["--reward_funcs", "random"], r"reward_funcs: random is no list.*\[a, b\]"),
+        (
+            ["--reward_funcs", "random"],
+            r"reward_funcs: random is no list of str; write it as \[random\]",
+        ),
         (["--reward_weights", "[1, x]"], r"reward_weights: .*is no list of float"),
         (["--reward_weights", "[1]", "--cot", "true"], "reward_weights.*one for each of image_nsc"),
         (["--reward_weights", "[.nan, 1]"], "reward_weights: nan"),
@@ -239,3 +237,20 @@ def test_a_typo_is_answered_before_torch_is_imported(here, module):
     assert finished.stderr.splitlines() == [
         f"{module}: error: sead: there is no such setting; did you mean seed?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cot"], "write --cot VALUE, a switch as --cot true"),
+        (["--cot", "maybe"], "cot: maybe is neither true nor false"),
+        (["--reward_funcs", "image_nsc"], "image_nsc is no list of str; write it as [image_nsc]"),
+        (
+            ["--resume_from_checkpoint", "runs/a/checkpoints/step_1"],
+            "write --resume_from_checkpoint true, and the run's folder as --output_dir",
+        ),
+    ],
+)
+def test_what_users_of_other_trainers_write_is_answered_with_what_to_write(arguments, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        train_config(*arguments)

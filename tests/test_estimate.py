@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from runs import quick
+from small_runs import quick
 
 from iris_fast.config import PRESETS, TrainConfig
 from iris_fast.errors import UserError

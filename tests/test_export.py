@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
-from runs import quick, tensors, tree
+from small_runs import quick, tensors, tree
 
 from iris_fast.export import export
 from iris_fast.models.attention import PackedAttention

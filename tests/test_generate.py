@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import run, start, wait_for
 from PIL import Image
-from runs import set_spread, tree
+from small_runs import set_spread, tree
 
 from iris_fast.config import GenerateConfig
 from iris_fast.generate import main

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from runs import flags, metrics, quick
+from small_runs import flags, metrics, quick
 
 from iris_fast.config import TrainConfig
-from iris_fast.log import Log, find_warnings, read_metrics, rollout_metrics
+from iris_fast.errors import UserError
+from iris_fast.log import Log, find_warnings, read_metrics, require_tracker, rollout_metrics
 from iris_fast.report import write_report
 from iris_fast.rewards import load_rewards, score
 from iris_fast.run_folder import RunFolder
@@ -317,3 +318,34 @@ def test_only_the_first_rank_writes(folder):
     log.say("nothing")
     log.close()
     assert not folder.metrics.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "starts"),
+    [
+        ({}, None, False),
+        ({}, "machine elsewhere.org login u password p", False),
+        ({}, "machine api.wandb.ai login u password p", True),
+        ({"WANDB_BASE_URL": "https://ours.org/"}, "machine ours.org login u password p", True),
+        ({"WANDB_API_KEY": "0" * 40}, None, True),
+        ({"WANDB_MODE": "offline"}, None, True),
+        ({"WANDB_MODE": "online"}, None, False),
+    ],
+)
+def test_wandb_without_a_login_is_refused_instead_of_asking_for_one(
+    here, monkeypatch, environment, netrc, starts
+):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NETRC", str(here / "netrc"))
+    if netrc:
+        (here / "netrc").write_text(netrc)
+    (here / "wandb.py").touch()  # installed, as far as anyone looks
+    monkeypatch.syspath_prepend(here)
+    if starts:
+        require_tracker("wandb")
+    else:
+        with pytest.raises(UserError, match=r"wandb login.*WANDB_MODE=offline"):
+            require_tracker("wandb")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import run
 from PIL import Image
-from runs import flags, make_trace, metrics, quick
+from small_runs import flags, make_trace, metrics, quick
 
 from iris_fast.batch import Rollout, Trace
 from iris_fast.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from iris_kernels import TokenStats, token_stats
-from runs import set_spread
+from small_runs import set_spread
 
 from iris_fast.batch import PackedBatch, Prompt, Rollout
 from iris_fast.config import SamplingConfig

@@ -13,10 +13,12 @@ import pytest
 import torch
 from commands import launch, run, start, wait_for
 from PIL import Image
-from runs import checkpoints, flags, metrics, quick, tensors, tree
+from small_runs import checkpoints, flags, metrics, quick, tensors, tree
 
-from iris_fast.config import TrainConfig, parse
+from iris_fast.command_line import parse
+from iris_fast.config import TrainConfig
 from iris_fast.errors import UserError
+from iris_fast.rollout import Sampler
 from iris_fast.train import main, train
 
 # Three prompts, so that a run of a few steps meets the end of the file in the middle of a step.
@@ -98,6 +100,21 @@ def test_picture_grids_show_the_same_prompts_and_seeds(finished_run, here):
     assert before.tobytes() == grids["step_00000.png"].tobytes()
     assert before.tobytes() == Image.open("other/samples/step_00001.png").tobytes()
     assert before.tobytes() != grids["step_00005.png"].tobytes()
+
+
+def test_picture_grids_share_no_random_numbers_with_training(here, monkeypatch):
+    drawn: dict[str, set[int]] = {"grid": set(), "training": set()}
+    rollout = Sampler.rollout
+
+    def spy(sampler, prompts, sample_numbers, *pause):
+        drawn["training" if pause else "grid"].update(sample_numbers)
+        return rollout(sampler, prompts, sample_numbers, *pause)
+
+    monkeypatch.setattr(Sampler, "rollout", spy)
+    train(quick("run", max_steps=3, sample_steps=1))
+    assert len(drawn["grid"]) >= 4
+    assert len(drawn["training"]) == 3 * 2  # a prompt's 2 images, fresh ones in every step
+    assert not drawn["grid"] & drawn["training"]
 
 
 def test_sample_steps_0_draws_none(here):

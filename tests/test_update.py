@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import metrics, quick, tensors
+from small_runs import metrics, quick, tensors
 
 from iris_fast import distributed
 from iris_fast.batch import Scored

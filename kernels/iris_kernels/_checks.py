@@ -128,3 +128,19 @@ def row_parts(tensor: Tensor, levels: int) -> Iterator[tuple[slice, Tensor]]:
     for i, slab in enumerate(tensor):
         for rows, part in row_parts(slab, levels):
             yield slice(i * rows_each + rows.start, i * rows_each + rows.stop), part
+
+
+def check_same_kind(cond: Tensor, uncond: Tensor) -> None:
+    """Raise ValueError unless both have one shape, dtype and device."""
+    for what in ("shape", "dtype", "device"):
+        ours, theirs = getattr(cond, what), getattr(uncond, what)
+        if ours != theirs:
+            raise ValueError(
+                f"uncond_logits has {what} {theirs} but cond_logits has {ours}: make them equal"
+            )
+
+
+def check_range(name: str, value: float, right: bool, remedy: str) -> None:
+    """Raise ValueError naming the `remedy` unless the value is `right`."""
+    if not right:
+        raise ValueError(f"{name} is {value}: pass {remedy}")

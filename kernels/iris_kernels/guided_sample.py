@@ -24,6 +24,8 @@ from ._backend import jit, tl, triton, use_triton
 from ._checks import (
     check_logits,
     check_per_row,
+    check_range,
+    check_same_kind,
     check_scalar,
     check_temperature,
     check_vocab_size,
@@ -280,15 +282,9 @@ def _guided_sample_op(
         )  # fmt: skip
         threshold = truncation_threshold(mix(*rows, cfg_weight), temperature, top_k, top_p, min_p)
     run = sample_triton if use_triton(cond) else _sample_torch
+    uniform = uniform.reshape(-1).contiguous()
     token_ids, conditional, guided = run(
-        cond,
-        uncond,
-        uniform.reshape(-1).contiguous(),
-        threshold,
-        cfg_weight,
-        temperature,
-        greedy,
-        vocab_size,
+        cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size
     )
     return token_ids.view(shape), conditional.view(4, *shape), guided.view(4, *shape)
 
@@ -367,16 +363,16 @@ def guided_sample(
     if uniform.dtype != torch.float32:
         raise ValueError(f"uniform has dtype {uniform.dtype}: draw it as float32")
     if uncond_logits is not None:
-        _check_same_kind(cond_logits, uncond_logits)
+        check_same_kind(cond_logits, uncond_logits)
         uncond_logits = last_dim_contiguous(uncond_logits.detach())
     check_scalar("cfg_weight", cfg_weight, cond_logits)
     if not isinstance(cfg_weight, Tensor):
-        _check_range("cfg_weight", cfg_weight, -math.inf < cfg_weight < math.inf, "a finite number")
+        check_range("cfg_weight", cfg_weight, -math.inf < cfg_weight < math.inf, "a finite number")
     check_temperature(temperature, cond_logits, zero_allowed=True)
     greedy = not isinstance(temperature, Tensor) and temperature == 0
-    _check_range("top_k", top_k, top_k >= 0, "0 for all, or a positive integer")
-    _check_range("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]")
-    _check_range("min_p", min_p, 0 <= min_p <= 1, "a number in [0, 1]")
+    check_range("top_k", top_k, top_k >= 0, "0 for all, or a positive integer")
+    check_range("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]")
+    check_range("min_p", min_p, 0 <= min_p <= 1, "a number in [0, 1]")
     token_ids, conditional, guided = _guided_sample_op(
         last_dim_contiguous(cond_logits.detach()), uncond_logits, uniform.detach(),
         run_time(cfg_weight, cond_logits), run_time(1.0 if greedy else temperature, cond_logits),
@@ -384,20 +380,6 @@ def guided_sample(
         check_vocab_size(vocab_size, cond_logits.shape[-1]),
     )  # fmt: skip
     return GuidedSample(token_ids, TokenStats(*conditional), TokenStats(*guided))
-
-
-def _check_same_kind(cond: Tensor, uncond: Tensor) -> None:
-    for what in ("shape", "dtype", "device"):
-        ours, theirs = getattr(cond, what), getattr(uncond, what)
-        if ours != theirs:
-            raise ValueError(
-                f"uncond_logits has {what} {theirs} but cond_logits has {ours}: make them equal"
-            )
-
-
-def _check_range(name: str, value: float, right: bool, remedy: str) -> None:
-    if not right:
-        raise ValueError(f"{name} is {value}: pass {remedy}")
 
 
 def guided_sample_reference(
