@@ -179,7 +179,7 @@ def _decode(width: int, dtype: torch.dtype) -> None:
 
     query = torch.empty(64, 16, width, dtype=dtype, device="meta")
     lengths, index = _rows(2, 64, torch.int32)
-    prefix = (cache(9, 64), cache(9, 64), _rows(1, 9, torch.int32)[0], index)
+    prefix = (cache(9, 64), cache(9, 64), lengths, index)
     decode_triton(query, cache(64, 576), cache(64, 576), lengths, prefix, width**-0.5)
 
 

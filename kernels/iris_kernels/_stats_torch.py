@@ -14,6 +14,7 @@ from ._row_math import (
     RowSums,
     any_row,
     chunk_sums,
+    compute_dtype,
     distances,
     finish_rows,
     kept_rows,
@@ -23,17 +24,23 @@ from ._row_math import (
 
 def forward_torch(logits, token_ids, mask, temperature, columns: Columns, outputs) -> None:
     """As `forward_triton`."""
-    kept = kept_rows(token_ids, mask)
     ids = token_ids.long() - columns.first
+    state = columns.state
+    if state is None:
+        state = logits.new_empty((5, ids.numel()), dtype=compute_dtype(logits))
     for rows, x, d, p in Buffers(logits, columns.count).chunks(logits):
         x = x[:, : columns.count] if columns.bias is None else x[:, : columns.count] + columns.bias
         sums = chunk_sums(x, ids[rows], temperature, d, p)
         if not columns.is_first:
-            before = RowSums(*columns.state[:, rows])
-            sums = merge(before, columns.first, sums, columns.count, temperature)
-        results = finish_rows(sums, columns.whole, temperature) if columns.is_last else sums
-        for out, value in zip(outputs if columns.is_last else columns.state, results, strict=True):
-            out[rows] = value.masked_fill_(~kept[rows], 0.0)
+            sums = merge(RowSums(*state[:, rows]), columns.first, sums, columns.count, temperature)
+        torch.stack(sums, out=state[:, rows])
+    if columns.is_last:
+        gone = ~kept_rows(token_ids, mask)
+        results = finish_rows(RowSums(*state), columns.whole, temperature)
+        for out, value in zip(outputs, results, strict=True):
+            out.copy_(value.masked_fill_(gone, 0.0))
+    else:
+        state.masked_fill_(~kept_rows(token_ids, mask), 0.0)
 
 
 def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, columns: Columns):
@@ -72,9 +79,10 @@ def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, 
         if upstream[2] is not None:
             factor = d.clamp_(min=FLOOR).mul_(-on_entropy[rows, None]).add_(factor)
         g = out if out.dtype == p.dtype else p
-        torch.mul(p, factor, out=g)
         if upstream[1] is not None:
-            g += on_all[rows, None]
+            torch.addcmul(on_all[rows, None], p, factor, out=g)
+        else:
+            torch.mul(p, factor, out=g)
         at_target = g.gather(1, ids[rows, None]).add_(on_target[rows, None])
         g.scatter_(1, ids[rows, None], at_target)
         if any_row(~kept[rows]):

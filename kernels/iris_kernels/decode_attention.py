@@ -1,6 +1,6 @@
 """Attention of one new token a sequence over a static key-value cache, live entries only.
 
-    context_bh = softmax_s(scale q_bh . k_bs) v_bs    over the s < prefix length, then s < length_b
+    context_bh = softmax_s(scale q_bh . k_bs) v_bs   over s < prefix length_b, then s < length_b
 
 Every sequence has a length of its own, read on the device, so one captured graph serves all steps.
 A prompt that several sequences share is held once, as a prefix: its rows are read from memory once
@@ -13,10 +13,9 @@ Shapes: B sequences, H query heads, Hkv key-value heads (H a multiple of it: que
 head h // (H / Hkv)), S cache entries, Dh head width, N prefixes of up to S_p entries, L slots.
 """
 
-import math
-
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import jit, tl, triton, use_triton
 from ._ops import add_op_namespace_prefix
@@ -76,7 +75,7 @@ def _decode_kernel(
         n = tl.load(prefix_index + b).to(tl.int64)
         length = 0
         if n >= 0:
-            length = tl.minimum(tl.load(prefix_lengths + n).to(tl.int32), prefix_S)
+            length = tl.minimum(tl.load(prefix_lengths + b).to(tl.int32), prefix_S)
         m, l, acc = _attend(
             q, prefix_keys + n * pk_n + kv * pk_h, prefix_values + n * pv_n + kv * pv_h, length,
             pk_s, pv_s, m, l, acc, L, WIDTH, D,
@@ -126,37 +125,40 @@ def decode_triton(query, keys, values, lengths, prefix, scale) -> Tensor:
 
 
 def decode_torch(query, keys, values, lengths, prefix, scale) -> Tensor:
-    """Masked scores over the live part of the caches; gathers each sequence's prefix."""
+    """torch's attention, once for all sequences of one prefix and one length, without any mask.
+
+    Reads the lengths on the host: on a GPU that waits for the device.
+    """
     prefix_keys, prefix_values, prefix_lengths, prefix_index = prefix
-    B, H, width = query.shape
-    q = query.float().view(B, keys.shape[1], -1, width) * scale
-    parts = [(keys, values, lengths)]
+    context = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    key = [lengths.tolist()]
     if prefix_keys is not None:
-        n = prefix_index.long().clamp(min=0)
-        live = torch.where(prefix_index >= 0, prefix_lengths[n], 0)
-        longest = _longest(live, prefix_keys.shape[2])
-        parts.insert(0, (prefix_keys[n, :, :longest], prefix_values[n, :, :longest], live))
-    scores, live_values = [], []
-    for k, v, live in parts:
-        longest = _longest(live, k.shape[2])
-        k, v = k[:, :, :longest].float(), v[:, :, :longest].float()
-        alive = torch.arange(longest, device=k.device) < live[:, None]
-        if alive.is_cpu and alive.all():
-            scores.append(q @ k.transpose(2, 3))
-            live_values.append(v)
-            continue
-        dead = ~alive[:, None, :, None]  # may hold NaN, and 0 * NaN is NaN
-        score = q @ k.masked_fill(dead, 0.0).transpose(2, 3)
-        scores.append(score.masked_fill(dead.transpose(2, 3), -math.inf))
-        live_values.append(v.masked_fill(dead, 0.0))
-    p = torch.softmax(torch.cat(scores, -1), -1).nan_to_num_(0.0)  # NaN: no entry at all
-    context = p @ torch.cat(live_values, 2)
-    return context.view(B, H, width).to(query.dtype)
+        seen = prefix_lengths.where(prefix_index >= 0, 0)
+        key += [seen.tolist(), prefix_index.tolist()]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for b, alike in enumerate(zip(*key, strict=True)):
+        groups.setdefault(alike, []).append(b)
+    for (own, *shared), members in groups.items():
+        chosen = _rows(members, len(query))
+        k, v = keys[chosen, :, :own], values[chosen, :, :own]
+        if shared and shared[0]:
+            seen, n = shared
+            size = (len(members), -1, -1, -1)
+            k = torch.cat([prefix_keys[n, :, :seen].expand(size), k], 2)
+            v = torch.cat([prefix_values[n, :, :seen].expand(size), v], 2)
+        if k.shape[2]:
+            q = query[chosen, :, None].float()
+            # Heads that share keys become queries of one head: no key is repeated.
+            q = q.view(len(members), k.shape[1], -1, q.shape[-1])
+            out = scaled_dot_product_attention(q, k.float(), v.float(), scale=scale)
+            context[chosen] = out.view(len(members), *query.shape[1:]).to(query.dtype)
+    return context
 
 
-def _longest(lengths: Tensor, limit: int) -> int:
-    """How many entries to look at; where asking would cost a sync, all there are."""
-    return min(limit, int(lengths.max())) if lengths.is_cpu else limit
+def _rows(members: list[int], count: int) -> slice | list[int]:
+    """These rows of `count`, as a view where they lie side by side."""
+    side_by_side = members[-1] - members[0] + 1 == len(members)
+    return slice(members[0], members[-1] + 1) if side_by_side else members
 
 
 # --- Custom op ------------------------------------------------------------------------------------
@@ -209,9 +211,9 @@ def decode_attention(
 
     context = softmax(scale * query @ keys.T) @ values, over the sequence's prefix, if it has one,
     and the first `lengths` entries of its own cache (the new token's included: append it first).
-    Float32 inside. One launch, no host sync, safe in a CUDA graph: lengths and prefix_index are
-    read on the device in every replay. A sequence's result does not depend on those beside it (bit
-    for bit on the Triton path).
+    Float32 inside. On the Triton path one launch, no host sync, safe in a CUDA graph: lengths and
+    prefix_index are read on the device in every replay. A sequence's result does not depend on
+    those beside it (there bit for bit).
     Not differentiable; for training use packed attention.
 
     Args:
@@ -220,8 +222,8 @@ def decode_attention(
             `lengths` on are never read. H is a multiple of Hkv: heads in groups share keys.
         lengths: (B) int32 or int64, on the device; 0 where a sequence has no entry of its own.
         prefix_keys, prefix_values: (N, Hkv, S_p, Dh), prompts that sequences share.
-        prefix_lengths: (N), live entries of each prefix.
         prefix_index: (B), the prefix of each sequence; -1 for none.
+        prefix_lengths: (B), how many entries of its prefix each sequence sees.
         scale: None is Dh ** -0.5.
 
     Returns:
@@ -281,7 +283,7 @@ def _check_caches(query, keys, values, lengths, keys_name, values_name, lengths_
             f"{values_name} has shape {tuple(values.shape)} but {keys_name} has "
             f"{tuple(keys.shape)}: make them equal"
         )
-    _check_integers(lengths_name, lengths, rows, query.device)
+    _check_integers(lengths_name, lengths, B, query.device)
 
 
 def _check_integers(name: str, values: Tensor, count: int, device: torch.device) -> None:

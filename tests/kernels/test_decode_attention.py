@@ -57,10 +57,12 @@ def test_budget(regime, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shared_prefix_is_as_if_it_were_in_every_cache(dtype, backend, device):
     query, keys, values, lengths = case(4, 2, 2, 20, 16, dtype, device)
-    _, prefix_keys, prefix_values, prefix_lengths = case(2, 2, 2, 9, 16, dtype, device, seed=5)
+    _, prefix_keys, prefix_values, live = case(2, 2, 2, 9, 16, dtype, device, seed=5)
+    live[1] = 4
     index = torch.tensor([1, -1, 0, 1], device=device)
     lengths[3] = 0
-    prefix_lengths[1] = 4
+    prefix_lengths = live[index.clamp(min=0)]
+    prefix_lengths[0] = 3  # two sequences see different parts of one prefix
     out = decode_attention(
         query, keys, values, lengths, prefix_keys=prefix_keys, prefix_values=prefix_values,
         prefix_lengths=prefix_lengths, prefix_index=index,
@@ -68,8 +70,8 @@ def test_shared_prefix_is_as_if_it_were_in_every_cache(dtype, backend, device):
     for b in range(4):
         joined = []
         for prefix, own in ((prefix_keys, keys), (prefix_values, values)):
-            live = prefix[index[b], :, : prefix_lengths[index[b]] if index[b] >= 0 else 0]
-            joined.append(torch.cat([live, own[b, :, : lengths[b]]], 1)[None])
+            shared = prefix[index[b], :, : prefix_lengths[b] if index[b] >= 0 else 0]
+            joined.append(torch.cat([shared, own[b, :, : lengths[b]]], 1)[None])
         together = torch.tensor([joined[0].shape[2]], device=device)
         truth = exact(query[b : b + 1], *joined, together)[0]
         tolerance = 1e-5 if dtype == torch.float32 else 0.03
@@ -158,6 +160,7 @@ def test_graph_replay_reads_new_lengths(monkeypatch):
 
 
 Q, K, N = torch.zeros(2, 4, 16), torch.zeros(2, 2, 5, 16), torch.tensor([5, 1])
+ONE_EACH = torch.tensor([1, 1])
 PREFIX = {"prefix_keys": torch.zeros(1, 2, 3, 16), "prefix_values": torch.zeros(1, 2, 3, 16)}
 MISTAKES = {
     r"query has shape \(4, 16\)": ((Q[0], K, K, N), {}),
@@ -168,8 +171,11 @@ MISTAKES = {
     r"lengths has shape \(1,\)": ((Q, K, K, N[:1]), {}),
     r"lengths is \[6, 1\]": ((Q, K, K, torch.tensor([6, 1])), {}),
     "go together": ((Q, K, K, N), PREFIX),
+    r"prefix_lengths has shape \(1,\)": (
+        (Q, K, K, N), PREFIX | {"prefix_lengths": N[1:], "prefix_index": torch.tensor([0, 0])}
+    ),
     r"prefix_index is \[0, 1\]": (
-        (Q, K, K, N), PREFIX | {"prefix_lengths": N[1:], "prefix_index": torch.tensor([0, 1])}
+        (Q, K, K, N), PREFIX | {"prefix_lengths": ONE_EACH, "prefix_index": torch.tensor([0, 1])}
     ),
 }  # fmt: skip
 
