@@ -13,7 +13,7 @@ import torch
 from bench._case import Call
 
 HOLD_CLOCK = 2e9  # cycles a second at which torch.cuda._sleep is taken to count
-GPU_SECONDS, CPU_SECONDS = 0.3, 1.0  # of measuring per implementation
+GPU_SECONDS, CPU_SECONDS = 0.3, 3.0  # of measuring per implementation
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MOST_ROUNDS, FEWEST_ROUNDS = 200, 5
 
