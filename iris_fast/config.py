@@ -49,6 +49,10 @@ class SamplingConfig:
     """Sample among the most likely tokens that together hold this probability; 1: all."""
     min_p: float = 0.0
     """Drop tokens less likely than min_p times the most likely one; 0: none."""
+    rollout_engine: Literal["auto", "static", "plain"] = "auto"
+    """How tokens are decoded: static shares the keys and values of equal prompts, reads live ones
+    only, and on a GPU replays one CUDA graph a step; plain keeps a copy a sequence and uses torch's
+    attention. auto: static on a GPU. The tokens are the same up to rounding."""
     seed: int = 42
     """Seed of everything random. The same seed gives the same images whatever the batch size or
     the number of ranks."""

@@ -119,8 +119,9 @@ def estimate(
     block = sum(p.numel() for p in shapes.model.language_model.layers[0].parameters())
     outside = total - block * decoder.num_layers
 
-    live = prompt_tokens + text + image / 2
-    steps_bytes = total * item + rows * live * kv_token
+    # Unconditional rows share one prefix; on average half of the image is there.
+    prompts = samples * (prompt_tokens + text)
+    steps_bytes = total * item + (prompts + rows * image / 2) * kv_token
     flops = 2 * total * batch * tokens * config.gradient_accumulation_steps
     passes = 3 + config.gradient_checkpointing + bool(config.beta) + (config.num_iterations > 1)
     return Estimate(
@@ -132,7 +133,7 @@ def estimate(
             "reference": item * total / world_size if config.beta else 0,
             "sampler's copy": item * total,
         },
-        rollout_bytes={"KV cache": rows * (prompt_tokens + text + image) * kv_token},
+        rollout_bytes={"KV cache": (prompts + rows * image) * kv_token},
         training_bytes={
             "activations": batch * tokens * per_token,
             "heads, tile by tile": HEAD_BYTES,

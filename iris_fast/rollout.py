@@ -12,13 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from iris_kernels import TokenStats, guided_sample
+from iris_kernels import GuidedSample, TokenStats, guided_sample
 from torch import Tensor
 
 from iris_fast.batch import Prompt, Rollout, Trace
 from iris_fast.config import SamplingConfig
-from iris_fast.models.attention import KVCache
+from iris_fast.engine import Record, run_steps
+from iris_fast.models.attention import KVCache, rows_and_positions
 from iris_fast.models.janus import Janus
+from iris_fast.models.shared_cache import Beginnings, SharedKVCache
 from iris_fast.models.templates import (
     TEMPLATES,
     fill_instruction,
@@ -29,6 +31,8 @@ from iris_fast.models.templates import (
 )
 from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.randomness import uniforms
+
+Cache = KVCache | SharedKVCache
 
 PAUSE_STEPS = 64  # image steps between two calls of `pause`
 # Text steps between two looks at the device's "all ended" flag: a look stalls a GPU.
@@ -49,6 +53,17 @@ class Sampler:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.janus.lm_head.weight.device
+
+    @property
+    def static(self) -> bool:
+        """Whether equal beginnings are shared and every step is the same for the device."""
+        engine = self.config.rollout_engine
+        return engine == "static" or (engine == "auto" and self.device.type == "cuda")
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps become a CUDA graph."""
+        return self.static and self.device.type == "cuda"
 
     @functools.cached_property
     def instruction(self) -> str:
@@ -104,27 +119,30 @@ class Sampler:
         self, prompt_ids: list[list[int]], sample_numbers: list[int]
     ) -> tuple[list[list[int]], Trace]:
         """Sample text until every sequence has ended or max_completion_length is reached."""
-        longest = self.config.max_completion_length
-        device = self.device
-        draws_NL = uniforms(self.config.seed, "text", sample_numbers, longest).to(device)
-        hidden_ND, cache = self._prefill(prompt_ids, room=longest)
+        longest, device = self.config.max_completion_length, self.device
+        record = Record(uniforms(self.config.seed, "text", sample_numbers, longest).to(device))
+        embeds_ND, cache = self._start(prompt_ids, room=longest)
         ended_N = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
-        steps = []
-        for step in range(longest):
-            sampled = self._sample(self.janus.text_logits(hidden_ND), None, draws_NL[:, step])
-            steps.append(sampled)
-            ended_N |= sampled.token_ids == self.tokenizer.eos_id
-            look = step % POLL_STEPS[device.type] == 0
-            if step + 1 == longest or (look and bool(ended_N.all())):
-                break
-            hidden_ND = self._step(self.janus.embed_text(sampled.token_ids), cache)
-        ids_NL = torch.stack([step.token_ids for step in steps], dim=1).cpu()
+
+        def step() -> None:
+            hidden_ND = self.janus.decode(embeds_ND, cache.positions_B, cache.decode())
+            cache.advance()
+            sampled = self._sample(self.janus.text_logits(hidden_ND), None, record.draws_N())
+            record.write(sampled)
+            ended_N.logical_or_(sampled.token_ids == self.tokenizer.eos_id)
+            embeds_ND.copy_(self.janus.embed_text(sampled.token_ids))
+
+        def all_ended(done: int) -> bool:
+            return done % POLL_STEPS[device.type] == 0 and bool(ended_N.all())
+
+        steps = run_steps(step, longest, device, self.captured, all_ended)
+        ids_NL = record.token_ids_NL(steps)
         # Tokens count up to and with the first end token.
         is_end = ids_NL == self.tokenizer.eos_id
         mask_NL = is_end.cumsum(dim=1) - is_end.long() == 0
         width = int(mask_NL.sum(dim=1).max())
         ids = [row[kept].tolist() for row, kept in zip(ids_NL, mask_NL, strict=True)]
-        return ids, make_trace(steps[:width], mask_NL[:, :width])
+        return ids, record.trace(mask_NL[:, :width])
 
     def _draw_codes(
         self, prompt_ids: list[list[int]], sample_numbers: list[int], pause: Callable[[], None]
@@ -132,27 +150,33 @@ class Sampler:
         """Sample the image codes; the unconditional rows follow the conditional ones."""
         guided = self.config.cfg_weight != 1.0
         draws_NI = uniforms(self.config.seed, "image", sample_numbers, self.image_tokens)
-        draws_NI = draws_NI.to(self.device)
+        record = Record(draws_NI.to(self.device))
         rows = list(prompt_ids)
         if guided:
             rows += [unconditional_ids(ids, self.tokenizer) for ids in prompt_ids]
-        hidden_BD, cache = self._prefill(rows, room=self.image_tokens)
-        steps = []
-        for step in range(self.image_tokens):
-            if step % PAUSE_STEPS == 0:
-                pause()
+        embeds_BD, cache = self._start(rows, room=self.image_tokens)
+
+        def step() -> None:
+            hidden_BD = self.janus.decode(embeds_BD, cache.positions_B, cache.decode())
+            cache.advance()
             logits_BK = self.janus.image_logits(hidden_BD)
             cond, uncond = logits_BK.chunk(2) if guided else (logits_BK, None)
-            sampled = self._sample(cond, uncond, draws_NI[:, step])
-            steps.append(sampled)
-            if step + 1 < self.image_tokens:
-                embeds_ND = self.janus.embed_image(sampled.token_ids)
-                embeds_BD = torch.cat([embeds_ND, embeds_ND]) if guided else embeds_ND
-                hidden_BD = self._step(embeds_BD, cache)
-        codes_NI = torch.stack([step.token_ids for step in steps], dim=1).cpu()
-        return codes_NI, make_trace(steps, torch.ones_like(codes_NI, dtype=torch.bool))
+            sampled = self._sample(cond, uncond, record.draws_N())
+            record.write(sampled)
+            embeds_ND = self.janus.embed_image(sampled.token_ids)
+            embeds_BD.copy_(torch.cat([embeds_ND, embeds_ND]) if guided else embeds_ND)
 
-    def _sample(self, cond: Tensor, uncond: Tensor | None, draws_N: Tensor):
+        def look_up(done: int) -> bool:
+            if done % PAUSE_STEPS == 0:
+                pause()
+            return False
+
+        pause()
+        steps = run_steps(step, self.image_tokens, self.device, self.captured, look_up)
+        codes_NI = record.token_ids_NL(steps)
+        return codes_NI, record.trace(torch.ones_like(codes_NI, dtype=torch.bool))
+
+    def _sample(self, cond: Tensor, uncond: Tensor | None, draws_N: Tensor) -> GuidedSample:
         config = self.config
         return guided_sample(
             cond,
@@ -165,39 +189,25 @@ class Sampler:
             min_p=config.min_p,
         )
 
-    def _prefill(self, sequences: list[list[int]], room: int) -> tuple[Tensor, KVCache]:
-        """Run the prompts; the hidden state after each one's last token, and the filled cache."""
+    def _start(self, sequences: list[list[int]], room: int) -> tuple[Tensor, Cache]:
+        """Run all but the last token of each sequence. The last tokens' embeddings [B, D], with
+        which the first step begins, and the filled cache, with `room` for that many steps."""
         device, dtype = self.device, self.janus.lm_head.weight.dtype
-        lengths = [len(sequence) for sequence in sequences]
-        cache = KVCache(
-            self.janus.config.decoder, len(sequences), max(lengths) + room, dtype, device
-        )
-        ids_T = torch.tensor([token for sequence in sequences for token in sequence], device=device)
-        positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        embeds_TD = self.janus.embed_text(ids_T)
-        hidden_TD = self.janus.decode(embeds_TD, positions_T, cache.prefill(lengths))
-        last = torch.tensor(lengths).cumsum(0) - 1
-        return hidden_TD[last.to(device)], cache
-
-    def _step(self, embeds_BD: Tensor, cache: KVCache) -> Tensor:
-        """One more token for every sequence; the hidden state after it."""
-        hidden_BD = self.janus.decode(embeds_BD, cache.lengths_B, cache.decode())
-        cache.advance()
-        return hidden_BD
-
-
-def make_trace(steps: list, mask_NL: Tensor) -> Trace:
-    """Stack the steps' statistics to [N, L] on the CPU, 0 where the mask does not hold."""
-
-    def stack(parts: list[TokenStats]) -> TokenStats:
-        fields = (torch.stack(values, dim=1).cpu() for values in zip(*parts, strict=True))
-        return TokenStats(*(field.masked_fill(~mask_NL, 0.0) for field in fields))
-
-    return Trace(
-        conditional=stack([step.conditional for step in steps]),
-        guided=stack([step.guided for step in steps]),
-        mask=mask_NL,
-    )
+        config = self.janus.config.decoder
+        beginnings = [ids[:-1] for ids in sequences]
+        if self.static:
+            cache: Cache = SharedKVCache(config, Beginnings.of(beginnings), room, dtype, device)
+            beginnings = cache.beginnings.prefixes
+            attention = cache.prefill()
+        else:
+            longest = max(map(len, beginnings))
+            cache = KVCache(config, len(sequences), longest + room, dtype, device)
+            attention = cache.prefill([len(ids) for ids in beginnings])
+        ids_T = torch.tensor([token for ids in beginnings for token in ids], device=device)
+        _, positions_T = rows_and_positions([len(ids) for ids in beginnings], device)
+        self.janus.decode(self.janus.embed_text(ids_T), positions_T, attention)
+        last_B = torch.tensor([ids[-1] for ids in sequences], device=device)
+        return self.janus.embed_text(last_B), cache
 
 
 def empty_trace(samples: int) -> Trace:

@@ -216,6 +216,7 @@ def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy, vq = opened.model, opened.vq.to(ranks.device)
     frozen = frozen_copy(policy, dtype, ranks.device)
+    frozen.model.language_model.fuse()
     sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
     # Never updated, so it needs no float32 master weights.
     reference = frozen_copy(policy, dtype, torch.device("cpu")) if config.beta else None

@@ -243,7 +243,7 @@ def test_texts_that_all_end_early_stop_the_loop(opened, monkeypatch):
     assert ended.cot_ids == [[first]] * 2
     assert ended.truncated == [False, False]
     assert ended.text.mask.shape == (2, 1)
-    assert len(steps) == 1 + IMAGE_TOKENS  # one prefill of the text, then the image
+    assert len(steps) == 1 + 1 + 1 + IMAGE_TOKENS  # a prefill each; one step of text
 
 
 def test_the_image_prompt_is_prompt_and_text(opened, rollout):

@@ -29,6 +29,7 @@ FLOW = [
     "prompts",
     "pictures",
     "inputs",
+    "engine",
     "rollout",
     "distributed",
     "advantage",

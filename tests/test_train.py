@@ -102,6 +102,15 @@ def test_picture_grids_show_the_same_prompts_and_seeds(finished_run, here):
     assert before.tobytes() != grids["step_00005.png"].tobytes()
 
 
+def test_both_rollout_engines_train_alike(here):
+    for engine in ("plain", "static"):
+        train(quick(engine, rollout_engine=engine, num_generations=4, max_steps=3))
+    for ours, theirs in zip(metrics("static"), metrics("plain"), strict=True):
+        assert ours["cot_tokens"] == theirs["cot_tokens"]
+        assert ours["reward"] == pytest.approx(theirs["reward"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+
+
 def test_picture_grids_share_no_random_numbers_with_training(here, monkeypatch):
     drawn: dict[str, set[int]] = {"grid": set(), "training": set()}
     rollout = Sampler.rollout

@@ -1,0 +1,136 @@
+"""A key-value cache for sequences that begin alike: equal beginnings are held and computed once.
+
+The samples of a group share their prompt, and all unconditional rows begin BOS, pad, pad, ...; what
+differs is the last token and what follows it. Every step reads live entries only, through
+`iris_kernels.decode_attention`, and counts on the device: a captured CUDA graph serves all steps.
+
+Shapes: B sequences, P prefixes, J key/value heads, S slots, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from iris_kernels import decode_attention
+from torch import Tensor
+
+from iris_fast.models.attention import PackedAttention, rows_and_positions
+from iris_fast.models.decoder import AttentionStrategy, DecoderConfig
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """Sequences cut into a shared prefix and what comes after it.
+
+    Sequence b begins with the first `seen[b]` tokens of `prefixes[index[b]]`.
+    """
+
+    prefixes: list[list[int]]
+    index: list[int]
+    seen: list[int]
+
+    @classmethod
+    def of(cls, beginnings: list[list[int]]) -> Beginnings:
+        """As few prefixes as there are beginnings that no other continues; all non-empty."""
+        if not beginnings or not all(beginnings):
+            raise ValueError(f"beginnings must hold token lists that are not empty: {beginnings}")
+        prefixes: list[list[int]] = []
+        home: dict[tuple[int, ...], int] = {}
+        for beginning in sorted({tuple(ids) for ids in beginnings}, key=len, reverse=True):
+            ids = list(beginning)
+            found = (i for i, prefix in enumerate(prefixes) if prefix[: len(ids)] == ids)
+            place = next(found, len(prefixes))
+            if place == len(prefixes):
+                prefixes.append(ids)
+            home[beginning] = place
+        index = [home[tuple(ids)] for ids in beginnings]
+        return cls(prefixes, index, [len(ids) for ids in beginnings])
+
+
+class SharedKVCache:
+    """Preallocated keys and values: each prefix once, and `room` slots a sequence after it.
+
+        cache = SharedKVCache(config, Beginnings.of(beginnings), room, dtype, device)
+        decoder(prefix_embeds, positions, cache.prefill())      # cache.beginnings.prefixes, packed
+        for _ in range(room):
+            decoder(token_embeds_BD, cache.positions_B, cache.decode())
+            cache.advance()
+
+    Neither `decode` nor `advance` touches the host: it is the caller who counts up to `room`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        beginnings: Beginnings,
+        room: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """2 * layers * kv_heads * head_dim * (B * room + P * longest prefix) elements."""
+        self.beginnings = beginnings
+        batch = len(beginnings.index)
+        longest = max(map(len, beginnings.prefixes))
+
+        def slots(rows: int, length: int) -> list[tuple[Tensor, Tensor]]:
+            shape = (rows, config.num_kv_heads, length, config.head_dim)
+            return [
+                (
+                    torch.empty(shape, dtype=dtype, device=device),
+                    torch.empty(shape, dtype=dtype, device=device),
+                )
+                for _ in range(config.num_layers)
+            ]
+
+        self._prefix, self._own = slots(len(beginnings.prefixes), longest), slots(batch, room)
+        self._index_B = torch.tensor(beginnings.index, device=device)
+        self._seen_B = torch.tensor(beginnings.seen, device=device)
+        self._rows_B = torch.arange(batch, device=device)
+        self._own_B = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    @property
+    def positions_B(self) -> Tensor:
+        """Position of each sequence's next token; int64, on the device."""
+        return self._seen_B + self._own_B
+
+    def prefill(self) -> AttentionStrategy:
+        """Strategy for the prefixes, packed in their order: causal inside each, all kept."""
+        lengths = [len(prefix) for prefix in self.beginnings.prefixes]
+        device = self._own_B.device
+        packed = PackedAttention(lengths, device)
+        row_T, position_T = rows_and_positions(lengths, device)
+
+        def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self._prefix[layer_index]
+            keys[row_T, :, position_T] = key
+            values[row_T, :, position_T] = value
+            return packed(layer_index, query, key, value)
+
+        return attention
+
+    def decode(self) -> AttentionStrategy:
+        """Strategy for one new token a sequence: kept, then attending to all before it."""
+        live_B = self._own_B + 1
+
+        def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self._own[layer_index]
+            prefix_keys, prefix_values = self._prefix[layer_index]
+            keys[self._rows_B, :, self._own_B] = key
+            values[self._rows_B, :, self._own_B] = value
+            return decode_attention(
+                query,
+                keys,
+                values,
+                live_B,
+                prefix_keys=prefix_keys,
+                prefix_values=prefix_values,
+                prefix_lengths=self._seen_B,
+                prefix_index=self._index_B,
+            )
+
+        return attention
+
+    def advance(self) -> None:
+        """Count the tokens that a `decode` step has kept."""
+        self._own_B += 1
