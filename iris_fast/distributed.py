@@ -181,6 +181,23 @@ def shard(module: nn.Module, blocks: nn.ModuleList, ranks: Ranks, bf16: bool) ->
     fully_shard(module, mesh=ranks.mesh, mp_policy=precision)
 
 
+def give_up_pass(module: nn.Module) -> None:
+    """Make a sharded `module` ready again after a pass that an exception ended half-way; gradients
+    are dropped.
+
+    UserError where this torch cannot (2.13 can; older ones are left waiting for that pass's end).
+    """
+    if not hasattr(module, "reset_iter_state"):
+        raise UserError(
+            "per_device_train_batch_size: out of memory in the training pass; to go on with "
+            f"smaller micro-batches by itself needs torch 2.13, this is {torch.__version__}: lower "
+            "it and raise --gradient_accumulation_steps, or add --gradient_checkpointing true"
+        )
+    module.zero_grad(set_to_none=True)  # of parameters that are gathered just now
+    module.reset_iter_state()
+    module.zero_grad(set_to_none=True)  # of their shards
+
+
 def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor (a collective), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -39,7 +39,7 @@ from iris_fast.prompts import PromptSource
 from iris_fast.report import write_report
 from iris_fast.rewards import check_rewards, load_rewards, score
 from iris_fast.rollout import Sampler
-from iris_fast.update import prepare, update
+from iris_fast.update import Pieces, prepare, update
 
 SAMPLES_PER_PROMPT = 4
 
@@ -154,6 +154,7 @@ def loop(
     prompts.cursor = progress.cursor
     random_before = checkpoint.random_state()
     saved_at = progress.step
+    pieces = Pieces()
     try:
         batches = None
         while progress.step < config.max_steps:
@@ -176,7 +177,7 @@ def loop(
                     scored, models.policy, models.reference, config, ranks, progress.old_logprobs
                 )
             set_learning_rate(optimizer, progress.step, config)
-            losses = update(models.policy, optimizer, batches, config, ranks, pause)
+            losses = update(models.policy, optimizer, batches, config, ranks, pause, pieces)
             copy_weights(models.policy, models.sampler.janus)
             progress.step += 1
             progress.cursor = prompts.cursor
@@ -190,6 +191,7 @@ def loop(
                     "step": progress.step,
                     **rollout_metrics(scored, config, ranks),
                     **losses,
+                    "micro_batch_pieces": pieces.count,
                     "learning_rate": optimizer.param_groups[0]["lr"],
                     **speed(started, rolled_out, config, ranks),
                 }

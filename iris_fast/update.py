@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from iris_fast.batch import PackedBatch, Scored
+from iris_fast.batch import PackedBatch, Rollout, Scored
 from iris_fast.config import TrainConfig
-from iris_fast.distributed import Ranks, full
+from iris_fast.distributed import Ranks, full, give_up_pass
 from iris_fast.errors import UserError
 from iris_fast.loss import Loss, grpo_loss, token_weights, truncated_importance
 from iris_fast.packing import pack
@@ -21,12 +22,56 @@ from iris_fast.packing import pack
 class MicroBatch:
     """What one forward and backward pass needs; M counts text rows first, then image rows."""
 
+    rollout: Rollout
+    sample_M: Tensor  # which of the rollout's samples a token is of; on the CPU
     packed: PackedBatch
     advantage_M: Tensor
     weight_M: Tensor
     rollout_logprob_M: Tensor  # the sampler's: for the mismatch that is logged, and tis
     reference_logprob_M: Tensor | None
     old_logprob_M: Tensor | None  # None: the policy's own, as on the first pass over a rollout
+
+    def cut(self, pieces: int) -> list[MicroBatch]:
+        """The same tokens in up to `pieces` micro-batches of whole samples. Gradients add up to the
+        same: what a token weighs was settled for the micro-batch as a whole."""
+        if pieces == 1:
+            return [self]
+        cut = []
+        for chosen in torch.arange(len(self.rollout.prompts)).chunk(pieces):
+            rollout = self.rollout.take(chosen.tolist())
+            packed, sample_M = pack(rollout)
+            kept_M = torch.isin(self.sample_M, chosen).to(self.advantage_M.device)
+            values = {
+                name: None if value is None else value[kept_M]
+                for name, value in vars(self).items()
+                if name.endswith("_M") and name != "sample_M"
+            }
+            packed = packed.to(self.advantage_M.device)
+            cut.append(replace(self, rollout=rollout, sample_M=sample_M, packed=packed, **values))
+        return cut
+
+
+@dataclass
+class Pieces:
+    """Into how many pieces each micro-batch is cut, as the GPU's memory asks for."""
+
+    count: int = 1
+
+    def double(self, samples: int, ranks: Ranks) -> None:
+        """Halve the pieces of `samples` samples; UserError where that is no way out."""
+        if ranks.world_size > 1:
+            # The other ranks are in the middle of a collective that this one has left.
+            raise UserError(
+                "per_device_train_batch_size: out of memory in the training pass; with several "
+                "ranks that cannot be mended in mid-step: lower it and raise "
+                "--gradient_accumulation_steps, or add --gradient_checkpointing true"
+            )
+        if self.count >= samples:
+            raise UserError(
+                "num_generations: out of memory in the training pass of a single sample; add "
+                "--gradient_checkpointing true, or use more GPUs"
+            )
+        self.count *= 2
 
 
 def prepare(
@@ -71,6 +116,8 @@ def prepare(
             old_M = log_probs(policy, packed)
         batches.append(
             MicroBatch(
+                rollout=part,
+                sample_M=sample_M,
                 packed=packed,
                 advantage_M=scored.advantage_N[chosen][sample_M].to(device),
                 weight_M=weight_M.to(device),
@@ -96,6 +143,7 @@ def update(
     config: TrainConfig,
     ranks: Ranks,
     pause: Callable[[], None] = lambda: None,
+    pieces: Pieces | None = None,
 ) -> dict[str, float]:
     """One optimizer step over all micro-batches; the step's loss metrics, over all ranks.
 
@@ -103,31 +151,22 @@ def update(
     those of a step that waits for its last one would be held whole. `pause` is called before each,
     and may raise.
 
-    UserError, before any weight changes, if the gradient is not finite.
+    Where the GPU has no memory left, all starts over with the micro-batches in twice as many
+    `pieces`: weights are untouched until the end, so nothing but time is lost.
+
+    UserError, before any weight changes, if the gradient is not finite, or one sample does not fit.
     """
-    sums: dict[str, float] = {}
-    for batch in batches:
-        pause()
-        text, image = policy(batch.packed)
-        logprob_M = torch.cat([text.logprob, image.logprob])
-        old_M = logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
-        correction_M = None
-        if config.rollout_correction == "tis":
-            cap = config.rollout_correction_cap
-            correction_M = truncated_importance(old_M, batch.rollout_logprob_M, cap)
-        loss = grpo_loss(
-            logprob_M,
-            old_M,
-            batch.reference_logprob_M,
-            batch.advantage_M,
-            batch.weight_M,
-            correction_M,
-            beta=config.beta,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
-        )
-        loss.value.backward()
-        _add(sums, loss, logprob_M.detach(), batch)
+    pieces = pieces or Pieces()
+    sums = None
+    while sums is None:
+        # Mended after the block: inside, the exception still holds the failed pass's tensors.
+        with contextlib.suppress(torch.OutOfMemoryError):
+            sums = _accumulate(policy, batches, config, pause, pieces.count)
+        if sums is None:
+            give_up_pass(policy)
+            pieces.double(max(len(batch.rollout.prompts) for batch in batches), ranks)
+            if ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     limit = config.max_grad_norm or float("inf")
     grad_norm = full(nn.utils.clip_grad_norm_(trained, limit)).item()
@@ -139,6 +178,47 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return _metrics(sums, grad_norm, ranks)
+
+
+def _accumulate(
+    policy: nn.Module,
+    batches: list[MicroBatch],
+    config: TrainConfig,
+    pause: Callable[[], None],
+    pieces: int,
+) -> dict[str, float]:
+    """Forward and backward of all micro-batches; sums of their metrics."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        pause()
+        for piece in batch.cut(pieces):
+            _forward_backward(policy, piece, config, sums)
+    return sums
+
+
+def _forward_backward(
+    policy: nn.Module, batch: MicroBatch, config: TrainConfig, sums: dict[str, float]
+) -> None:
+    text, image = policy(batch.packed)
+    logprob_M = torch.cat([text.logprob, image.logprob])
+    old_M = logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
+    correction_M = None
+    if config.rollout_correction == "tis":
+        cap = config.rollout_correction_cap
+        correction_M = truncated_importance(old_M, batch.rollout_logprob_M, cap)
+    loss = grpo_loss(
+        logprob_M,
+        old_M,
+        batch.reference_logprob_M,
+        batch.advantage_M,
+        batch.weight_M,
+        correction_M,
+        beta=config.beta,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+    )
+    loss.value.backward()
+    _add(sums, loss, logprob_M.detach(), batch)
 
 
 def _add(sums: dict[str, float], loss: Loss, logprob_M: Tensor, batch: MicroBatch) -> None:

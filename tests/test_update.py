@@ -16,9 +16,10 @@ from iris_fast.batch import Scored
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks, copy_weights, full
 from iris_fast.errors import UserError
+from iris_fast.inputs import open_inputs
 from iris_fast.rewards import load_rewards, score
 from iris_fast.train import Models, load_inputs, make_optimizer, repeat, set_learning_rate, train
-from iris_fast.update import log_probs, prepare, update
+from iris_fast.update import Pieces, log_probs, prepare, update
 
 
 @dataclasses.dataclass
@@ -35,14 +36,15 @@ class Step:
         config = dataclasses.replace(self.config, **changes)
         return prepare(self.scored, self.models.policy, self.models.reference, config, self.ranks)
 
-    def update(self, batches) -> dict[str, float]:
-        return update(self.models.policy, self.optimizer, batches, self.config, self.ranks)
+    def update(self, batches, pieces: Pieces | None = None) -> dict[str, float]:
+        rest = (self.optimizer, batches, self.config, self.ranks)
+        return update(self.models.policy, *rest, pieces=pieces)
 
-    def gradients(self) -> dict[str, torch.Tensor]:
+    def gradients(self, pieces: Pieces | None = None) -> dict[str, torch.Tensor]:
         """Of an update that does not take place."""
         self.optimizer.step = lambda: None
         self.optimizer.zero_grad = lambda set_to_none: None
-        self.update(self.batches())
+        self.update(self.batches(), pieces)
         named = self.models.policy.named_parameters()
         return {name: full(p.grad).clone() for name, p in named if p.grad is not None}
 
@@ -90,6 +92,91 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(loss_type):
         assert_same_gradients(whole, cut)
 
 
+# --- Out of memory --------------------------------------------------------------------------------
+
+
+class RunsOutOnce(torch.autograd.Function):
+    """Nothing to do forward; the first backward pass ends here, after the blocks behind."""
+
+    armed = True
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if RunsOutOnce.armed:
+            RunsOutOnce.armed = False
+            raise torch.OutOfMemoryError("pretended")
+        return gradient
+
+
+def run_out_above(limit: int, step: Step, monkeypatch, pieces: Pieces) -> tuple[dict, list[int]]:
+    """A step on a device that holds `limit` samples: its metrics, and the sizes it tried."""
+    forward = type(step.models.policy).forward
+    tried = []
+
+    def small_device(policy, packed, *rest):
+        tried.append(len(packed.sequence_lengths) // 2)  # a text and an image each
+        if tried[-1] > limit:
+            raise torch.OutOfMemoryError("pretended")
+        return forward(policy, packed, *rest)
+
+    batches = step.batches()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(step.models.policy), "forward", small_device)
+        return step.update(batches, pieces), tried
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkeypatch, loss_type):
+    settings = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+    with one_step(**settings) as step:
+        expected, tried = run_out_above(4, step, monkeypatch, Pieces())
+        assert tried == [4, 4]
+        weights = step.weights()
+    with one_step(**settings) as step:
+        pieces = Pieces()
+        losses, tried = run_out_above(1, step, monkeypatch, pieces)
+        assert tried == [4, 2, *[1] * 8]
+        assert pieces.count == 4
+        cut_weights = step.weights()
+    assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    # Adam's first step is the sign of a gradient: where that is near 0, rounding decides.
+    for name, weight in weights.items():
+        differs = (cut_weights[name] - weight).abs() > 1e-5
+        assert differs.float().mean() < 0.01, name
+
+
+def test_gradients_of_a_backward_pass_that_ran_out_do_not_count():
+    whole = gradients()
+    with one_step() as step:
+        block = step.models.policy.model.language_model.layers[1]
+        block.register_forward_hook(lambda module, inputs, output: RunsOutOnce.apply(output))
+        RunsOutOnce.armed = True
+        pieces = Pieces()
+        found = step.gradients(pieces)
+    assert not RunsOutOnce.armed
+    assert pieces.count == 2
+    assert_same_gradients(found, whole)
+
+
+def test_a_single_sample_that_does_not_fit_is_told(monkeypatch):
+    with one_step() as step:
+        before = step.weights()
+        with pytest.raises(UserError, match="single sample; add --gradient_checkpointing true"):
+            run_out_above(0, step, monkeypatch, Pieces())
+        after = step.weights()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_out_of_memory_among_several_ranks_is_told_at_once():
+    ranks = Ranks(rank=0, world_size=2, device=torch.device("cpu"), mesh=None)
+    with pytest.raises(UserError, match="raise --gradient_accumulation_steps"):
+        Pieces().double(8, ranks)
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     assert_same_gradients(gradients(), gradients(gradient_checkpointing=True), rtol=1e-6)
 
@@ -100,7 +187,7 @@ def test_the_gradient_is_that_of_the_loss_written_out():
         found = step.gradients()
         (batch,) = step.batches()
         config = step.config
-        policy = load_inputs(config, step.ranks)[0].sampler.janus.requires_grad_(True)
+        policy = open_inputs(config, torch.float32).checkpoint.model
         copy_weights(step.models.policy, policy)
         text, image = policy(batch.packed)
         counts = step.scored.rollout.text.mask.sum(dim=1).tolist()
