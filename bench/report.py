@@ -186,7 +186,7 @@ def summary(runs: dict[str, Run]) -> str:
     """The newest run on a GPU, or on a CPU where there is none: head line and table."""
     on_gpu = {stem: run for stem, run in runs.items() if run["head"]["driver"]}
     run = next(iter((on_gpu or runs).values()))
-    rows = [row for row in run["rows"] if row["suite"] != CEILINGS]
+    rows = [r for r in run["rows"] if r["suite"] != CEILINGS and r["metric"] != "images"]
     where = f"{run['head']['device']}, {run['head']['date'][:10]}. {_head_line(run)}"
     return f"{where}\n\n{brief_table(rows)}"
 

@@ -168,6 +168,7 @@ def one_line(row: dict[str, Any]) -> str:
     line += f" {_amount(row)}"
     if row["fraction_of_floor"]:
         line += f"  {row['fraction_of_floor']:.0%} of floor {row['floor']}"
+    if row["fraction_of_copy"] is not None:
         line += f", {row['fraction_of_copy']:.0%} of copy"
     if row["peak_memory_bytes"] is not None:
         line += f", {row['peak_memory_bytes'] / 2**20:.0f} MiB"

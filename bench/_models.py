@@ -1,0 +1,82 @@
+"""Janus-Pro's shapes with random weights made on the device, in our code and in transformers'."""
+
+import torch
+
+from bench import _peers
+from iris_fast.models.configs import transformers_config
+from iris_fast.models.decoder import DecoderConfig
+from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
+from iris_fast.models.vq import VQConfig
+from iris_fast.tiny.build import build_tokenizer
+
+BOS, IMAGE_START = 1, 2  # any ids: the embeddings are random
+# width, MLP width, layers, heads
+GPU_SIZES = {"1B": (2048, 5632, 24, 16), "7B": (4096, 11008, 30, 32)}
+CPU_SIZES = {"tiny": (128, 352, 4, 1)}
+
+
+def sizes(device: torch.device) -> dict[str, JanusConfig]:
+    """What is measured on this device."""
+    gpu = device.type == "cuda"
+    return {name: _config(*size, gpu) for name, size in (GPU_SIZES if gpu else CPU_SIZES).items()}
+
+
+def _config(width: int, mlp: int, layers: int, heads: int, real: bool) -> JanusConfig:
+    """Janus-Pro's: head width 128, 16384 codes of 16 x 16 pixels, 102400 words; or a toy's."""
+    image_size = 384 if real else 64
+    return JanusConfig(
+        decoder=DecoderConfig(
+            vocab_size=102400 if real else 512,
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=width // heads,
+        ),
+        vq=VQConfig(codebook_size=16384 if real else 256, codebook_dim=8),
+        vision=VisionConfig(  # not run
+            hidden_size=32,
+            num_layers=1,
+            num_heads=2,
+            mlp_size=64,
+            patch_size=16,
+            num_positions=(image_size // 16) ** 2,
+        ),
+        image_size=image_size,
+    )
+
+
+def make_model(config: JanusConfig, device: torch.device, dtype: torch.dtype) -> Janus:
+    """Random weights, logits of a size near 1."""
+    with torch.device("meta"):
+        janus = Janus(config)
+    janus.to(dtype).to_empty(device=device).requires_grad_(False)
+    torch.manual_seed(0)
+    for name, parameter in janus.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return janus
+
+
+def in_transformers(janus: Janus) -> torch.nn.Module:
+    """The same weights in transformers' Janus."""
+    weight = janus.lm_head.weight
+    transformers = _peers.load("transformers", weight.device, needs_gpu=False)
+    ids = {"bos": BOS, "eos": 3, "pad": pad_id(), "image": 4}
+    config = transformers.JanusConfig(**transformers_config(janus.config, ids, torch.float32))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(weight.dtype)
+    try:
+        with torch.device(weight.device):
+            model = transformers.JanusForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+    model.load_state_dict(janus.state_dict(), strict=False)
+    return model.requires_grad_(False)
+
+
+def pad_id() -> int:
+    return build_tokenizer().pad_id

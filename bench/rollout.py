@@ -1,0 +1,240 @@
+"""Image tokens of Janus-Pro shapes with guidance: one decoding step, prompts and all.
+
+A step's time is that of the whole call, prefill and graph capture included, over its tokens. Least
+bytes of a step: the decoder's and the image head's weights once, and the keys and values that are
+live on average, prompts too, of conditional and unconditional rows. Weights are random.
+
+With `cot` 128, prompts are that much longer and no two are equal, as after a chain of thought;
+without, they come in groups of 8 equal ones. Peers run at two sizes only, once after a warm-up of
+a few tokens: they take minutes at the others.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from bench import _models
+from bench._case import Absent, WrongResult, dtype_name
+from bench._measure import Bench, Row, rounded
+from bench._models import BOS, IMAGE_START
+from iris_fast.config import SamplingConfig
+from iris_fast.models.janus import Janus
+from iris_fast.rollout import Sampler
+from iris_fast.tiny.build import build_tokenizer
+
+SUITE = "rollout"
+PROMPT_TOKENS, COT_TOKENS, GROUP = 64, 128, 8
+CFG_WEIGHT = 5.0
+CHECKED_TOKENS = 3
+RUNS = 3
+
+GPU_SEQUENCES, GPU_COMPARED = (2, 16, 64, 128, 256), (16, 64)
+CPU_SEQUENCES, CPU_COMPARED = (2, 16), (16,)
+
+# draw(prompt ids, tokens, greedy) -> codes [prompts, tokens]
+Draw = Callable[[list[list[int]], int, bool], Tensor]
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    gpu = bench.device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    for model, config in _models.sizes(bench.device).items():
+        janus = _models.make_model(config, bench.device, dtype)
+        for sequences in GPU_SEQUENCES if gpu else CPU_SEQUENCES:
+            for cot in (0, COT_TOKENS):
+                compared = not cot and sequences in (GPU_COMPARED if gpu else CPU_COMPARED)
+                yield from measure(bench, janus, model, sequences, cot, compared)
+        del janus
+        bench._release()
+
+
+def make_prompts(sequences: int, cot: int) -> list[list[int]]:
+    """Ids of BOS, words, image-start. Half of `sequences` are these, half unconditional."""
+    generator = torch.Generator().manual_seed(sequences)
+    length = PROMPT_TOKENS + cot
+    group = 1 if cot else GROUP
+    drawn = torch.randint(10, 400, (sequences // 2, length), generator=generator)
+    first = torch.arange(sequences // 2) // group * group
+    prompts = drawn[first]
+    prompts[:, 0], prompts[:, -1] = BOS, IMAGE_START
+    return prompts.tolist()
+
+
+def measure(
+    bench: Bench, janus: Janus, model: str, sequences: int, cot: int, compared: bool
+) -> Iterator[Row]:
+    """A row for the step's time and one for the images a second."""
+    prompts, tokens = make_prompts(sequences, cot), janus.config.image_tokens
+    expected = ours(janus)(prompts, CHECKED_TOKENS, True)
+    seconds, peak = timed(bench, ours(janus), prompts, tokens, RUNS)
+    peers: dict[str, tuple[float, int | None]] = {}
+    errors: dict[str, str] = {}
+    for name, make in PEERS.items() if compared else ():
+        # The visible end of every error of foreign code: it becomes text in the row.
+        try:
+            draw = make(janus)
+            check(name, draw(prompts, CHECKED_TOKENS, True), expected, janus.lm_head.weight.dtype)
+            peers[name] = timed(bench, draw, prompts, tokens, 1)
+        except Absent:
+            continue
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"[:2000]
+            bench.failures.append(f"rollout {model} {sequences}: {name}: {errors[name]}")
+        draw = None
+        bench._release()
+    floor = step_bytes(janus, sequences, PROMPT_TOKENS + cot) / bench.copy_bytes_per_second
+    shape = {"model": model, "sequences": sequences, "cot": cot, "tokens": tokens}
+    for metric, unit, amount in (
+        ("step", "ms", lambda s: 1e3 * s),
+        ("images", "images/s", lambda s: sequences / 2 / (s * tokens)),
+    ):
+        yield {
+            "suite": SUITE,
+            "case": "image tokens",
+            "shape": shape,
+            "dtype": dtype_name(janus.lm_head.weight.dtype),
+            "metric": metric,
+            "value": rounded(amount(seconds)),
+            "unit": unit,
+            "floor": rounded(amount(floor)),
+            "fraction_of_floor": rounded(floor / seconds),
+            "fraction_of_copy": rounded(floor / seconds),
+            "peak_memory_bytes": peak,
+            "peers": {
+                name: {"value": rounded(amount(s)), "unit": unit, "peak_memory_bytes": weight}
+                for name, (s, weight) in peers.items()
+            }
+            | {
+                name: {"value": None, "unit": unit, "peak_memory_bytes": None, "error": error}
+                for name, error in errors.items()
+            },
+        }
+
+
+def step_bytes(janus: Janus, sequences: int, prompt: int) -> float:
+    """Bytes that one step must read, on average over the image."""
+    config, weight = janus.config.decoder, janus.lm_head.weight
+    read = [janus.model.language_model.layers, janus.model.generation_head]
+    weights = sum(p.numel() for module in read for p in module.parameters())
+    slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    live = sequences * (prompt + janus.config.image_tokens / 2)
+    return (weights + slot * live) * weight.element_size()
+
+
+def timed(
+    bench: Bench, draw: Draw, prompts: list[list[int]], tokens: int, runs: int
+) -> tuple[float, int | None]:
+    """Seconds a token (median of `runs`, after a warm-up), and on a GPU the peak bytes added."""
+    gpu = bench.device.type == "cuda"
+    draw(prompts, min(tokens, 8), False)
+    before = 0
+    if gpu:
+        bench._release()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    seconds = []
+    for _ in range(runs):
+        if gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        draw(prompts, tokens, False)
+        if gpu:
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - started) / tokens)
+    peak = torch.cuda.max_memory_allocated() - before if gpu else None
+    return statistics.median(seconds), peak
+
+
+def check(name: str, codes: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Greedy codes: all equal in float32; in bfloat16 most first ones, as ties fall either way."""
+    same = (codes.cpu() == expected.cpu()).float()
+    right = same.all() if dtype == torch.float32 else same[:, 0].mean() >= 0.5
+    if not right:
+        raise WrongResult(f"{name} drew other greedy tokens: {same.mean():.0%} agree")
+
+
+# --- Ours and the peers ---------------------------------------------------------------------------
+
+
+def ours(janus: Janus) -> Draw:
+    """The trainer's rollout, image phase."""
+    tokenizer = build_tokenizer()
+
+    def draw(prompts: list[list[int]], tokens: int, greedy: bool) -> Tensor:
+        config = SamplingConfig(cfg_weight=CFG_WEIGHT, rollout_engine="auto")
+        sampler = Sampler(janus, tokenizer, config, tokens, greedy)
+        with torch.no_grad():
+            return sampler._draw_codes(prompts, list(range(len(prompts))), lambda: None)[0]
+
+    return draw
+
+
+def eager_loop(janus: Janus) -> Draw:
+    """The loop of T2I-R1 and of Janus's own example: transformers' decoder, a cache that grows,
+    softmax and multinomial, a step at a time."""
+    model = _models.in_transformers(janus)
+    pad = _models.pad_id()
+
+    @torch.no_grad()
+    def draw(prompts: list[list[int]], tokens: int, greedy: bool) -> Tensor:
+        cond = torch.tensor(prompts, device=janus.lm_head.weight.device)
+        uncond = cond.clone()
+        uncond[:, 1:-1] = pad
+        embeds = model.get_input_embeddings()(torch.cat([cond, uncond]))
+        cache, codes = None, []
+        for _ in range(tokens):
+            out = model.model.language_model(
+                inputs_embeds=embeds, past_key_values=cache, use_cache=True
+            )
+            cache = out.past_key_values
+            logit_cond, logit_uncond = model.model.generation_head(
+                out.last_hidden_state[:, -1]
+            ).chunk(2)
+            mixed = logit_uncond + CFG_WEIGHT * (logit_cond - logit_uncond)
+            probs = torch.softmax(mixed, dim=-1)
+            drawn = probs.argmax(-1) if greedy else torch.multinomial(probs, 1)[:, 0]
+            codes.append(drawn)
+            both = torch.cat([drawn, drawn])[:, None]
+            embeds = model.prepare_embeddings_for_image_generation(both)
+        return torch.stack(codes, 1)
+
+    return draw
+
+
+def generate(janus: Janus, compiled: bool = False) -> Draw:
+    """transformers' `generate` with its static cache; `compiled`, its decoder compiled."""
+    model = _models.in_transformers(janus)
+    pad = _models.pad_id()
+    if compiled:
+        model.model.language_model.forward = torch.compile(
+            model.model.language_model.forward, mode="reduce-overhead"
+        )
+
+    @torch.no_grad()
+    def draw(prompts: list[list[int]], tokens: int, greedy: bool) -> Tensor:
+        ids = torch.tensor(prompts, device=janus.lm_head.weight.device)
+        model.model.vision_model.config.num_image_tokens = tokens
+        config = model.generation_config
+        config.bos_token_id, config.pad_token_id = BOS, pad
+        config.guidance_scale = CFG_WEIGHT
+        config.generation_kwargs = {"boi_token_id": IMAGE_START}
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_mode="image",
+            do_sample=not greedy,
+            cache_implementation="static",
+            max_length=ids.shape[1] + tokens,
+        )
+
+    return draw
+
+
+PEERS: dict[str, Callable[[Janus], Draw]] = {
+    "eager loop": eager_loop,
+    "transformers static": generate,
+    "transformers compiled": lambda janus: generate(janus, compiled=True),
+}

@@ -1,0 +1,222 @@
+"""The training pass of Janus-Pro shapes: image log-probs of packed sequences, forward and backward.
+
+Operations: 6 a parameter and token in the decoder's blocks, 6 a parameter and image token in the
+head, and 6 L^2 D a block for the causal attention of a sequence of L tokens. `fraction_of_floor` is
+the MFU against the bf16 matmul rate that was measured in the same run, not against a data sheet's.
+Weights and gradients are in the compute dtype; no optimizer. All train the blocks alone: the floor
+has no gradient of the head, which stays frozen as in the trainer.
+
+Sequences are equally long here, so that peers without packing waste nothing on padding.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import _models, _peers
+from bench._case import Absent, check_close, dtype_name
+from bench._measure import Bench, Row, rounded
+from iris_fast.batch import PackedBatch, Rollout
+from iris_fast.models.attention import PackedAttention
+from iris_fast.models.janus import Janus, JanusConfig
+from iris_fast.packing import pack
+from iris_fast.rollout import empty_trace
+
+SUITE = "training"
+PROMPT_TOKENS = 64
+WARM_UPS, RUNS = 2, 5
+GPU_SAMPLES, CPU_SAMPLES = {"1B": 32, "7B": 8}, {"tiny": 8}
+
+
+class Inputs(NamedTuple):
+    """Prompts [N, 64], codes [N, I], and an upstream gradient for each log-prob [N, I]."""
+
+    prompts: Tensor
+    codes: Tensor
+    upstream: Tensor
+
+
+# log-probs [N, I] of inputs
+Forward = Callable[[Inputs], Tensor]
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    gpu = bench.device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    for model, config in _models.sizes(bench.device).items():
+        samples = (GPU_SAMPLES if gpu else CPU_SAMPLES)[model]
+        janus = _models.make_model(config, bench.device, dtype)
+        janus.model.language_model.layers.requires_grad_(True)
+        inputs = make_inputs(config, samples, bench.device)
+        results: dict[str, dict[str, Any]] = {}
+        for name, make in CANDIDATES.items():
+            # The visible end of every error of foreign code: it becomes text in the row.
+            try:
+                results[name] = timed(bench, make(janus, inputs), inputs, janus)
+            except Absent:
+                continue
+            except Exception as error:
+                results[name] = {"value": None, "error": f"{type(error).__name__}: {error}"[:2000]}
+                bench.failures.append(f"training {model}: {name}: {results[name]['error']}")
+            bench._release()
+        mine = results.pop("ours")
+        floor_ms = 1e3 * flops(janus, samples) / bench.flops_per_second[dtype_name(dtype)]
+        length = PROMPT_TOKENS + config.image_tokens - 1
+        yield {
+            "suite": SUITE,
+            "case": "training pass",
+            "shape": {"model": model, "N": samples, "L": length},
+            "dtype": dtype_name(dtype),
+            "metric": "forward+backward",
+            "unit": "ms",
+            "floor": rounded(floor_ms),
+            "fraction_of_floor": mine["value"] and rounded(floor_ms / mine["value"]),
+            "fraction_of_copy": None,
+            "peak_memory_bytes": None,
+            **mine,
+            "peers": {name: {"unit": "ms", **result} for name, result in results.items()},
+        }
+        del janus
+        bench._release()
+
+
+def timed(bench: Bench, run: "Pass", inputs: Inputs, janus: Janus) -> dict[str, Any]:
+    """Checked, then the median time in ms, and on a GPU the peak bytes of a call."""
+    check(janus, inputs, *run())
+    seconds = []
+    for _ in range(WARM_UPS + RUNS):
+        run.forget()
+        started = time.perf_counter()
+        run()
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    peak = None
+    if bench.device.type == "cuda":
+        run.forget()
+        peak = bench.clock.peak_bytes(run)
+    run.forget()
+    return {
+        "value": rounded(1e3 * statistics.median(seconds[WARM_UPS:])),
+        "peak_memory_bytes": peak,
+    }
+
+
+def flops(janus: Janus, samples: int) -> int:
+    """Of the forward and the backward pass, the frozen head's weight gradient left out."""
+    config, image_tokens = janus.config.decoder, janus.config.image_tokens
+    length = PROMPT_TOKENS + image_tokens - 1
+    blocks = sum(p.numel() for p in janus.model.language_model.layers.parameters())
+    head = sum(p.numel() for p in janus.model.generation_head.parameters())
+    attention = config.num_layers * config.num_heads * config.head_dim * length**2
+    return samples * (6 * blocks * length + 4 * head * image_tokens + 6 * attention)
+
+
+def make_inputs(config: JanusConfig, samples: int, device: torch.device) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    tokens = config.image_tokens
+    drawn = [
+        torch.randint(10, 400, (samples, PROMPT_TOKENS), generator=generator),
+        torch.randint(0, config.codebook_size, (samples, tokens), generator=generator),
+        torch.randn(samples, tokens, generator=generator),
+    ]
+    return Inputs(*(t.to(device) for t in drawn))
+
+
+class Pass:
+    """Forward and backward of some implementation, and where its blocks' gradients are."""
+
+    def __init__(self, blocks: torch.nn.ModuleList, forward: Forward, inputs: Inputs):
+        self._blocks, self._forward, self._inputs = blocks, forward, inputs
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """Log-probs, and the gradient of one weight in the first block."""
+        logprobs = self._forward(self._inputs)
+        logprobs.backward(self._inputs.upstream.to(logprobs.dtype))
+        return logprobs.detach(), self._blocks[0].self_attn.o_proj.weight.grad
+
+    def forget(self) -> None:
+        """No gradients."""
+        for parameter in self._blocks.parameters():
+            parameter.grad = None
+
+
+# --- Ours and the peers ---------------------------------------------------------------------------
+
+
+def ours(janus: Janus, inputs: Inputs) -> Pass:
+    """The trainer's: packed, head rows through linear_token_stats."""
+    packed = packed_batch(inputs)
+
+    def forward(_: Inputs) -> Tensor:
+        return janus(packed)[1].logprob.view(inputs.codes.shape)
+
+    return Pass(janus.model.language_model.layers, forward, inputs)
+
+
+def packed_batch(inputs: Inputs) -> PackedBatch:
+    count = len(inputs.prompts)
+    rollout = Rollout(
+        prompts=[],
+        sample_numbers=[],
+        seed=0,
+        cot_prompt_ids=[[]] * count,
+        cot_ids=[[]] * count,
+        cot_texts=[],
+        truncated=[False] * count,
+        image_prompt_ids=inputs.prompts.tolist(),
+        codes_NI=inputs.codes.cpu(),
+        text=empty_trace(count),
+        image=empty_trace(count),
+    )
+    return pack(rollout)[0].to(inputs.prompts.device)
+
+
+def transformers(janus: Janus, inputs: Inputs, liger: bool = False) -> Pass:
+    """transformers' decoder on a batch, all logits of the image rows, log-softmax in float32."""
+    model = _models.in_transformers(janus)
+    if liger:
+        kernels = _peers.load("liger_kernel.transformers", inputs.prompts.device)
+        kernels.apply_liger_kernel_to_llama(
+            rope=True, swiglu=True, rms_norm=True, cross_entropy=False,
+            fused_linear_cross_entropy=False, model=model.model.language_model,
+        )  # fmt: skip
+    blocks = model.model.language_model.layers.requires_grad_(True)
+
+    def forward(inputs: Inputs) -> Tensor:
+        text = model.get_input_embeddings()(inputs.prompts)
+        image = model.prepare_embeddings_for_image_generation(inputs.codes[:, :-1])
+        hidden = model.model.language_model(
+            inputs_embeds=torch.cat([text, image], dim=1), use_cache=False
+        ).last_hidden_state[:, PROMPT_TOKENS - 1 :]
+        logprobs = model.model.generation_head(hidden).float().log_softmax(-1)
+        return logprobs.gather(-1, inputs.codes[..., None])[..., 0]
+
+    return Pass(blocks, forward, inputs)
+
+
+CANDIDATES = {
+    "ours": ours,
+    "transformers": transformers,
+    "transformers + liger": partial(transformers, liger=True),
+}
+
+
+def check(janus: Janus, inputs: Inputs, logprobs: Tensor, gradient: Tensor) -> None:
+    """Against plain torch on the same weights: our decoder, all logits, log-softmax in float32."""
+    packed = packed_batch(inputs)
+    attention = PackedAttention(packed.sequence_lengths, logprobs.device)
+    hidden = janus.decode(janus._embed_packed(packed), packed.positions_T, attention)
+    logits = janus.image_logits(hidden.index_select(0, packed.image_rows)).float()
+    reference = logits.log_softmax(-1).gather(-1, packed.image_targets[:, None])
+    reference = reference.view(inputs.codes.shape)
+    first = janus.model.language_model.layers[0].self_attn.o_proj.weight
+    (expected,) = torch.autograd.grad(reference, first, inputs.upstream)
+    allowed = 1e-3 if first.dtype == torch.float32 else 5e-2
+    check_close("logprob", logprobs, reference.detach(), allowed)
+    check_close("gradient", gradient, expected, allowed)
