@@ -39,7 +39,10 @@ FLOW = [
     "update",
     "run_folder",
     "checkpoint",
+    "samples",
     "log",
+    "curves",
+    "provenance",
     "report",
 ]
 # What makes and measures the tiny model stands above everything: nothing else imports it.

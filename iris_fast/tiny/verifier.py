@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
+from PIL.Image import Image, Resampling, fromarray
 from scipy import ndimage
+from scipy.spatial.distance import pdist, squareform
 
 from iris_fast.tiny.captions import holds
 from iris_fast.tiny.world import COLOURS, SHAPES, Pixels, shape_distance
@@ -59,6 +60,22 @@ def reward(
         float(holds(see(np.asarray(image.convert("RGB"))), wanted, unwanted or ()))
         for image, wanted, unwanted in zip(images, include, exclude, strict=True)
     ]
+
+
+def diversity_reward(prompts: list[str], images: list[Image]) -> list[float]:
+    """For each picture, its mean distance (see `diversity`) to the others of its prompt; 0 if there
+    is no other. The mean over a prompt's pictures is their `diversity`. An external reward."""
+    values = np.zeros(len(images))
+    names = np.array(prompts)
+    for prompt in dict.fromkeys(prompts):
+        mine = np.flatnonzero(names == prompt)
+        values[mine] = _distances([images[i] for i in mine]).sum(1) / max(len(mine) - 1, 1)
+    return values.tolist()
+
+
+def richness_reward(prompts: list[str], images: list[Image]) -> list[float]:
+    """`richness` of each picture; an external reward."""
+    return [richness(np.asarray(image.convert("RGB"))) for image in images]
 
 
 def see(picture: Pixels) -> list[Seen]:
@@ -162,13 +179,15 @@ def diversity(pictures: Pixels) -> float:
     The mean over pairs of the root mean square difference of the pictures, averaged down to 16 x
     16 so that neither noise nor a shift by a pixel counts much, over 255. 0 for one picture.
     """
-    count, height, width, _ = pictures.shape
-    if count < 2:
-        return 0.0
-    blocks = pictures.reshape(count, 16, height // 16, 16, width // 16, 3).astype(np.float64)
-    flat = blocks.mean(axis=(2, 4)).reshape(count, -1) / 255
-    first, second = np.triu_indices(count, k=1)
-    return float(np.sqrt(((flat[first] - flat[second]) ** 2).mean(-1)).mean())
+    count = len(pictures)
+    total = _distances([fromarray(picture) for picture in pictures]).sum()
+    return float(total / max(count * (count - 1), 1))
+
+
+def _distances(images: Sequence[Image]) -> NDArray[np.float64]:
+    """[N, N]: between any two pictures, at 16 x 16 pixels."""
+    small = [np.asarray(image.convert("RGB").resize((16, 16), Resampling.BOX)) for image in images]
+    return squareform(pdist(np.stack(small).reshape(len(small), -1) / 255.0)) / (16 * 16 * 3) ** 0.5
 
 
 def colour_entropy(picture: Pixels) -> float:
