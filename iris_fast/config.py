@@ -257,15 +257,20 @@ class TrainConfig(SamplingConfig):
 # The paper's hyperparameters; what it leaves open is T2I-R1's. 8 prompts x G 8 on one GPU.
 PAPER = {"cot": True, "bf16": True, "max_steps": 800, "beta": 0.01, "learning_rate": 1e-6}
 PRESETS: dict[str, dict[str, Any]] = {
+    # Under three minutes on two CPU cores. The rate was chosen on seed 1 with an earlier state of
+    # the model (three times as much took it to a KL of 0.7), the guidance by accuracy on held-out
+    # prompts.
     "tiny": {
-        "max_steps": 12,
+        "max_steps": 60,
         "per_device_train_batch_size": 2,
-        "num_generations": 4,
+        "num_generations": 8,
         "learning_rate": 1e-4,
+        "cfg_weight": 1.5,
         "cot": True,
         "max_completion_length": 24,
-        "sample_steps": 6,
-        "save_steps": 6,
+        "sample_steps": 30,
+        "num_sample_prompts": 12,
+        "save_steps": 30,
     },
     "janus-pro-1b": PAPER
     | {
