@@ -123,3 +123,4 @@ class Scored:
     reward_terms: dict[str, Tensor]  # name -> [N], before the weight
     reward_N: Tensor
     advantage_N: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> [N], of `metric_funcs`

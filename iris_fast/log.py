@@ -44,6 +44,7 @@ def rollout_metrics(scored: Scored, config: TrainConfig, ranks: Ranks) -> dict[s
     columns = {
         "reward": scored.reward_N,
         **{f"rewards/{name}": values for name, values in scored.reward_terms.items()},
+        **{f"metrics/{name}": values for name, values in scored.metrics.items()},
         "cot_truncated": torch.tensor(rollout.truncated),
     }
     for kind, trace in (("image", rollout.image), ("text", rollout.text)):
@@ -57,7 +58,8 @@ def rollout_metrics(scored: Scored, config: TrainConfig, ranks: Ranks) -> dict[s
         "reward_std": table[:, 0].std().item(),
         "reward_std_in_groups": spread.mean().item(),
         "frac_reward_zero_std": (spread == 0).double().mean().item(),
-        **{name: value for name, value in mean.items() if name.startswith("rewards/")},
+        "reward_std_by_group": spread.tolist(),
+        **{name: value for name, value in mean.items() if "/" in name},
     }
     for kind in ("image", "text"):
         tokens = mean[f"{kind}_tokens"]

@@ -65,6 +65,14 @@ def grid(rows: list[list[Image.Image]], captions: list[str]) -> Image.Image:
     return sheet
 
 
+def strips(sheet: Image.Image, rows: int, columns: int) -> list[Image.Image]:
+    """The rows of a `grid`, without their captions."""
+    row_height = sheet.height // rows
+    height = (sheet.width - GAP_PIXELS) // columns - GAP_PIXELS  # pictures are square
+    bottoms = [(row + 1) * row_height - GAP_PIXELS for row in range(rows)]
+    return [sheet.crop((0, bottom - height, sheet.width, bottom)) for bottom in bottoms]
+
+
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write to a neighbour and rename, so that a reader never meets half a file. UserError if the
     disk does not take it."""

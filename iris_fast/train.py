@@ -19,7 +19,6 @@ import resource
 import signal
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
@@ -34,14 +33,14 @@ from iris_fast.log import Log, require_tracker, rollout_metrics
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import get_template, image_prompt_ids
 from iris_fast.models.vq import VQModel
-from iris_fast.pictures import decode_images, grid, save_png
+from iris_fast.pictures import decode_images
 from iris_fast.prompts import PromptSource
 from iris_fast.report import write_report
-from iris_fast.rewards import check_rewards, load_rewards, score
+from iris_fast.rewards import check_rewards, load_metrics, load_rewards, score
+from iris_fast.rewards.score import Functions
 from iris_fast.rollout import Sampler
+from iris_fast.samples import draw_samples
 from iris_fast.update import Pieces, prepare, update
-
-SAMPLES_PER_PROMPT = 4
 
 
 @dataclass
@@ -58,6 +57,14 @@ class Models:
     vq: VQModel
 
 
+@dataclass
+class Judges:
+    """What looks at a rollout: rewards are trained on, metrics only logged."""
+
+    rewards: Functions
+    metrics: Functions
+
+
 def train(config: TrainConfig) -> None:
     """Run, or go on with, the training that `config` describes.
 
@@ -71,6 +78,7 @@ def train(config: TrainConfig) -> None:
         rewards = load_rewards(config.reward_funcs)
         models, prompts = load_inputs(config, ranks)
         check_rewards(rewards, prompts.prompts)
+        judges = Judges(rewards, load_metrics(config.metric_funcs, prompts.prompts))
         optimizer = make_optimizer(models.policy, config)
         progress = restore(folder, models.policy, optimizer, prompts, config, ranks)
         with run_folder.claimed(folder, config, ranks):
@@ -79,10 +87,8 @@ def train(config: TrainConfig) -> None:
             copy_weights(models.policy, models.sampler.janus)
             try:
                 if progress.step == 0 and config.sample_steps:
-                    draw_samples(models, prompts, folder, 0, config, ranks)
-                loop(
-                    models, optimizer, prompts, rewards, progress, folder, log, config, ranks, stop
-                )
+                    show_samples(models, prompts, judges, folder, 0, log, config, ranks)
+                loop(models, optimizer, prompts, judges, progress, folder, log, config, ranks, stop)
             finally:
                 log.close()
                 if ranks.is_first:
@@ -133,7 +139,7 @@ def loop(
     models: Models,
     optimizer: torch.optim.Optimizer,
     prompts: PromptSource,
-    rewards: dict[str, Any],
+    judges: Judges,
     progress: Progress,
     folder: run_folder.RunFolder,
     log: Log,
@@ -167,7 +173,7 @@ def loop(
                 rollout = models.sampler.rollout(samples, sample_numbers, pause)
                 images = functools.partial(decode_images, models.vq, rollout.codes_NI)
                 pause()
-                scored = score(rollout, rewards, images, config, ranks)
+                scored = score(rollout, judges.rewards, images, config, ranks, judges.metrics)
                 batches = None
             else:
                 scored = progress.scored
@@ -198,7 +204,7 @@ def loop(
             )
             last = progress.step == config.max_steps
             if config.sample_steps and (progress.step % config.sample_steps == 0 or last):
-                draw_samples(models, prompts, folder, progress.step, config, ranks)
+                show_samples(models, prompts, judges, folder, progress.step, log, config, ranks)
             if last or (config.save_steps and progress.step % config.save_steps == 0):
                 save(folder, models, optimizer, progress, config, ranks)
                 saved_at = progress.step
@@ -337,30 +343,25 @@ def save(
     )
 
 
-def draw_samples(
+def show_samples(
     models: Models,
     prompts: PromptSource,
+    judges: Judges,
     folder: run_folder.RunFolder,
     step: int,
+    log: Log,
     config: TrainConfig,
     ranks: Ranks,
 ) -> None:
-    """The picture grid of a step: always the same prompts and random numbers. Rank 0 draws."""
+    """The picture grid of a step, and what was measured of it on the console. Rank 0 draws."""
     with ranks.first_does() as mine:
         if mine:
-            count = min(config.num_sample_prompts, len(prompts.prompts))
-            chosen = prompts.prompts[:: len(prompts.prompts) // count][:count]
-            # Numbers below 0: streams that no training sample uses.
-            numbers = [-1 - n for n in range(len(chosen))]
-            samples, sample_numbers = repeat(chosen, numbers, SAMPLES_PER_PROMPT)
-            rollout = models.sampler.rollout(samples, sample_numbers)
-            images = decode_images(models.vq, rollout.codes_NI)
-            rows = [
-                images[start : start + SAMPLES_PER_PROMPT]
-                for start in range(0, len(images), SAMPLES_PER_PROMPT)
-            ]
-            captions = [prompt.text for prompt in chosen]
-            save_png(grid(rows, captions), folder.samples / f"step_{step:05d}.png")
+            samples = draw_samples(
+                models.sampler, models.vq, prompts.prompts, judges.metrics, folder.samples, step,
+                config,
+            )  # fmt: skip
+            means = "  ".join(f"{name} {value:.3f}" for name, value in samples.means().items())
+            log.say(f"samples at step {step}: {means}")
 
 
 def speed(started: float, rolled_out: float, config: TrainConfig, ranks: Ranks) -> dict[str, float]:

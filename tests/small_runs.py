@@ -24,6 +24,8 @@ QUICK: dict[str, Any] = {
     "num_generations": 2,
     "max_completion_length": 4,
     "image_token_num_per_image": 4,
+    "cfg_weight": 5.0,
+    "metric_funcs": [],
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "sample_steps": 0,

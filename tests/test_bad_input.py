@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import flags, quick, tree
 
 from iris_fast.models.layouts import export_janus
-from iris_fast.tiny import build_tiny
+from iris_fast.tiny import build_random_tiny
 from iris_fast.train import train
 
 SMALL = ["--image_token_num_per_image", "4"]
@@ -46,7 +46,7 @@ def check_refusal(finished: Finished, module: str) -> None:
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory) -> Path:
     """The tiny model as a checkpoint folder. Read-only."""
-    return export_janus(build_tiny(), tmp_path_factory.mktemp("tiny") / "model")
+    return export_janus(build_random_tiny(), tmp_path_factory.mktemp("tiny") / "model")
 
 
 # --- Prompts --------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def change_config(*path: str, to: object) -> Callable[[Path], None]:
 def enlarge_tokenizer(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["one token too many"] = 600
+    vocabulary["one token too many"] = 700
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
@@ -168,9 +168,9 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "pickle with code": (pickle_with_code, ["pytorch_model.bin", "can run code"]),
     "vocabulary of the model": (
         change_config("text_config", "vocab_size", to=400),
-        ["model", "embed_tokens", "[512, 128]", "[400, 128]"],
+        ["model", "embed_tokens", "[640, 128]", "[400, 128]"],
     ),
-    "vocabulary of the tokenizer": (enlarge_tokenizer, ["tokenizer.json", "600", "512"]),
+    "vocabulary of the tokenizer": (enlarge_tokenizer, ["tokenizer.json", "700", "640"]),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer.json"]),
     "NaN": (change_weights(put_nan), ["layers.1.mlp.up_proj.weight", "NaN"]),
     "infinity in the VQ": (change_weights(put_inf_into_vq), ["decoder.conv_out.bias", "infinity"]),

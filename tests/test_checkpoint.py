@@ -173,8 +173,8 @@ def test_death_in_the_middle_of_a_save_leaves_the_checkpoints_before_it(here, th
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before_it(here):
-    """Room for one checkpoint of 12 MB and not for two; then more room."""
-    with small_disk(here / "disk", megabytes=20) as disk:
+    """Room for one checkpoint of 24 MB and not for two; then more room."""
+    with small_disk(here / "disk", megabytes=40) as disk:
         settings = flags(**KEEP_ALL, max_steps=3, output_dir=disk / "run")
         finished = run("iris_fast.train", *settings, cwd=here)
         assert finished.code == 2
@@ -184,13 +184,13 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before_it(here):
         assert "Traceback" not in finished.error_line
         assert checkpoints(disk / "run") == ["step_00001"]
         assert find_fault(disk / "run" / "checkpoints" / "step_00001") is None
-        mount("-o", "remount,size=80m", str(disk))
+        mount("-o", "remount,size=120m", str(disk))
         train(quick(disk / "run", **KEEP_ALL, max_steps=3, resume_from_checkpoint=True))
         assert checkpoints(disk / "run") == ["step_00001", "step_00002", "step_00003"]
 
 
 def test_a_disk_that_fills_up_between_two_steps_is_one_line(here):
-    with small_disk(here / "disk", megabytes=20) as disk:
+    with small_disk(here / "disk", megabytes=40) as disk:
         (here / "fills.py").write_text(
             "calls = []\n"
             "def reward(prompts, images):\n"

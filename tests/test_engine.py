@@ -17,13 +17,13 @@ from iris_fast.engine import run_steps
 from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.shared_cache import Beginnings, SharedKVCache
 from iris_fast.rollout import Sampler
-from iris_fast.tiny import build_tiny
+from iris_fast.tiny import build_random_tiny
 
 PROMPTS = ["a red cube", "a red cube", "a blue ball left of a cone", "x", "a red cube", "x"]
 
 
 def lively(device: str = "cpu", dtype: torch.dtype = torch.float32) -> JanusCheckpoint:
-    checkpoint = build_tiny(seed=5)
+    checkpoint = build_random_tiny(seed=5)
     set_spread(checkpoint, text=2.5, image=0.6)
     checkpoint.model.requires_grad_(False).to(device, dtype)
     return checkpoint
@@ -92,7 +92,7 @@ def test_an_empty_beginning_is_refused():
 
 
 def test_the_cache_holds_each_prefix_once():
-    config = build_tiny().model.config.decoder
+    config = build_random_tiny().model.config.decoder
     group = SharedKVCache(config, Beginnings.of([[1] * 50] * 8), room=3)
     ungrouped = SharedKVCache(config, Beginnings.of([[1] * 49 + [i] for i in range(8)]), room=3)
 

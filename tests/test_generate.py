@@ -17,7 +17,7 @@ from iris_fast.config import GenerateConfig
 from iris_fast.generate import main
 from iris_fast.models.layouts import export_janus, load_janus
 from iris_fast.pictures import decode_images
-from iris_fast.tiny import build_tiny
+from iris_fast.tiny import build_random_tiny
 
 PROMPTS = ["a red cube", "two yellow pyramids", "a small blue ball left of a large green cone"]
 
@@ -25,7 +25,7 @@ PROMPTS = ["a red cube", "two yellow pyramids", "a small blue ball left of a lar
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A tiny model whose draws depend on prompt and seed. Read-only."""
-    checkpoint = build_tiny(seed=5)
+    checkpoint = build_random_tiny(seed=5)
     set_spread(checkpoint, text=2.5, image=0.6)
     return export_janus(checkpoint, tmp_path_factory.mktemp("model") / "model")
 

@@ -1,9 +1,8 @@
-"""Metrics, warnings, console, tracker, report."""
+"""Metrics, warnings, console, tracker."""
 
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import json
 import math
 from pathlib import Path
@@ -17,7 +16,6 @@ from small_runs import flags, metrics, quick
 from iris_fast.config import TrainConfig
 from iris_fast.errors import UserError
 from iris_fast.log import Log, find_warnings, read_metrics, require_tracker, rollout_metrics
-from iris_fast.report import write_report
 from iris_fast.rewards import load_rewards, score
 from iris_fast.run_folder import RunFolder
 from iris_fast.train import train
@@ -104,7 +102,11 @@ def test_metrics_by_hand(rollout, ranks):
     """Token means weigh every token alike, sample means every sample."""
     config = quick("unused", reward_funcs=["image_nsc", "text_nsc"], reward_weights=[1.0, 2.0])
     scored = score(rollout, load_rewards(config.reward_funcs), None, config, ranks)
-    scored = dataclasses.replace(scored, reward_N=torch.tensor([0.0, 1.0, 10.0, 12.0]))
+    scored = dataclasses.replace(
+        scored,
+        reward_N=torch.tensor([0.0, 1.0, 10.0, 12.0]),
+        metrics={"brightness": torch.tensor([0.0, 1.0, 0.0, 1.0])},
+    )
     found = rollout_metrics(scored, config, ranks)
     rewards = scored.reward_N.double()
     text = rollout.text
@@ -113,6 +115,7 @@ def test_metrics_by_hand(rollout, ranks):
         "reward_std": rewards.std(),
         "reward_std_in_groups": (1 + 2) / 2 / 2**0.5,
         "frac_reward_zero_std": 0.0,
+        "metrics/brightness": 0.5,
         "rewards/image_nsc": scored.reward_terms["image_nsc"].mean(),
         "rewards/text_nsc": scored.reward_terms["text_nsc"].mean(),
         "image_nsc": rollout.image.conditional.nsc.mean(),
@@ -124,6 +127,8 @@ def test_metrics_by_hand(rollout, ranks):
         "cot_tokens": (3 + 1 + 2 + 3) / 4,
         "frac_cot_truncated": 0.25,
     }
+    groups = found.pop("reward_std_by_group")
+    assert groups == pytest.approx([1 / 2**0.5, 2 / 2**0.5])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-5), name
@@ -225,65 +230,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_is_written(here
     assert not (here / "run").exists()
 
 
-# --- Report ---------------------------------------------------------------------------------------
-
-
-class Page(html.parser.HTMLParser):
-    """Tags of a page with their attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    handle_startendtag = handle_starttag
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory) -> Page:
-    folder = tmp_path_factory.mktemp("report") / 'a <b> & "c"'
-    train(quick(folder, max_steps=4, sample_steps=2, num_sample_prompts=2))
-    return Page((folder / "report.html").read_text())
-
-
-def test_the_report_loads_nothing_from_elsewhere(report):
-    for tag, attributes in report.tags:
-        for name in ("src", "href", "data", "srcset", "poster", "action"):
-            value = attributes.get(name) or ""
-            assert not value or value.startswith(("data:", "#")), (tag, value)
-        assert "url(" not in (attributes.get("style") or "")
-        assert tag not in ("script", "link", "iframe")
-
-
-def test_pictures_and_curves_of_the_report_say_what_they_show(report):
-    images = [attributes for tag, attributes in report.tags if tag == "img"]
-    assert [image["alt"] for image in images] == [
-        "Images at step 0, one row a prompt",
-        "Images at step 4, one row a prompt",
-    ]
-    curves = [attributes for tag, attributes in report.tags if tag == "svg"]
-    assert len(curves) >= 6
-    for curve in curves:
-        assert curve["role"] == "img"
-        assert "at step 1" in curve["aria-label"]
-        assert "at step 4" in curve["aria-label"]
-    assert ("html", {"lang": "en"}) in report.tags
-
-
-def test_odd_names_are_escaped_in_the_report(report):
-    assert not [tag for tag, _ in report.tags if tag == "b"]
-
-
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_a_short_run_has_a_report_too(folder, ranks, steps):
-    write_steps(folder, ranks, steps)
-    write_report(folder)
-    page = folder.report.read_text()
-    assert f"{steps} steps" in page
-    assert "nan" not in page.lower().split("<style>")[0]
+# --- What is measured -----------------------------------------------------------------------------
 
 
 def test_rows_that_json_does_not_know_are_never_written(here):

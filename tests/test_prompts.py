@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from iris_fast.batch import Prompt
 from iris_fast.errors import UserError
 from iris_fast.prompts import PromptSource, check_against, read_prompts
-from iris_fast.tiny import build_tiny
+from iris_fast.tiny import build_random_tiny
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ class TestDatasets:
 
 
 class TestAgainstTheModel:
-    tokenizer = build_tiny().tokenizer
+    tokenizer = build_random_tiny().tokenizer
 
     def check(self, *prompts: str, longest: int = 512) -> None:
         check_against(self.tokenizer, map(Prompt, prompts), longest, "p.txt")

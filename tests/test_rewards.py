@@ -14,9 +14,9 @@ from commands import run
 from PIL import Image
 from small_runs import flags, make_trace, metrics, quick
 
-from iris_fast.batch import Rollout, Trace
+from iris_fast.batch import Prompt, Rollout, Trace
 from iris_fast.errors import UserError
-from iris_fast.rewards import INTRINSIC, load_rewards, score
+from iris_fast.rewards import INTRINSIC, load_metrics, load_rewards, score
 from iris_fast.train import train
 
 
@@ -234,6 +234,30 @@ def test_what_is_no_reward_is_told_by_name(call, my_rewards, function, message):
 def test_a_reward_that_is_not_there_is_told(name, message):
     with pytest.raises(UserError, match=f"^reward_funcs: .*{message}"):
         load_rewards([name])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("image_nsc", r"'image_nsc' is no measure of images; choose from tiny_verifier, .*"),
+        ("os.absent:f", "os.absent:f: No module named 'os.absent'"),
+        ("tiny_verifier", "tiny_verifier cannot be called .*missing a required argument"),
+    ],
+)
+def test_a_metric_that_cannot_be_taken_is_told(name, message):
+    with pytest.raises(UserError, match=f"^metric_funcs: {message}"):
+        load_metrics([name], [Prompt("a cube")])
+
+
+def test_metrics_stand_beside_the_rewards(my_rewards, rollout, ranks):
+    images = [Image.new("RGB", (32, 32), (grey, 0, 0)) for grey in (0, 0, 0, 255)]
+    config = quick("unused", reward_funcs=["image_nsc"])
+    functions = load_metrics(["diversity"], rollout.prompts)
+    alone = score(rollout, load_rewards(["image_nsc"]), None, config, ranks)
+    found = score(rollout, load_rewards(["image_nsc"]), lambda: images, config, ranks, functions)
+    assert found.metrics["diversity"].tolist() == pytest.approx([0, 0, 3**-0.5, 3**-0.5])
+    assert torch.equal(found.reward_N, alone.reward_N)
+    assert alone.metrics == {}
 
 
 def test_pictures_are_decoded_once_and_only_for_functions_that_look(my_rewards, rollout, ranks):

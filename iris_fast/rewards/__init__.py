@@ -4,6 +4,22 @@ An intrinsic reward is a function `reward(rollout, distribution, reduction) -> [
 is any callable, see `iris_fast.rewards.external`.
 """
 
-from iris_fast.rewards.score import INTRINSIC, check_rewards, load_rewards, score
+from iris_fast.rewards.score import (
+    INTRINSIC,
+    OF_IMAGES,
+    check_rewards,
+    load_metrics,
+    load_rewards,
+    measure,
+    score,
+)
 
-__all__ = ["INTRINSIC", "check_rewards", "load_rewards", "score"]
+__all__ = [
+    "INTRINSIC",
+    "OF_IMAGES",
+    "check_rewards",
+    "load_metrics",
+    "load_rewards",
+    "measure",
+    "score",
+]

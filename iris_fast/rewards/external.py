@@ -25,55 +25,62 @@ from iris_fast.batch import Prompt
 from iris_fast.errors import UserError
 
 
-def load(name: str) -> Callable[..., Any]:
+def load(name: str, setting: str = "reward_funcs") -> Callable[..., Any]:
     """The callable that `module:function` names; the current folder is searched too."""
     module_name, _, function_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
-        raise UserError(f"reward_funcs: {name} is no module:function, such as my_rewards:redness")
+        raise UserError(f"{setting}: {name} is no module:function, such as my_rewards:redness")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as mistake:
         raise UserError(
-            f"reward_funcs: {name}: {mistake}; write module:function, with the module importable "
+            f"{setting}: {name}: {mistake}; write module:function, with the module importable "
             "from the current folder"
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise UserError(f"reward_funcs: {name}: {module_name} has no function {function_name!r}")
+        raise UserError(f"{setting}: {name}: {module_name} has no function {function_name!r}")
     return function
 
 
 def call(
-    name: str, function: Callable[..., Any], prompts: list[Prompt], images: list[Image]
+    name: str,
+    function: Callable[..., Any],
+    prompts: list[Prompt],
+    images: list[Image],
+    setting: str = "reward_funcs",
 ) -> Tensor:
     """[N] float32; UserError unless the function gives one finite number for each sample."""
-    fields = wanted_fields(name, function, prompts)
+    fields = wanted_fields(name, function, prompts, setting)
     given = function([prompt.text for prompt in prompts], images, **fields)
     try:
         values = [float(value) for value in given]
     except (TypeError, ValueError) as mistake:
         raise UserError(
-            f"reward_funcs: {name} gave no list of numbers ({mistake}); return one number for each "
+            f"{setting}: {name} gave no list of numbers ({mistake}); return one number for each "
             "image"
         ) from None
     if len(values) != len(prompts):
         raise UserError(
-            f"reward_funcs: {name} gave {len(values)} numbers for {len(prompts)} images; return "
+            f"{setting}: {name} gave {len(values)} numbers for {len(prompts)} images; return "
             "one for each"
         )
     for value, prompt in zip(values, prompts, strict=True):
         if not math.isfinite(value):
             raise UserError(
-                f"reward_funcs: {name} gave {value} for the prompt {prompt.text[:60]!r}; return a "
+                f"{setting}: {name} gave {value} for the prompt {prompt.text[:60]!r}; return a "
                 "finite number"
             )
     return torch.tensor(values)
 
 
 def wanted_fields(
-    name: str, function: Callable[..., Any], prompts: list[Prompt]
+    name: str,
+    function: Callable[..., Any],
+    prompts: list[Prompt],
+    setting: str = "reward_funcs",
 ) -> dict[str, list[Any]]:
     """The prompt file's fields that the function takes; UserError if it cannot be called so."""
     fields = sorted({field for prompt in prompts for field in prompt.extra})
@@ -87,7 +94,7 @@ def wanted_fields(
         signature.bind([], [], **chosen)
     except TypeError as mistake:
         raise UserError(
-            f"reward_funcs: {name} cannot be called with prompts, images and the prompt file's "
+            f"{setting}: {name} cannot be called with prompts, images and the prompt file's "
             f"fields {', '.join(fields) or '(none)'}: {mistake}; mend its parameters"
         ) from None
     return chosen

@@ -1,6 +1,8 @@
-"""A tiny Janus, made in code: the real architecture, tokenizer and layouts, small enough for a CPU.
+"""The tiny Janus: the real architecture, tokenizer and layouts, small enough for a CPU.
 
-64 pixels, 8 x 8 image tokens out of a codebook of 256, a decoder of 4 layers and 128 channels.
+`build_tiny` opens the model that comes with the package, trained on the small world by
+`iris_fast.tiny.pretrain`. `build_random_tiny` makes a still smaller one in code, untrained, for
+tests: 64 pixels, 8 x 8 image tokens out of a codebook of 256, 4 layers of 128 channels.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ from torch import nn
 
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
-from iris_fast.models.layouts import JanusCheckpoint, untouched_shapes
+from iris_fast.models.layouts import JanusCheckpoint, load_janus, untouched_shapes
 from iris_fast.models.templates import load_instruction
 from iris_fast.models.tokenizer import KNOWN_SPECIALS, JanusTokenizer
 from iris_fast.models.vq import VQConfig, VQModel
+from iris_fast.tiny.captions import prompt_sets
+from iris_fast.tiny.world import COLOURS, SHAPES
 
-PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
+MODEL_FOLDER = Path(__file__).with_name("model")
 
-TEXT_TOKENS = 480  # 256 bytes and the merges learned from the prompts
-VOCAB_SIZE = 512  # larger than the tokenizer, as in the real checkpoints
+TEXT_TOKENS = 616  # 256 bytes and the merges learned from the prompts
+VOCAB_SIZE = 640  # larger than the tokenizer, as in the real checkpoints
+PLACES = "top left, top, top right, left, middle, right, bottom left, bottom, bottom right, "
 EXTRA_SPECIALS = ["<patch_placeholder>", "<|User|>", "<|Assistant|>"]
 WEIGHT_STD = 0.02
 IMAGE_LOGIT_SCALE = 0.15
@@ -52,9 +57,15 @@ TINY_CONFIG = JanusConfig(
 )
 
 
-def build_tiny(seed: int = 0, dtype: torch.dtype = torch.float32) -> JanusCheckpoint:
+def build_tiny(dtype: torch.dtype = torch.float32) -> JanusCheckpoint:
+    """The tiny Janus of the package, trained on the small world."""
+    return load_janus(MODEL_FOLDER, dtype)
+
+
+def build_random_tiny(
+    seed: int = 0, dtype: torch.dtype = torch.float32, config: JanusConfig = TINY_CONFIG
+) -> JanusCheckpoint:
     """A tiny Janus with random weights: the same for the same seed, whatever was drawn before."""
-    config = TINY_CONFIG
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, vq = Janus(config), VQModel(config.vq)
@@ -95,8 +106,11 @@ def build_tokenizer() -> JanusTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    lines = PROMPTS_FILE.read_text(encoding="utf-8").splitlines()
-    backend.train_from_iterator([*lines, load_instruction()], trainer)
+    lines = [caption.text for captions in prompt_sets() for caption in captions]
+    # The instruction's words are rarer, but each CoT prompt holds all of them.
+    lines += [load_instruction()] * 4
+    lines += [f"{colour} {shape} {PLACES}" for colour in COLOURS for shape in SHAPES]
+    backend.train_from_iterator(lines, trainer)
     specials = [*KNOWN_SPECIALS.values(), *EXTRA_SPECIALS]
     backend.add_special_tokens(
         [AddedToken(text, special=True, normalized=False) for text in specials]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iris_fast.models.layouts import export_janus
-from iris_fast.tiny import build_tiny
+from iris_fast.tiny import build_random_tiny
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
 
@@ -20,7 +20,7 @@ def fixtures() -> Path:
 @pytest.fixture(scope="session")
 def tiny():
     """Read-only: a test that changes weights builds its own."""
-    return build_tiny(seed=3)
+    return build_random_tiny(seed=3)
 
 
 @pytest.fixture(scope="session")

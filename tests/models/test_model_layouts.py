@@ -20,7 +20,7 @@ from iris_fast.models.names import ORIGINAL_ONLY, to_original, to_transformers
 from iris_fast.models.templates import get_template, image_prompt_ids
 from iris_fast.models.vq import VQConfig, VQModel
 from iris_fast.models.weights import read_tensors
-from iris_fast.tiny import build_tiny
+from iris_fast.tiny import build_random_tiny
 
 LAYOUTS = ["original", "transformers"]
 FIXTURE_OF = {"original": "janus_original_tiny", "transformers": "janus_hf_tiny"}
@@ -172,7 +172,7 @@ def test_transformers_generates_from_the_export(tiny_folders, tmp_path):
 
 def test_export_of_another_state(tmp_path):
     """What a sharded or adapted run gathers is written instead of the module's own weights."""
-    ours = build_tiny()
+    ours = build_random_tiny()
     state = {name: tensor + 1 for name, tensor in ours.model.state_dict().items()}
     back = load_janus(export_janus(ours, tmp_path / "out", model_state=state))
     assert_same_tensors(dict(back.model.state_dict()), state)
@@ -189,7 +189,7 @@ def test_export_in_another_dtype(tiny, tmp_path):
 
 
 def test_export_keeps_tensors_that_share_memory(tmp_path):
-    ours = build_tiny()
+    ours = build_random_tiny()
     state = dict(ours.model.state_dict())
     state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     back = load_janus(export_janus(ours, tmp_path / "out", model_state=state))

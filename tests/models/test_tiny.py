@@ -1,4 +1,4 @@
-"""The embedded model: small, quick, and the same every time."""
+"""The random tiny model of the tests: small, quick, and the same every time."""
 
 import subprocess
 import sys
@@ -6,13 +6,13 @@ import time
 
 import torch
 
-from iris_fast.tiny import PROMPTS_FILE, build_tiny
+from iris_fast.tiny import build_random_tiny
 
 DIGEST = """
 import hashlib, torch
-from iris_fast.tiny import build_tiny
+from iris_fast.tiny import build_random_tiny
 torch.rand({draws})
-tiny = build_tiny(seed=5)
+tiny = build_random_tiny(seed=5)
 states = tiny.model.state_dict(), tiny.vq.state_dict(), tiny.untouched
 parts = [part for state in states for part in state.values()]
 data = b"".join(part.numpy().tobytes() for part in parts) + tiny.tokenizer.json_text().encode()
@@ -21,9 +21,9 @@ print(hashlib.sha256(data).hexdigest())
 
 
 def test_small_and_quick():
-    build_tiny()
+    build_random_tiny()
     start = time.perf_counter()
-    tiny = build_tiny()
+    tiny = build_random_tiny()
     assert time.perf_counter() - start < 1
     parameters = sum(p.numel() for m in (tiny.model, tiny.vq) for p in m.parameters())
     assert 1e6 < parameters < 2e6
@@ -49,24 +49,12 @@ def test_seed_and_generator():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    first, second = build_tiny(seed=0), build_tiny(seed=1)
+    first, second = build_random_tiny(seed=0), build_random_tiny(seed=1)
     assert torch.equal(torch.rand(1), expected)  # the caller's generator is left alone
     assert not torch.equal(first.model.lm_head.weight, second.model.lm_head.weight)
 
 
 def test_bfloat16():
-    tiny = build_tiny(dtype=torch.bfloat16)
+    tiny = build_random_tiny(dtype=torch.bfloat16)
     tensors = [*tiny.model.parameters(), *tiny.vq.parameters(), *tiny.untouched.values()]
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
-
-
-def test_prompts(tiny):
-    raw = PROMPTS_FILE.read_bytes()
-    assert b"\r" not in raw
-    assert raw.endswith(b"\n")
-    lines = raw.decode().splitlines()
-    assert 100 <= len(lines) <= 150
-    assert len(set(lines)) == len(lines)
-    assert all(line and line == line.strip() for line in lines)
-    lengths = [len(tiny.tokenizer.encode(line)) for line in lines]
-    assert max(lengths) < 24  # the words of this world are single tokens

@@ -1,0 +1,88 @@
+"""The picture grids of a run: the same prompts and random numbers every time.
+
+samples/step_00050.png    a row a prompt
+samples/step_00050.json   the prompts, their chains of thought, what was measured of each picture
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from iris_fast.batch import Prompt, Rollout
+from iris_fast.config import TrainConfig
+from iris_fast.errors import writing
+from iris_fast.models.vq import VQModel
+from iris_fast.pictures import decode_images, grid, save_png
+from iris_fast.rewards import measure
+from iris_fast.rewards.reduction import reduce_tokens
+from iris_fast.rewards.score import Functions
+from iris_fast.rollout import Sampler
+
+SAMPLES_PER_PROMPT = 4
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one grid shows; `metrics` and `cot` hold one entry a picture, row by row."""
+
+    step: int
+    prompts: list[str]
+    per_prompt: int
+    cot: list[str]
+    metrics: dict[str, list[float]]
+
+    def means(self) -> dict[str, float]:
+        """Each metric over all pictures."""
+        return {name: sum(values) / len(values) for name, values in self.metrics.items()}
+
+
+def draw_samples(
+    sampler: Sampler,
+    vq: VQModel,
+    prompts: list[Prompt],
+    metrics: Functions,
+    folder: Path,
+    step: int,
+    config: TrainConfig,
+) -> Samples:
+    """Draw the grid of a step into `folder`; prompts evenly spaced over all."""
+    count = min(config.num_sample_prompts, len(prompts))
+    chosen = [prompts[n * len(prompts) // count] for n in range(count)]
+    repeated = [prompt for prompt in chosen for _ in range(SAMPLES_PER_PROMPT)]
+    # Numbers below 0: streams that no training sample uses.
+    rollout = sampler.rollout(repeated, [-1 - n for n in range(len(repeated))])
+    images = decode_images(vq, rollout.codes_NI)
+    measured = measure(metrics, repeated, images)
+    samples = Samples(
+        step=step,
+        prompts=[prompt.text for prompt in chosen],
+        per_prompt=SAMPLES_PER_PROMPT,
+        cot=rollout.cot_texts,
+        metrics=_certainty(rollout) | {name: v.tolist() for name, v in measured.items()},
+    )
+    starts = range(0, len(images), SAMPLES_PER_PROMPT)
+    rows = [images[start : start + SAMPLES_PER_PROMPT] for start in starts]
+    path = folder / f"step_{step:05d}.png"
+    save_png(grid(rows, samples.prompts), path)
+    with writing("output_dir", path):
+        partial = path.with_name(f".{path.stem}.json.partial")
+        partial.write_text(json.dumps(asdict(samples)), encoding="utf-8")
+        partial.replace(path.with_suffix(".json"))
+    return samples
+
+
+def read_samples(path: Path) -> Samples:
+    """What `draw_samples` wrote beside the grid `path`."""
+    return Samples(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+
+
+def _certainty(rollout: Rollout) -> dict[str, list[float]]:
+    """NSC per token of each picture, and of its chain of thought."""
+    traces = {"image_nsc": rollout.image, "text_nsc": rollout.text}
+    return {
+        name: reduce_tokens(trace.conditional.nsc, trace.mask, "mean").tolist()
+        for name, trace in traces.items()
+        if trace.mask.numel()
+    }

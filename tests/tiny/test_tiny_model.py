@@ -1,0 +1,97 @@
+"""The trained model that comes with the package."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from iris_fast.batch import Prompt
+from iris_fast.config import PRESETS, GenerateConfig
+from iris_fast.inputs import open_model
+from iris_fast.models.export import export_janus
+from iris_fast.models.layouts import JanusCheckpoint, load_janus
+from iris_fast.prompts import read_prompts
+from iris_fast.rollout import Sampler
+from iris_fast.tiny import HELD_OUT_FILE, MODEL_FOLDER, build_tiny
+from iris_fast.tiny.measure import (
+    MEASURED_FILE,
+    draw_held_out,
+    model_accuracy,
+    reconstruct,
+    verifier_rates,
+)
+from iris_fast.tiny.pretrain_vq import encode_all
+from iris_fast.tiny.world import COLOURS, SHAPES, random_scenes, render_all
+
+# Pretraining draws its scenes from other seeds.
+FRESH_SEED = 90210
+
+
+@pytest.fixture(scope="module")
+def shipped() -> JanusCheckpoint:
+    torch.set_num_threads(1)
+    return build_tiny()
+
+
+def test_at_most_ten_megabytes():
+    assert sum(path.stat().st_size for path in MODEL_FOLDER.rglob("*")) <= 10e6
+
+
+def test_tiny_is_the_shipped_model(shipped):
+    opened = open_model("tiny", torch.float32)
+    assert torch.equal(opened.model.lm_head.weight, shipped.model.lm_head.weight)
+    assert opened.layout == "transformers"
+    assert opened.config.image_tokens == 64
+
+
+def test_opens_from_both_layouts(shipped, tmp_path):
+    opened = load_janus(export_janus(shipped, tmp_path / "original", "original"))
+    for name, tensor in shipped.model.state_dict().items():
+        assert torch.equal(opened.model.state_dict()[name], tensor), name
+
+
+def test_accuracy_is_as_stated(shipped):
+    """On every second held-out prompt; the bound is three standard deviations of so few draws."""
+    stated = json.loads(MEASURED_FILE.read_text())
+    preset = PRESETS["tiny"]
+    config = GenerateConfig(
+        cot=preset["cot"],
+        cfg_weight=preset["cfg_weight"],
+        max_completion_length=preset["max_completion_length"],
+    )
+    (of_preset,) = [
+        found
+        for settings, found in stated.items()
+        if settings == f"cfg_weight {config.cfg_weight:g}, cot {str(config.cot).lower()}"
+    ]
+    assert 0.40 <= of_preset["mean"] <= 0.85
+    prompts = read_prompts(str(HELD_OUT_FILE))[::2]
+    rows, _ = draw_held_out(shipped, config, prompts, 1)
+    assert model_accuracy(prompts, rows)["mean"] == pytest.approx(of_preset["mean"], abs=0.2)
+
+
+def test_codebook_is_fully_alive(shipped):
+    codes = encode_all(shipped.vq, render_all(random_scenes(1500, FRESH_SEED)))
+    assert len(codes.unique()) == shipped.config.codebook_size
+
+
+def test_reconstructions_keep_what_is_shown(shipped):
+    pictures = render_all(random_scenes(60, FRESH_SEED))
+    error = np.abs(reconstruct(shipped.vq)(pictures).astype(float) - pictures).mean()
+    assert error < 12
+    rates = verifier_rates(40, FRESH_SEED, reconstruct(shipped.vq))
+    assert np.mean([accepted for accepted, _ in rates.values()]) > 0.75
+    assert min(refused for _, refused in rates.values()) > 0.9
+
+
+def test_chain_of_thought_is_written(shipped):
+    config = GenerateConfig(cot=True, max_completion_length=24)
+    sampler = Sampler(shipped.model, shipped.tokenizer, config, shipped.config.image_tokens)
+    rollout = sampler.rollout([Prompt("a red circle and a blue square")] * 8, list(range(8)))
+    assert sum(rollout.truncated) <= 1
+    pieces = [piece.split(" ", 2) for text in rollout.cot_texts for piece in text.split(", ")]
+    well_formed = [
+        len(piece) == 3 and piece[0] in COLOURS and piece[1] in SHAPES for piece in pieces
+    ]
+    assert np.mean(well_formed) >= 0.8
