@@ -188,7 +188,9 @@ def summary(runs: dict[str, Run]) -> str:
     run = next(iter((on_gpu or runs).values()))
     rows = [r for r in run["rows"] if r["suite"] != CEILINGS and r["metric"] != "images"]
     where = f"{run['head']['device']}, {run['head']['date'][:10]}. {_head_line(run)}"
-    return f"{where}\n\n{brief_table(rows)}"
+    suites = dict.fromkeys(row["suite"] for row in rows)
+    tables = [brief_table(row for row in rows if row["suite"] == suite) for suite in suites]
+    return "\n\n".join([where, *tables])
 
 
 def with_table(readme: str, text: str) -> str:
