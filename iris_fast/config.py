@@ -182,6 +182,8 @@ class TrainConfig(SamplingConfig):
     """Gradients are clipped to this norm; 0: never."""
     train_image_head: bool = False
     """Also train the image head; T2I-R1 and the paper keep everything `gen*` frozen."""
+    offload_reference: bool = False
+    """Keep the reference model in CPU memory, a block at a time on the GPU: less memory, slower."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
 

@@ -21,7 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from iris_fast.errors import UserError
@@ -166,19 +171,24 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def shard(module: nn.Module, blocks: nn.ModuleList, ranks: Ranks, bf16: bool) -> None:
+def shard(
+    module: nn.Module, blocks: nn.ModuleList, ranks: Ranks, bf16: bool, offload: bool = False
+) -> None:
     """FSDP2 in place: each block a unit of its own, the rest of `module` another.
 
-    Master weights and gradient sums stay float32; with `bf16` blocks compute in bfloat16.
+    Master weights and gradient sums stay float32; with `bf16` blocks compute in bfloat16. With
+    `offload` the shards stay in CPU memory, and a block is on the GPU while its turn lasts.
     """
+    pinned = ranks.device.type == "cuda"
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else torch.float32,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
     for block in blocks:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
-    fully_shard(module, mesh=ranks.mesh, mp_policy=precision)
+        fully_shard(block, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
+    fully_shard(module, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
 
 
 def give_up_pass(module: nn.Module) -> None:

@@ -118,6 +118,7 @@ def estimate(
     )
     block = sum(p.numel() for p in shapes.model.language_model.layers[0].parameters())
     outside = total - block * decoder.num_layers
+    on_gpu = bool(config.beta) and not config.offload_reference
 
     # Unconditional rows share one prefix; on average half of the image is there.
     prompts = samples * (prompt_tokens + text)
@@ -130,7 +131,7 @@ def estimate(
             "policy, float32": 4 * total / world_size,
             "gradients, float32": 4 * trained / world_size,
             "AdamW moments, float32": 8 * trained / world_size,
-            "reference": item * total / world_size if config.beta else 0,
+            "reference": item * total / world_size * on_gpu,
             "sampler's copy": item * total,
         },
         rollout_bytes={"KV cache": (prompts + rows * image) * kv_token},
@@ -158,8 +159,10 @@ def check_fits(found: Estimate, config: TrainConfig) -> None:
     """UserError, naming what to change, if the peak is more than the GPU holds."""
     if found.fits:
         return
-    states = sum(found.always_bytes.values())
-    if states > FREE_SHARE * found.gpu.memory_bytes:
+    states, reference = sum(found.always_bytes.values()), found.always_bytes["reference"]
+    if reference and found.peak_bytes - reference <= FREE_SHARE * found.gpu.memory_bytes:
+        remedy = "add --offload_reference true"
+    elif states > FREE_SHARE * found.gpu.memory_bytes:
         remedy = "use more GPUs: weights and optimizer state alone do not fit"
     elif sum(found.rollout_bytes.values()) > sum(found.training_bytes.values()):
         remedy = "lower --gradient_accumulation_steps or --per_device_train_batch_size"

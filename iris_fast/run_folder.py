@@ -27,7 +27,8 @@ MAY_CHANGE = {
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "beta", "epsilon", "epsilon_high", "preset",
-    "rollout_correction", "rollout_correction_cap", "rollout_engine", "metric_funcs",
+    "rollout_correction", "rollout_correction_cap", "rollout_engine",
+    "offload_reference", "metric_funcs",
 }  # fmt: skip
 
 

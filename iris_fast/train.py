@@ -231,7 +231,8 @@ def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource
     freeze(policy, config)
     for model in filter(None, (policy, reference)):
         # From the CPU, block by block: no GPU ever holds all of what it will hold a share of.
-        distributed.shard(model, model.model.language_model.layers, ranks, config.bf16)
+        offload = model is reference and config.offload_reference
+        distributed.shard(model, model.model.language_model.layers, ranks, config.bf16, offload)
     prompts = PromptSource(inputs.prompts, config.seed)
     return Models(policy, reference, sampler, vq), prompts
 

@@ -10,7 +10,14 @@ from small_runs import quick
 
 from iris_fast.config import PRESETS, TrainConfig
 from iris_fast.errors import UserError
-from iris_fast.estimate import GIB, H200, check_fits, estimate, layer_activation_elements
+from iris_fast.estimate import (
+    FREE_SHARE,
+    GIB,
+    H200,
+    check_fits,
+    estimate,
+    layer_activation_elements,
+)
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import DecoderConfig, DecoderLayer, rope_tables
 from iris_fast.models.vq import VQConfig
@@ -70,11 +77,20 @@ def test_states_are_counted_from_the_parameters():
     assert on_four["sampler's copy"] == parts["sampler's copy"]
 
 
-def test_without_beta_there_is_no_reference_to_count():
-    assert (
-        estimate(preset("janus-pro-1b", beta=0.0), JANUS_1B, 1, H200, 64).always_bytes["reference"]
-        == 0
-    )
+@pytest.mark.parametrize("changes", [{"beta": 0.0}, {"offload_reference": True}])
+def test_a_reference_that_is_not_on_the_gpu_is_not_counted(changes):
+    found = estimate(preset("janus-pro-1b", **changes), JANUS_1B, 1, H200, 64)
+    assert found.always_bytes["reference"] == 0
+
+
+def test_offloading_the_reference_is_proposed_where_that_is_enough():
+    config = preset("janus-pro-1b")
+    needs = estimate(config, JANUS_1B, 1, H200, 64)
+    smaller = dataclasses.replace(H200, memory_bytes=int(needs.peak_bytes / FREE_SHARE) - 2**30)
+    with pytest.raises(UserError, match=r"add --offload_reference true$"):
+        check_fits(estimate(config, JANUS_1B, 1, smaller, 64), config)
+    config = preset("janus-pro-1b", offload_reference=True)
+    check_fits(estimate(config, JANUS_1B, 1, smaller, 64), config)
 
 
 def test_1b_fits_one_h200_and_7b_does_not():

@@ -247,6 +247,15 @@ def test_the_kl_term_alone_pulls_back_to_the_reference():
         assert step.update(batches)["kl"] < kl
 
 
+def test_an_offloaded_reference_is_the_same_reference():
+    with one_step() as step:
+        (expected,) = (batch.reference_logprob_M for batch in step.batches())
+    with one_step(offload_reference=True) as step:
+        (found,) = (batch.reference_logprob_M for batch in step.batches())
+        assert next(step.models.reference.parameters()).device.type == "cpu"
+    assert torch.equal(found, expected)
+
+
 def test_without_beta_there_is_no_reference_and_no_kl():
     with one_step(beta=0.0) as step:
         assert step.models.reference is None
