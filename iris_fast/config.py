@@ -55,7 +55,7 @@ class SamplingConfig:
     attention. auto: static on a GPU. The tokens are the same up to rounding."""
     seed: int = 42
     """Seed of everything random. The same seed gives the same images whatever the batch size or
-    the number of ranks."""
+    the number of ranks, to round-off of the logits."""
     bf16: bool = False
     """Compute in bfloat16 (training keeps float32 master weights)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -91,7 +91,8 @@ class GenerateConfig(SamplingConfig):
     num_images_per_prompt: int = 1
     """Images per prompt."""
     batch_size: int = 16
-    """Images drawn at a time; changes speed and memory, not the images."""
+    """Images drawn at a time; changes speed and memory, and the images only where the logits'
+    round-off decides between two tokens: hardly ever in float32, often in bfloat16."""
     greedy: bool = False
     """Take the most likely token instead of sampling."""
     save_codes: str | None = None

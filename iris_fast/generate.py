@@ -1,7 +1,8 @@
 """Images for people: `python -m iris_fast.generate --model FOLDER --prompts FILE`.
 
 Under torchrun the prompts are shared out over the ranks. An image depends on its prompt, its number
-and the seed, not on the batch size or the number of ranks.
+and the seed; on the batch size and the number of ranks only where the logits' round-off decides
+between two tokens.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from iris_kernels import GuidedSample, TokenStats, guided_sample
+from iris_kernels import GuidedSample, TokenStats, guided_sample, use_triton
 from torch import Tensor
 
 from iris_fast.batch import Prompt, Rollout, Trace
@@ -62,8 +62,8 @@ class Sampler:
 
     @property
     def captured(self) -> bool:
-        """Whether steps become a CUDA graph."""
-        return self.static and self.device.type == "cuda"
+        """Whether steps become a CUDA graph: the torch path of the kernels asks the host."""
+        return self.static and self.device.type == "cuda" and use_triton(self.janus.lm_head.weight)
 
     @functools.cached_property
     def instruction(self) -> str:

@@ -163,8 +163,8 @@ def update(
         with contextlib.suppress(torch.OutOfMemoryError):
             sums = _accumulate(policy, batches, config, pause, pieces.count)
         if sums is None:
-            give_up_pass(policy)
             pieces.double(max(len(batch.rollout.prompts) for batch in batches), ranks)
+            give_up_pass(policy)
             if ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._backend import constant, jit, tl
-from ._row_math import LOG2_E
+from ._row_math import LOG2_E, any_row
 
 # 2^f on [-1/2, 1/2] to 1.9e-7: 1 + f (c1 + f (c2 + ...)), minimax by Lawson's iteration.
 EXP2_POLYNOMIAL = (
@@ -50,8 +50,17 @@ def kernel_weights(mixed, m, threshold, scale, GREEDY: tl.constexpr):
 
 def weight_scale(temperature: float | Tensor, device: torch.device) -> Tensor:
     """log2(e) / T, divided in fp32 as the kernel does."""
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=device)
+    if not isinstance(temperature, Tensor):
+        # Filled on the device: a copy from the host cannot be captured in a CUDA graph.
+        temperature = torch.full((), temperature, dtype=torch.float32, device=device)
+    temperature = temperature.float()
     return torch.full_like(temperature, LOG2_E) / temperature
+
+
+def without_nan(mixed: Tensor) -> Tensor:
+    """NaN logits as -inf: they are never drawn, and are no maximum, as in the kernel."""
+    nan = mixed.isnan()
+    return mixed.masked_fill(nan, -math.inf) if any_row(nan) else mixed
 
 
 def sampling_weights(mixed: Tensor, row_max: Tensor, scale: Tensor) -> Tensor:
@@ -74,6 +83,7 @@ def truncation_threshold(
 ) -> Tensor | None:
     """The smallest mixed logit [R] that top_k, then top_p, then min_p leave; None: all stay."""
     thresholds = []
+    mixed = without_nan(mixed)
     scale = weight_scale(temperature, mixed.device)
     row_max = mixed.amax(-1, keepdim=True)
     if 0 < top_k < mixed.shape[-1]:
@@ -102,6 +112,7 @@ def draw(
     greedy: bool,
 ) -> Tensor:
     """Tokens [R] of mixed logits [R, V] at `uniform` [R], among those >= `threshold` [R]."""
+    mixed = without_nan(mixed)
     row_max = mixed.amax(-1, keepdim=True)
     if greedy:
         weights = (mixed == row_max).long()

@@ -274,7 +274,7 @@ def _check_caches(query, keys, values, lengths, keys_name, values_name, lengths_
                 f"{name} is {cache.dtype} on {cache.device} with strides {cache.stride()}: pass "
                 f"{query.dtype} on {query.device} with a contiguous last dimension"
             )
-        if H % cache.shape[1]:
+        if not width or not cache.shape[1] or H % cache.shape[1]:
             raise ValueError(
                 f"{name} has {cache.shape[1]} heads, which do not divide the {H} of query"
             )

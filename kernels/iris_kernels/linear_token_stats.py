@@ -331,10 +331,11 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
-    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+    matching = hidden.dim() > 0 and weight.dim() == 2 and weight.shape[1] == hidden.shape[-1]
+    if not matching or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)} but hidden has {tuple(hidden.shape)}: "
-            "pass (V, D) and (..., D)"
+            "pass (V, D) and (..., D), V and D at least 1"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(

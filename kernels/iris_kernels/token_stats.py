@@ -208,11 +208,17 @@ def token_stats(
     return TokenStats(*out[:4])
 
 
+def is_leaf_memory(logits: Tensor) -> bool:
+    """Whether the logits' memory is that of a tensor whose values training needs."""
+    base = logits._base if logits._is_view() else logits
+    return base.is_leaf and base.requires_grad
+
+
 def _check_overwritable(logits: Tensor) -> None:
-    if logits.is_leaf and logits.requires_grad:
+    if is_leaf_memory(logits):
         raise ValueError(
-            "inplace_backward=True, but logits is a leaf: its values would be replaced by its "
-            "gradient; pass the output of an operation or inplace_backward=False"
+            "inplace_backward=True, but logits is a leaf, or a view of one: its values would be "
+            "replaced by its gradient; pass the output of an operation or inplace_backward=False"
         )
     if any(s == 0 and n > 1 for n, s in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(

@@ -122,8 +122,8 @@ def _combine(
     empty = log_w == -math.inf  # a rank without probability adds nothing: 0 * inf is NaN
     finite_log_w = log_w.masked_fill(empty, 0.0)
     whole_entropy = (log_w.exp() * (entropy - finite_log_w)).masked_fill(empty, 0.0).sum(dim=0)
-    whole_logprob = torch.zeros_like(dead, dtype=lse.dtype)
-    whole_nsc = torch.zeros_like(whole_logprob)
+    whole_nsc = torch.zeros_like(dead, dtype=lse.dtype)
+    whole_logprob = torch.full_like(whole_nsc, math.nan)  # stays so where no rank has the token
     for r, (start, columns) in enumerate(zip(starts, held, strict=True)):
         if columns == 0:
             continue

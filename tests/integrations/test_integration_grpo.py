@@ -93,6 +93,15 @@ def test_a_head_in_another_dtype_is_computed_in_that_of_the_hidden_states():
     torch.testing.assert_close(mine[0], theirs[0], atol=0.05, rtol=0.02)
 
 
+def test_the_head_works_without_the_patch_too():
+    hidden, weight, _, targets = head_inputs(torch.float32, False)
+    with pytest.warns(UserWarning, match="is_top1"):
+        mine = ours.FusedHead.apply(hidden, weight, None, targets, 1.0, 128)
+    theirs = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 128)
+    for left, right in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(left, right)
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -166,6 +166,7 @@ MISTAKES = {
     r"query has shape \(4, 16\)": ((Q[0], K, K, N), {}),
     r"key_cache has shape \(2, 2, 5, 8\)": ((Q, K[..., :8], K, N), {}),
     "key_cache is torch.bfloat16": ((Q, K.bfloat16(), K, N), {}),
+    "which do not divide the 4": ((Q, K[:, :0], K[:, :0], N), {}),
     "do not divide the 4 of query": ((Q, K.repeat(1, 2, 1, 1)[:, :3], K, N), {}),
     r"value_cache has shape \(2, 2, 4, 16\)": ((Q, K, K[:, :, :4], N), {}),
     r"lengths has shape \(1,\)": ((Q, K, K, N[:1]), {}),

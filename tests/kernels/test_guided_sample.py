@@ -14,6 +14,8 @@ from iris_kernels._inverse_cdf import (
 from iris_kernels._ops import ops
 from iris_kernels.guided_sample import guided_sample_reference, mix
 from kernel_oracle import FIELDS, random_case
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PATHS = {"torch": ["_sample_torch"], "triton": ["sample_triton"]}
 # name: (rows, V, dtype). A row is cut into L <= 512 lanes of Q columns, each read 16 bytes a time.
@@ -144,6 +146,31 @@ def test_nan_is_not_drawn_and_not_hidden(backend, device):
     out = guided_sample(cond, None, uniform, cfg_weight=1.0)
     assert ((out.token_ids >= 0) & (out.token_ids < 300)).all()
     assert out.guided.logprob.isnan().all() and out.conditional.nsc.isnan().all()
+
+
+@pytest.mark.parametrize("column", [0, 5])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str
+)
+def test_a_nan_class_is_as_one_that_is_ruled_out(backend, device, column, settings):
+    cond, _, uniform = case(6, 40, torch.float32, device, "plain")
+    ruled_out = cond.clone()
+    cond[:, column], ruled_out[:, column] = math.nan, -math.inf
+    drawn = guided_sample(cond, None, uniform, cfg_weight=1.0, **settings).token_ids
+    expected = guided_sample(ruled_out, None, uniform, cfg_weight=1.0, **settings).token_ids
+    assert drawn.tolist() == expected.tolist()
+
+
+def test_truncation_copies_no_temperature_from_the_host():
+    """A CUDA graph cannot hold such a copy. Fake tensors tell without a GPU."""
+
+    class NoCopies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert "copy" not in str(function)
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), NoCopies():
+        assert weight_scale(0.7, torch.device("cuda")).device.type == "cuda"
 
 
 # --- Statistics -----------------------------------------------------------------------------------

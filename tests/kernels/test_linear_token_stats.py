@@ -336,6 +336,14 @@ def test_memory(trained, monkeypatch):
 
 HIDDEN, WEIGHT, IDS = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long)
 MISTAKES = {
+    r"weight has shape \(0, 4\)": (
+        (torch.zeros(2, 4), torch.zeros(0, 4), torch.zeros(2).long()),
+        {},
+    ),
+    r"weight has shape \(5, 0\)": (
+        (torch.zeros(2, 0), torch.zeros(5, 0), torch.zeros(2).long()),
+        {},
+    ),
     "hidden has dtype torch.int64": ((HIDDEN.long(), WEIGHT, IDS), {}),
     "weight has dtype torch.bfloat16 but hidden": ((HIDDEN, WEIGHT.bfloat16(), IDS), {}),
     r"weight has shape \(3, 5\)": ((HIDDEN, torch.zeros(3, 5), IDS), {}),

@@ -324,6 +324,15 @@ def test_inplace_backward(backend, device):
     assert pointers == [produced.data_ptr()]
 
 
+@pytest.mark.parametrize("view", [lambda p: p[:, :-1], lambda p: p.view(-1, p.shape[-1])])
+def test_inplace_backward_does_not_overwrite_a_leaf_through_a_view(backend, device, view):
+    parameter = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    logits = view(parameter)
+    token_ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="a view of one"):
+        token_stats(logits, token_ids, inplace_backward=True)
+
+
 def test_inplace_backward_is_found_out_by_other_readers(backend, device):
     leaf, token_ids = random_case((4,), 300, torch.float32, device)
     produced = leaf.requires_grad_() * 1

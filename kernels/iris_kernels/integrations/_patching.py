@@ -42,6 +42,10 @@ class Patch:
             replaced += self._rebind(self.originals[swap], swap.replacement)
         return replaced
 
+    def original(self, swap: Swap) -> Any:
+        """The library's own function, whether the patch is on or off."""
+        return self.originals[swap] if swap in self.originals else self._find(swap)
+
     def off(self) -> list[str]:
         """Put the library's own functions back; the names restored, none where the patch is off."""
         restored = []

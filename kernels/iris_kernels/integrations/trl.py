@@ -6,8 +6,9 @@ Signatures, shapes and masks are those of `trl.trainer.utils` in TRL 1.16. What 
 - logits of -inf give no NaN; an index of -100 gives 0 where TRL reads out of bounds;
 - a new temperature compiles nothing.
 
-TRL's main trainers (GRPO, RLOO, DPO, KTO, SFT) score through the fused head, `FusedHead` here; the
-functions are what its experimental trainers call.
+TRL's GRPO, RLOO and KTO trainers score through the fused head, `FusedHead` here; DPO and SFT ask
+that head for top-1 accuracy too, which TRL then computes as before. The functions are what its
+experimental trainers call.
 """
 
 import math
@@ -111,7 +112,7 @@ class FusedHead:
         reason = _beyond_us(weight, final_logit_softcapping, logit_scale, outputs)
         if reason is not None:
             warnings.warn(f"TRL's own fused head computes: {reason}", stacklevel=2)
-            return PATCH.originals[_HEAD].apply(
+            return PATCH.original(_HEAD).apply(
                 hidden, weight, bias, targets, temperature, chunk_size,
                 final_logit_softcapping, logit_scale, outputs,
             )  # fmt: skip

@@ -9,7 +9,7 @@ Signatures and shapes are those of `verl.utils.torch_functional` in verl 0.9.1. 
 import torch
 from torch import Tensor
 
-from ..token_stats import token_stats
+from ..token_stats import is_leaf_memory, token_stats
 from ._patching import Patch, Swap
 
 KNOWN_VERSION = "0.9.1"
@@ -29,7 +29,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Returns:
         (...) float32.
     """
-    inplace = inplace_backward and logits.grad_fn is not None and 0 not in logits.stride()
+    inplace = inplace_backward and logits.requires_grad and 0 not in logits.stride()
+    inplace = inplace and not is_leaf_memory(logits)
     return token_stats(logits, labels, inplace_backward=inplace).logprob
 
 
