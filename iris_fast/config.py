@@ -15,6 +15,8 @@ import yaml
 
 from iris_fast.errors import UserError, require
 
+DIFFERENTIABLE = ("image_nsc", "text_nsc", "image_entropy", "text_entropy")
+
 
 @dataclass(kw_only=True)
 class SamplingConfig:
@@ -148,6 +150,9 @@ class TrainConfig(SamplingConfig):
     """Measured on every step's images and on the picture grids, logged and never rewarded: any of
     the rewards that look at images. Default: tiny_verifier, diversity and richness with the prompts
     that come with the tiny model, otherwise none."""
+    objective: Literal["grpo", "direct"] = "grpo"
+    """How the reward is raised: by GRPO, or (direct, a control) by the gradient of the sampled
+    tokens' own intrinsic reward, without groups or advantages."""
     beta: float = 0.01
     """Weight of the KL term to the reference model; 0 drops the reference."""
     epsilon: float = 0.2
@@ -246,10 +251,27 @@ class TrainConfig(SamplingConfig):
                     f"reward_funcs: {name} looks at the chain of thought, and there is none; "
                     "add --cot true or drop it"
                 )
+        if self.objective == "direct":
+            self._check_direct()
         if self.resume_from_checkpoint and self.output_dir is None:
             raise UserError(
                 "resume_from_checkpoint: which run? add --output_dir with the folder to go on in"
             )
+
+    def _check_direct(self) -> None:
+        """Raise UserError unless the reward can be differentiated."""
+        for name in self.reward_funcs or []:
+            if name not in DIFFERENTIABLE:
+                raise UserError(
+                    f"objective: direct differentiates the reward, and {name} has no gradient; "
+                    f"choose reward_funcs from {', '.join(DIFFERENTIABLE)}, or --objective grpo"
+                )
+        for name, value in (("reward_distribution", "conditional"), ("rollout_correction", "none")):
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"objective: direct works with {name} {value} alone, not "
+                    f"{getattr(self, name)}; change one of the two"
+                )
 
     @property
     def prompts_per_step(self) -> int:

@@ -94,14 +94,41 @@ def grpo_loss(
     loss_M = -torch.minimum(unclipped_gain, clipped_gain)
     if correction_M is not None:
         loss_M = loss_M * correction_M
-    kl = torch.zeros_like(loss_M)
-    if reference_logprob_M is not None:
-        gap = reference_logprob_M - logprob_M
-        kl = torch.exp(gap) - gap - 1
-        loss_M = loss_M + beta * kl
+    kl_M = k3(logprob_M, reference_logprob_M)
     return Loss(
-        value=(weight_M * loss_M).sum(),
-        kl_M=kl.detach(),
+        value=(weight_M * (loss_M + beta * kl_M)).sum(),
+        kl_M=kl_M.detach(),
         ratio_M=ratio.detach(),
         clipped_M=(clipped_gain < unclipped_gain).detach(),
     )
+
+
+def direct_loss(
+    gain_M: Tensor,
+    logprob_M: Tensor,
+    reference_logprob_M: Tensor | None,
+    weight_M: Tensor,
+    *,
+    beta: float,
+) -> Loss:
+    """sum_m w_m * -(gain_m - beta k3): `gain_M` is the tokens' own reward, with its gradient.
+
+    The tokens are taken as they were drawn: what the reward of later tokens owes to the choice of
+    earlier ones, which the policy gradient sees, has no part in it. Inputs as in `grpo_loss`.
+    """
+    kl_M = k3(logprob_M, reference_logprob_M)
+    return Loss(
+        value=(weight_M * (beta * kl_M - gain_M)).sum(),
+        kl_M=kl_M.detach(),
+        ratio_M=torch.ones_like(gain_M),
+        clipped_M=torch.zeros_like(gain_M, dtype=torch.bool),
+    )
+
+
+def k3(logprob_M: Tensor, reference_logprob_M: Tensor | None) -> Tensor:
+    """exp(ref - lp) - (ref - lp) - 1 >= 0, an estimate of KL(policy || reference) from tokens that
+    the policy drew (Schulman's k3); 0 without a reference. [M]."""
+    if reference_logprob_M is None:
+        return torch.zeros_like(logprob_M)
+    gap = reference_logprob_M - logprob_M
+    return torch.exp(gap) - gap - 1

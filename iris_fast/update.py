@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from iris_kernels import TokenStats
 from torch import Tensor, nn
 
 from iris_fast.batch import PackedBatch, Rollout, Scored
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks, full, give_up_pass
 from iris_fast.errors import UserError
-from iris_fast.loss import Loss, grpo_loss, token_weights, truncated_importance
+from iris_fast.loss import Loss, direct_loss, grpo_loss, token_weights, truncated_importance
 from iris_fast.packing import pack
 
 
@@ -201,12 +202,24 @@ def _forward_backward(
 ) -> None:
     text, image = policy(batch.packed)
     logprob_M = torch.cat([text.logprob, image.logprob])
+    if config.objective == "direct":
+        gains = [token_rewards(config, "text", text), token_rewards(config, "image", image)]
+        reference_M, weight_M = batch.reference_logprob_M, batch.weight_M
+        loss = direct_loss(torch.cat(gains), logprob_M, reference_M, weight_M, beta=config.beta)
+    else:
+        loss = policy_loss(logprob_M, batch, config)
+    loss.value.backward()
+    _add(sums, loss, logprob_M.detach(), batch)
+
+
+def policy_loss(logprob_M: Tensor, batch: MicroBatch, config: TrainConfig) -> Loss:
+    """GRPO's loss of a micro-batch, corrected for the sampler where that is asked for."""
     old_M = logprob_M.detach() if batch.old_logprob_M is None else batch.old_logprob_M
     correction_M = None
     if config.rollout_correction == "tis":
         cap = config.rollout_correction_cap
         correction_M = truncated_importance(old_M, batch.rollout_logprob_M, cap)
-    loss = grpo_loss(
+    return grpo_loss(
         logprob_M,
         old_M,
         batch.reference_logprob_M,
@@ -217,8 +230,15 @@ def _forward_backward(
         epsilon=config.epsilon,
         epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
     )
-    loss.value.backward()
-    _add(sums, loss, logprob_M.detach(), batch)
+
+
+def token_rewards(config: TrainConfig, kind: str, stats: TokenStats) -> Tensor:
+    """The weighted sum of the intrinsic rewards of each token of one kind, with gradient."""
+    total = torch.zeros_like(stats.logprob)
+    for name, weight in zip(config.reward_funcs, config.reward_weights, strict=True):
+        if name.startswith(f"{kind}_"):
+            total = total + weight * getattr(stats, name.removeprefix(f"{kind}_"))
+    return total
 
 
 def _add(sums: dict[str, float], loss: Loss, logprob_M: Tensor, batch: MicroBatch) -> None:

@@ -129,6 +129,14 @@ def test_a_name_like_no_other_is_pointed_to_help():
         (["--reward_funcs", "[random, random]"], "reward_funcs: random is named twice"),
         (["--reward_funcs", "[]"], "reward_funcs: .*at least one"),
         (["--cot", "false", "--reward_funcs", "[text_nsc]"], "reward_funcs: text_nsc.*--cot true"),
+        (
+            ["--objective", "direct", "--reward_funcs", "[image_nsc, random]"],
+            "objective: direct .*random has no gradient; choose .*image_nsc.*--objective grpo",
+        ),
+        (
+            ["--objective", "direct", "--reward_distribution", "guided"],
+            "objective: direct works with reward_distribution conditional alone, not guided",
+        ),
         (["--max_steps", "0"], "max_steps: 0 .*>= 1"),
         (["--num_generations", "1"], "num_generations: 1 .*2 or more"),
         (["--temperature", "0"], "temperature: 0"),

@@ -46,7 +46,9 @@ FLOW = [
     "report",
 ]
 # What makes and measures the tiny model stands above everything: nothing else imports it.
-TINY_TOOLS = {"pretrain", "pretrain_vq", "pretrain_decoder", "training", "measure"}
+TINY_TOOLS = {
+    "pretrain", "pretrain_vq", "pretrain_decoder", "training", "measure", "ablate", "ablation_page",
+}  # fmt: skip
 COMMANDS = sorted(
     path.stem
     for path in (ROOT / "iris_fast").glob("*.py")
@@ -195,7 +197,9 @@ def test_modules_that_the_readme_runs_exist():
 
 def test_settings_that_the_readme_names_exist():
     known = {"--help", "--print_config", "--config", "--nproc-per-node", "--benchmark-only"}
-    for command in ("iris_fast.train", "iris_fast.generate", "iris_fast.export"):
+    for command in (
+        "iris_fast.train", "iris_fast.generate", "iris_fast.export", "iris_fast.tiny.ablate",
+    ):  # fmt: skip
         shown = subprocess.run(
             [sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=True
         )

@@ -17,6 +17,7 @@ from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks, copy_weights, full
 from iris_fast.errors import UserError
 from iris_fast.inputs import open_inputs
+from iris_fast.packing import pack
 from iris_fast.rewards import load_rewards, score
 from iris_fast.train import Models, load_inputs, make_optimizer, repeat, set_learning_rate, train
 from iris_fast.update import Pieces, log_probs, prepare, update
@@ -207,6 +208,46 @@ def test_the_gradient_is_that_of_the_loss_written_out():
         loss.backward()
         expected = {n: p.grad for n, p in policy.named_parameters() if n in found}
         assert_same_gradients(found, expected)
+
+
+def test_the_direct_gradient_is_that_of_the_reward_written_out():
+    """The mean over samples of each one's weighted mean reward per token, and the KL."""
+    names, weights = ["image_nsc", "text_entropy"], [1.0, -0.5]
+    with one_step(objective="direct", reward_funcs=names, reward_weights=weights) as step:
+        found = step.gradients()
+        (batch,) = step.batches()
+        policy = open_inputs(step.config, torch.float32).checkpoint.model
+        copy_weights(step.models.policy, policy)
+        sample_M = pack(step.scored.rollout)[1]
+        text, image = policy(batch.packed)
+        gap = batch.reference_logprob_M - torch.cat([text.logprob, image.logprob])
+        reward_M = torch.cat([-0.5 * text.entropy, image.nsc]) - 0.5 * (gap.exp() - gap - 1)
+        samples = len(step.scored.rollout.prompts)
+        means = [reward_M[sample_M == sample].mean() for sample in range(samples)]
+        (-torch.stack(means).mean()).backward()
+        expected = {n: p.grad for n, p in policy.named_parameters() if n in found}
+        assert_same_gradients(found, expected)
+
+
+def test_the_direct_gradient_is_the_same_in_pieces():
+    settings = {"objective": "direct", "reward_funcs": ["image_nsc", "text_nsc"]}
+    whole = gradients(**settings)
+    with one_step(**settings) as step:
+        assert_same_gradients(step.gradients(Pieces(4)), whole)
+
+
+def test_the_direct_objective_raises_the_reward_of_the_same_tokens():
+    settings = {"objective": "direct", "reward_funcs": ["image_nsc"], "beta": 0.0}
+    with one_step(**settings, learning_rate=1e-4) as step:
+        packed, _ = pack(step.scored.rollout)
+
+        def nsc() -> float:
+            with torch.no_grad():
+                return step.models.policy(packed)[1].nsc.mean().item()
+
+        before = nsc()
+        step.update(step.batches())
+        assert nsc() > before
 
 
 def test_num_iterations_2_holds_the_old_log_probs_fixed():

@@ -3,16 +3,18 @@
     python -m iris_fast.tiny.measure [--model tiny] [--samples 4] [--cot] [--cfg_weight 3]
     python -m iris_fast.tiny.measure --verifier 2000
 
-The first draws every held-out prompt; `--grid FILE` also saves the pictures, `--json FILE` adds
-what was measured, under its settings, to a file. The second measures the verifier itself, on fresh
-scenes: the share of true captions it accepts and of wrong ones (of the same kind, not true of the
-scene) it refuses, on renders and on their VQ reconstructions.
+The first draws every held-out prompt; `--run FOLDER` does so with the newest weights of a training
+run. `--grid FILE` also saves the pictures, `--json FILE` adds what was measured, under its
+settings, to a file. The second measures the verifier itself, on fresh scenes: the share of true
+captions it accepts and of wrong ones (of the same kind, not true of the scene) it refuses, on
+renders and on their VQ reconstructions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +23,9 @@ import torch
 from PIL.Image import Image
 
 from iris_fast.batch import Prompt
+from iris_fast.checkpoint import load_policy_weights, newest
 from iris_fast.config import GenerateConfig
+from iris_fast.errors import UserError, tell
 from iris_fast.inputs import open_model
 from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.vq import VQModel
@@ -37,6 +41,18 @@ from iris_fast.tiny.world import KINDS, Pixels, random_scene, render_all
 MEASURED_FILE = Path(__file__).with_name("measured.json")
 FRESH_SEED = 4711
 PROMPTS_AT_A_TIME = 10
+
+
+def open_trained(model: str, run: Path | None) -> JanusCheckpoint:
+    """`model`, with the weights of the newest sound checkpoint of `run`; UserError if there is
+    none."""
+    checkpoint = open_model(model, torch.float32)
+    if run is not None:
+        path, _ = newest(run / "checkpoints")
+        if path is None:
+            raise UserError(f"run: {run} holds no sound checkpoint; train first")
+        load_policy_weights(path, checkpoint.model)
+    return checkpoint
 
 
 def draw_held_out(
@@ -123,23 +139,28 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="iris_fast.tiny.measure", description=__doc__)
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--run", type=Path)
     parser.add_argument("--prompts", default=str(HELD_OUT_FILE))
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--cfg_weight", type=float, default=3.0)
     parser.add_argument("--cot", action="store_true")
+    parser.add_argument("--seed", type=int, default=GenerateConfig.seed)
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--verifier", type=int, metavar="SCENES")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    checkpoint = open_model(arguments.model, torch.float32)
+    checkpoint = open_trained(arguments.model, arguments.run)
     if arguments.verifier:
         for name, redraw in (("renders", None), ("VQ", reconstruct(checkpoint.vq))):
             for kind, (yes, no) in verifier_rates(arguments.verifier, redraw=redraw).items():
                 print(f"{name} {kind}: true accepted {yes:.4f}, wrong refused {no:.4f}")
         return
     config = GenerateConfig(
-        cfg_weight=arguments.cfg_weight, cot=arguments.cot, max_completion_length=24
+        cfg_weight=arguments.cfg_weight,
+        cot=arguments.cot,
+        max_completion_length=24,
+        seed=arguments.seed,
     )
     prompts = read_prompts(arguments.prompts)
     rows, certainty = draw_held_out(checkpoint, config, prompts, arguments.samples)
@@ -152,10 +173,15 @@ def main() -> None:
         known[settings] = {"images": len(prompts) * arguments.samples} | {
             name: round(value, 4) for name, value in found.items()
         }
-        arguments.json.write_text(json.dumps(known, indent=2) + "\n")
+        partial = arguments.json.with_name(f".{arguments.json.name}.partial")
+        partial.write_text(json.dumps(known, indent=2) + "\n")
+        partial.replace(arguments.json)
     if arguments.grid:
         grid(rows, [prompt.text for prompt in prompts]).save(arguments.grid)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as mistake:
+        sys.exit(tell("iris_fast.tiny.measure", mistake))
