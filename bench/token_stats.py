@@ -102,12 +102,25 @@ def _forward_backward(compute: Compute, inputs: Inputs) -> Call:
     return call
 
 
+class _Produced(torch.autograd.Function):
+    """The same memory, as if an operation had just written it there: neither a leaf nor a view."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        alias = logits.new_empty(0)
+        return alias.set_(logits.untyped_storage(), 0, logits.shape, logits.stride())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 def _in_place(compute: Compute, inputs: Inputs) -> Call:
     """forward+backward on logits that may be overwritten, as those of a model may."""
     source = inputs.logits.detach().clone()
 
     def call():
-        held = inputs.logits.view_as(inputs.logits)  # no leaf
+        held = _Produced.apply(inputs.logits)
         outputs = compute(held, inputs.token_ids)
         return [*outputs], _gradient(outputs, inputs, again=False)
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from iris_kernels import GuidedSample, TokenStats, guided_sample, use_triton
+from iris_kernels import GuidedSample, TokenStats, guided_sample
+from iris_kernels._backend import use_triton
 from torch import Tensor
 
 from iris_fast.batch import Prompt, Rollout, Trace

@@ -11,7 +11,6 @@ Every op has a Triton path for GPUs and a torch path for everything else; `IRIS_
 """
 
 from . import integrations as integrations
-from ._backend import use_triton
 from .decode_attention import decode_attention
 from .guided_sample import GuidedSample, guided_sample
 from .linear_token_stats import linear_token_stats
@@ -25,6 +24,5 @@ __all__ = [
     "guided_sample",
     "linear_token_stats",
     "token_stats",
-    "use_triton",
     "vocab_parallel_token_stats",
 ]

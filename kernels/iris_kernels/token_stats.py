@@ -210,7 +210,10 @@ def token_stats(
 
 def is_leaf_memory(logits: Tensor) -> bool:
     """Whether the logits' memory is that of a tensor whose values training needs."""
-    base = logits._base if logits._is_view() else logits
+    base = logits
+    # A compiled graph knows no bases; what it overwrites it takes care of itself.
+    if not torch.compiler.is_compiling() and logits._is_view():
+        base = logits._base
     return base.is_leaf and base.requires_grad
 
 
