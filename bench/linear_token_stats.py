@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench import _peers
 from bench._case import Call, Case, check_close
+from bench.token_stats import statistics
 
 SUITE = "kernels"
 SAMPLED_ROWS = 16  # of the forward's, checked in float64
@@ -126,18 +127,9 @@ def ours(device: torch.device) -> Compute:
     return compute
 
 
-def _statistics(logits: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
-    logprobs = logits.log_softmax(-1)
-    return {
-        "logprob": logprobs.gather(-1, token_ids[:, None])[:, 0],
-        "nsc": logprobs.mean(-1) + math.log(logits.shape[-1]),
-        "entropy": -(logprobs.exp() * logprobs).sum(-1),
-    }
-
-
 def plain(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
     """Plain torch: the logits in the head's dtype, the statistics in float32."""
-    return _statistics((hidden @ weight.t()).float(), token_ids)
+    return statistics((hidden @ weight.t()).float(), token_ids)
 
 
 def eager(device: torch.device) -> Compute:
@@ -196,7 +188,7 @@ def check_forward(inputs: Inputs, result: dict[str, Tensor] | None) -> None:
     count = len(inputs.token_ids)
     rows = torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long().to(inputs.hidden.device)
     logits = inputs.hidden.detach()[rows].double() @ inputs.weight.detach().double().t()
-    reference = _statistics(logits, inputs.token_ids[rows])
+    reference = statistics(logits, inputs.token_ids[rows])
     # Logits of half precision are off by up to half a unit in their last place.
     slack = None if inputs.hidden.dtype == torch.float32 else 1e-2
     for name, value in result.items():
@@ -208,7 +200,7 @@ def check_backward(inputs: Inputs, result: tuple[list[str], tuple[Tensor, ...]] 
         return
     names, gradients = result
     leaves = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs[:2]]
-    reference = _statistics(leaves[0] @ leaves[1].t(), inputs.token_ids)
+    reference = statistics(leaves[0] @ leaves[1].t(), inputs.token_ids)
     total = sum((reference[name] * inputs.upstream[name].double()).sum() for name in names)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     for name, gradient, expected in zip(

@@ -4,6 +4,7 @@ Least bytes: forward reads the logits once, backward reads them and writes as ma
 reads twice and writes once. Peers compute less where they have less: the functions say what.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -149,10 +150,15 @@ def ours(device: torch.device, in_place: bool = False) -> Compute:
 
 def plain(logits: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
     """The best plain torch: one log_softmax, everything from it."""
-    logprobs = torch.log_softmax(logits.float(), -1)
+    return statistics(logits.float(), token_ids)
+
+
+def statistics(logits: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
+    """The definitions, in the dtype of the logits."""
+    logprobs = logits.log_softmax(-1)
     return {
         "logprob": logprobs.gather(-1, token_ids[:, None])[:, 0],
-        "nsc": logprobs.mean(-1) + torch.tensor(float(logits.shape[-1])).log(),
+        "nsc": logprobs.mean(-1) + math.log(logits.shape[-1]),
         "entropy": -(logprobs.exp() * logprobs).sum(-1),
     }
 
@@ -221,13 +227,7 @@ def _sample(inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     count = len(inputs.token_ids)
     rows = torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long().to(inputs.logits.device)
     logits = inputs.logits.detach()[rows].double().requires_grad_()
-    logprobs = logits.log_softmax(-1)
-    reference = {
-        "logprob": logprobs.gather(-1, inputs.token_ids[rows, None])[:, 0],
-        "nsc": logprobs.mean(-1) + torch.tensor(float(logits.shape[-1])).log(),
-        "entropy": -(logprobs.exp() * logprobs).sum(-1),
-    }
-    return rows, logits, reference
+    return rows, logits, statistics(logits, inputs.token_ids[rows])
 
 
 def check_forward(inputs: Inputs, result: dict[str, Tensor]) -> None:

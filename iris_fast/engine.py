@@ -30,22 +30,23 @@ def run_steps(
     neither wait for the device nor count on the host. `between(done)` is called after each step and
     says whether to stop early.
     """
-    warm = min(count, WARM_UP_STEPS) if captured else count
-    for done in range(1, warm + 1):
-        step()
-        if between(done):
-            return done
-    if warm == count:
-        return count
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()  # recorded, not run
-    for done in range(warm + 1, count + 1):
-        graph.replay()
+    run = step
+    for done in range(1, count + 1):
+        if captured and done == WARM_UP_STEPS + 1:
+            run = _capture(step, device)
+        run()
         if between(done):
             return done
     return count
+
+
+def _capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """`step` as a CUDA graph, which this records and does not run."""
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 class Record:

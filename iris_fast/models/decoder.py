@@ -91,11 +91,10 @@ def lay_side_by_side(*layers: nn.Linear) -> Fused:
     bias = None
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias.detach() for layer in layers])
-    for layer, rows in zip(layers, torch.arange(sum(sizes)).split(sizes), strict=True):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        layer.weight.data = weight[part]
-        if bias is not None:
-            layer.bias.data = bias[part]
+        for layer, part in zip(layers, bias.split(sizes), strict=True):
+            layer.bias.data = part
+    for layer, part in zip(layers, weight.split(sizes), strict=True):
+        layer.weight.data = part
     return lambda x_TD: F.linear(x_TD, weight, bias).split(sizes, dim=-1)
 
 

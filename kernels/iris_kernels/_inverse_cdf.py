@@ -57,10 +57,13 @@ def weight_scale(temperature: float | Tensor, device: torch.device) -> Tensor:
     return torch.full_like(temperature, LOG2_E) / temperature
 
 
-def without_nan(mixed: Tensor) -> Tensor:
-    """NaN logits as -inf: they are never drawn, and are no maximum, as in the kernel."""
-    nan = mixed.isnan()
-    return mixed.masked_fill(nan, -math.inf) if any_row(nan) else mixed
+def without_nan(mixed: Tensor) -> tuple[Tensor, Tensor]:
+    """NaN logits as -inf, since they are never drawn; and the maximum [R, 1], as in the kernel."""
+    row_max = mixed.amax(-1, keepdim=True)
+    if any_row(row_max.isnan()):  # one NaN makes the maximum NaN
+        mixed = mixed.masked_fill(mixed.isnan(), -math.inf)
+        row_max = mixed.amax(-1, keepdim=True)
+    return mixed, row_max
 
 
 def sampling_weights(mixed: Tensor, row_max: Tensor, scale: Tensor) -> Tensor:
@@ -83,9 +86,8 @@ def truncation_threshold(
 ) -> Tensor | None:
     """The smallest mixed logit [R] that top_k, then top_p, then min_p leave; None: all stay."""
     thresholds = []
-    mixed = without_nan(mixed)
+    mixed, row_max = without_nan(mixed)
     scale = weight_scale(temperature, mixed.device)
-    row_max = mixed.amax(-1, keepdim=True)
     if 0 < top_k < mixed.shape[-1]:
         thresholds.append(mixed.topk(top_k, dim=-1).values[:, -1])
     if top_p < 1:
@@ -112,8 +114,7 @@ def draw(
     greedy: bool,
 ) -> Tensor:
     """Tokens [R] of mixed logits [R, V] at `uniform` [R], among those >= `threshold` [R]."""
-    mixed = without_nan(mixed)
-    row_max = mixed.amax(-1, keepdim=True)
+    mixed, row_max = without_nan(mixed)
     if greedy:
         weights = (mixed == row_max).long()
         uniform = torch.zeros_like(uniform)
