@@ -5,6 +5,7 @@ The same code runs with one process, with or without torchrun, on gloo (CPU) and
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -140,6 +141,22 @@ def start(wanted_device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> It
         # Anything that still holds a sharded tensor at destruction can abort the process.
         gc.collect()
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with `code`: exit handlers run and output is flushed, threads are not waited
+    for and the interpreter is not taken down.
+
+    torch's caches of sharded operations hold the mesh, so gloo's threads outlive
+    `destroy_process_group`; taking the interpreter down under them ended a finished rank with
+    SIGABRT now and then ("terminate called without an active exception").
+    """
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _place() -> tuple[int, int]:

@@ -7,8 +7,6 @@ between two tokens.
 
 from __future__ import annotations
 
-import sys
-
 from iris_fast.command_line import parse_command_line
 from iris_fast.config import GenerateConfig
 
@@ -104,4 +102,4 @@ def main(config: GenerateConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG))
+    distributed.leave(main(CONFIG))

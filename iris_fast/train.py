@@ -393,4 +393,4 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG))
+    distributed.leave(main(CONFIG))

@@ -11,13 +11,16 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from small_runs import make_trace
+from small_runs import make_trace, quick
 from torch.distributed.checkpoint.logger import _dcp_logger as dcp_logger
 
 from iris_fast import distributed
 from iris_fast.batch import Prompt, Rollout
 from iris_fast.distributed import Ranks
+from iris_fast.train import main
 
+# Three prompts, so that a run of a few steps meets the end of the file in the middle of a step.
+THREE = "a red cube\na blue ball left of a green cone\ntwo yellow pyramids\n"
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -91,3 +94,18 @@ def rollout() -> Rollout:
         text=make_trace(lengths, seed=0),
         image=make_trace([4] * 4, seed=1),
     )
+
+
+@pytest.fixture
+def prompts(here: Path) -> str:
+    (here / "three.txt").write_text(THREE)
+    return "three.txt"
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A run of 5 steps with everything switched on. Read-only."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    config = quick(folder, max_steps=5, save_steps=2, sample_steps=2, num_sample_prompts=3)
+    assert main(config) == 0
+    return folder

@@ -99,3 +99,13 @@ def set_spread(checkpoint: JanusCheckpoint, text: float, image: float) -> None:
     scale = image / janus.image_logits(hidden).std()
     for parameter in janus.model.generation_head.vision_head.parameters():
         parameter *= scale
+
+
+def assert_same_run(left: Path | str, right: Path | str, step: int) -> None:
+    """Bitwise: metrics of every step, weights and moments after the last."""
+    assert metrics(left) == metrics(right)
+    ours, theirs = tensors(left, step), tensors(right, step)
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("optimizer.") for name in ours)
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name

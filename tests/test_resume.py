@@ -1,0 +1,151 @@
+"""Resuming is never having stopped, bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import assert_same_run, checkpoints, metrics, quick, tree
+
+from iris_fast.command_line import parse
+from iris_fast.config import TrainConfig
+from iris_fast.errors import UserError
+from iris_fast.train import train
+
+RESUMED = {
+    "cot, end of the prompt file inside a step": {"per_device_train_batch_size": 2},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "between two passes over a rollout": {"num_iterations": 2},
+    "between passes, accumulating": {"num_iterations": 2, "gradient_accumulation_steps": 2},
+    "image head, checkpointed blocks": {"train_image_head": True, "gradient_checkpointing": True},
+    "bf16": {"bf16": True},
+    "without cot": {"cot": False},
+}
+
+
+@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
+def test_resuming_is_never_having_stopped(prompts, settings):
+    settings = {"prompts": prompts, "max_steps": 5, "save_steps": 3, **settings}
+    train(quick("whole", **settings))
+    train(quick("parts", **settings | {"max_steps": 3}))
+    assert [row["step"] for row in metrics("parts")] == [1, 2, 3]
+    torch.manual_seed(123)  # nobody's generator
+    train(quick("parts", **settings, resume_from_checkpoint=True))
+    assert_same_run("whole", "parts", 5)
+
+
+def test_a_schedule_goes_on_where_a_signal_stopped_it(prompts, monkeypatch):
+    """Stopped by SIGTERM twice, at odd moments, with a schedule that looks at max_steps."""
+    settings = {
+        "prompts": prompts,
+        "max_steps": 6,
+        "save_steps": 0,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "reward_funcs": ["stops:reward"],
+        "cot": False,
+    }
+    Path("stops.py").write_text(
+        "import os, random, signal\n"
+        "calls, stop_at = [], []\n"
+        "def reward(prompts, images):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) in stop_at:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [random.random() for _ in prompts]\n"  # state that a resume has to bring back
+    )
+    monkeypatch.syspath_prepend(Path.cwd())
+    import random
+
+    import stops
+
+    random.seed(5)
+    train(quick("whole", **settings))
+    random.seed(5)
+    # In the second step, and, as that one is done again, in the fifth.
+    stops.stop_at += [len(stops.calls) + 2, len(stops.calls) + 6]
+    train(quick("parts", **settings))
+    assert checkpoints("parts") == ["step_00001"]
+    for step in (4, 6):
+        random.seed(77)
+        train(quick("parts", **settings, resume_from_checkpoint=True))
+        assert len(metrics("parts")) == step
+    assert_same_run("whole", "parts", 6)
+
+
+def test_a_run_that_went_on_past_its_checkpoint_is_cut_back_to_it(here):
+    train(quick("whole", max_steps=4))
+    train(quick("run", max_steps=3, save_steps=2, save_total_limit=5))
+    (Path("run") / "checkpoints" / "step_00003" / "manifest.json").unlink()
+    with (Path("run") / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rewa')  # and a crash in the middle of a line
+    train(quick("run", max_steps=4, save_total_limit=5, resume_from_checkpoint=True))
+    assert_same_run("whole", "run", 4)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished_run, here):
+    before = tree(finished_run)
+    config = parse(TrainConfig, "t", ["--config", str(finished_run / "config.yaml")])
+    resumed = TrainConfig(**{**vars(config), "resume_from_checkpoint": True})
+    train(resumed)
+    changed = {name for name, digest in tree(finished_run).items() if before[name] != digest}
+    assert changed <= {".launch"}
+
+
+def test_more_steps_go_on_from_the_end(here):
+    train(quick("whole", max_steps=3))
+    train(quick("run", max_steps=1))
+    train(quick("run", max_steps=3, resume_from_checkpoint=True))
+    assert_same_run("whole", "run", 3)
+
+
+def test_a_run_without_a_checkpoint_yet_is_resumed_from_its_start(here):
+    train(quick("whole"))
+    train(quick("run", max_steps=1))
+    for path in Path("run/checkpoints").iterdir():
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    train(quick("run", resume_from_checkpoint=True))
+    assert_same_run("whole", "run", 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 7}, "was run with seed 42, and now seed is 7"),
+        ({"num_generations": 4}, "num_generations 2, and now num_generations is 4"),
+        ({"reward_funcs": ["random"]}, r"reward_funcs \['image_nsc', 'text_nsc'\]"),
+        ({"output_dir": "absent"}, "absent holds no run"),
+        ({"output_dir": "odd"}, "odd/config.yaml is damaged"),
+    ],
+)
+def test_what_would_be_another_run_is_not_resumed(here, change, message):
+    train(quick("run", max_steps=1))
+    Path("odd").mkdir()
+    Path("odd/config.yaml").write_text("- not\n- a mapping")
+    before = tree(here)
+    with pytest.raises(UserError, match=f"^resume_from_checkpoint: .*{message}"):
+        train(quick(**{"output_dir": "run", "resume_from_checkpoint": True} | change))
+    assert tree(here) == before
+
+
+def test_another_accumulation_inside_a_rollout_is_refused_and_says_why(here):
+    settings = {"num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    train(quick("run", **settings))
+    before = tree(here)
+    with pytest.raises(UserError, match=r"between two passes.*--gradient_accumulation_steps 2"):
+        train(
+            quick(
+                "run",
+                **settings
+                | {
+                    "gradient_accumulation_steps": 1,
+                    "per_device_train_batch_size": 2,
+                    "max_steps": 2,
+                },
+                resume_from_checkpoint=True,
+            )
+        )
+    assert tree(here) == before
