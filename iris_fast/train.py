@@ -21,7 +21,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch.utils.checkpoint import checkpoint as recompute
 
 from iris_fast import checkpoint, distributed, run_folder
 from iris_fast.checkpoint import Progress
@@ -32,29 +31,15 @@ from iris_fast.inputs import Inputs, open_inputs
 from iris_fast.log import Log, require_tracker, rollout_metrics
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import get_template, image_prompt_ids
-from iris_fast.models.vq import VQModel
+from iris_fast.optimizer import make_optimizer, set_learning_rate
 from iris_fast.pictures import decode_images
 from iris_fast.prompts import PromptSource
 from iris_fast.report import write_report
 from iris_fast.rewards import check_rewards, load_metrics, load_rewards, score
 from iris_fast.rewards.score import Functions
-from iris_fast.rollout import Sampler
+from iris_fast.roles import Models, cast
 from iris_fast.samples import draw_samples
 from iris_fast.update import Pieces, prepare, update
-
-
-@dataclass
-class Models:
-    """The three copies of the weights, and what turns codes into pixels.
-
-    `policy` is trained: float32 master weights, sharded over the ranks. `sampler` draws with a
-    whole copy, refreshed in place after each step. `reference` is the frozen start (beta > 0).
-    """
-
-    policy: Janus
-    reference: Janus | None
-    sampler: Sampler
-    vq: VQModel
 
 
 @dataclass
@@ -220,64 +205,7 @@ def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource
     inputs = open_inputs(config, torch.float32)
     if ranks.device.type == "cuda":
         check_fits(estimate_run(config, inputs, ranks), config)
-    opened = inputs.checkpoint
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    policy, vq = opened.model, opened.vq.to(ranks.device)
-    frozen = frozen_copy(policy, dtype, ranks.device)
-    frozen.model.language_model.fuse()
-    sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
-    # Never updated, so it needs no float32 master weights.
-    reference = frozen_copy(policy, dtype, torch.device("cpu")) if config.beta else None
-    freeze(policy, config)
-    for model in filter(None, (policy, reference)):
-        # From the CPU, block by block: no GPU ever holds all of what it will hold a share of.
-        offload = model is reference and config.offload_reference
-        distributed.shard(model, model.model.language_model.layers, ranks, config.bf16, offload)
-    prompts = PromptSource(inputs.prompts, config.seed)
-    return Models(policy, reference, sampler, vq), prompts
-
-
-def frozen_copy(model: Janus, dtype: torch.dtype, device: torch.device) -> Janus:
-    """The same weights in `dtype` on `device`, without a second copy in float32 on the way."""
-    with torch.device("meta"):
-        twin = Janus(model.config)
-    twin.to(dtype).to_empty(device=device)
-    copy_weights(model, twin)
-    return twin.requires_grad_(False)
-
-
-def freeze(policy: Janus, config: TrainConfig) -> None:
-    """Train the language model and its head; everything `gen*` stays, but for train_image_head."""
-    policy.model.generation_embeddings.requires_grad_(False)
-    policy.model.generation_aligner.requires_grad_(False)
-    policy.model.generation_head.requires_grad_(config.train_image_head)
-    if config.gradient_checkpointing:
-        for block in policy.model.language_model.layers:
-            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
-
-
-def make_optimizer(policy: Janus, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained."""
-    return torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
-    """The rate of the update that leads from `step` to `step + 1`: a function of the step alone."""
-    if step < config.warmup_steps:
-        share = (step + 1) / (config.warmup_steps + 1)
-    else:
-        span = max(config.max_steps - config.warmup_steps, 1)
-        left = 1 - (step - config.warmup_steps) / span
-        cosine = 0.5 * (1 + torch.cos(torch.tensor((1 - left) * torch.pi, dtype=torch.float64)))
-        share = {"linear": left, "cosine": cosine.item(), "constant": 1.0}[config.lr_scheduler_type]
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * share
+    return cast(inputs, config, ranks), PromptSource(inputs.prompts, config.seed)
 
 
 def repeat(prompts: list, numbers: list[int], num_generations: int) -> tuple[list, list[int]]:

@@ -1,0 +1,68 @@
+"""The model in its three roles: the policy that is trained, the sampler's copy, the reference."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint as recompute
+
+from iris_fast import distributed
+from iris_fast.config import TrainConfig
+from iris_fast.distributed import Ranks, copy_weights
+from iris_fast.inputs import Inputs
+from iris_fast.models.janus import Janus
+from iris_fast.models.vq import VQModel
+from iris_fast.rollout import Sampler
+
+
+@dataclass
+class Models:
+    """The three copies of the weights, and what turns codes into pixels.
+
+    `policy` is trained: float32 master weights, sharded over the ranks. `sampler` draws with a
+    whole copy, refreshed in place after each step. `reference` is the frozen start (beta > 0).
+    """
+
+    policy: Janus
+    reference: Janus | None
+    sampler: Sampler
+    vq: VQModel
+
+
+def cast(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
+    """The opened model as policy, sampler and reference, on their devices."""
+    opened = inputs.checkpoint
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    policy, vq = opened.model, opened.vq.to(ranks.device)
+    frozen = frozen_copy(policy, dtype, ranks.device)
+    frozen.model.language_model.fuse()
+    sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
+    # Never updated, so it needs no float32 master weights.
+    reference = frozen_copy(policy, dtype, torch.device("cpu")) if config.beta else None
+    freeze(policy, config)
+    for model in filter(None, (policy, reference)):
+        # From the CPU, block by block: no GPU ever holds all of what it will hold a share of.
+        offload = model is reference and config.offload_reference
+        distributed.shard(model, model.model.language_model.layers, ranks, config.bf16, offload)
+    return Models(policy, reference, sampler, vq)
+
+
+def frozen_copy(model: Janus, dtype: torch.dtype, device: torch.device) -> Janus:
+    """The same weights in `dtype` on `device`, without a second copy in float32 on the way."""
+    with torch.device("meta"):
+        twin = Janus(model.config)
+    twin.to(dtype).to_empty(device=device)
+    copy_weights(model, twin)
+    return twin.requires_grad_(False)
+
+
+def freeze(policy: Janus, config: TrainConfig) -> None:
+    """Train the language model and its head; everything `gen*` stays, but for train_image_head."""
+    policy.model.generation_embeddings.requires_grad_(False)
+    policy.model.generation_aligner.requires_grad_(False)
+    policy.model.generation_head.requires_grad_(config.train_image_head)
+    if config.gradient_checkpointing:
+        for block in policy.model.language_model.layers:
+            block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
