@@ -31,7 +31,7 @@ class Models:
     vq: VQModel
 
 
-def cast(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
+def assign(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
     """The opened model as policy, sampler and reference, on their devices."""
     opened = inputs.checkpoint
     dtype = torch.bfloat16 if config.bf16 else torch.float32

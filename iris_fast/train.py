@@ -37,7 +37,7 @@ from iris_fast.prompts import PromptSource
 from iris_fast.report import write_report
 from iris_fast.rewards import check_rewards, load_metrics, load_rewards, score
 from iris_fast.rewards.score import Functions
-from iris_fast.roles import Models, cast
+from iris_fast.roles import Models, assign
 from iris_fast.samples import draw_samples
 from iris_fast.update import Pieces, prepare, update
 
@@ -205,7 +205,7 @@ def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource
     inputs = open_inputs(config, torch.float32)
     if ranks.device.type == "cuda":
         check_fits(estimate_run(config, inputs, ranks), config)
-    return cast(inputs, config, ranks), PromptSource(inputs.prompts, config.seed)
+    return assign(inputs, config, ranks), PromptSource(inputs.prompts, config.seed)
 
 
 def repeat(prompts: list, numbers: list[int], num_generations: int) -> tuple[list, list[int]]:

@@ -32,6 +32,8 @@ FLOW = [
     "engine",
     "rollout",
     "distributed",
+    "roles",
+    "optimizer",
     "advantage",
     "rewards",
     "packing",
