@@ -55,6 +55,11 @@ class SamplingConfig:
     """How tokens are decoded: static shares the keys and values of equal prompts, reads live ones
     only, and on a GPU replays one CUDA graph a step; plain keeps a copy a sequence and uses torch's
     attention. auto: static on a GPU. The tokens are the same up to rounding."""
+    attn_implementation: Literal["auto", "sdpa", "varlen", "flash_attention_2", "xformers"] = "auto"
+    """Attention over whole sequences, in training passes and for prompts: sdpa is torch's, on
+    padded copies, and works everywhere; without padding, on a GPU in half precision, varlen is
+    torch's own and the others are the packages flash-attn and xformers. auto: flash_attention_2
+    where it is installed, else varlen, else sdpa; what that came to is shown and logged."""
     seed: int = 42
     """Seed of everything random. The same seed gives the same images whatever the batch size or
     the number of ranks, to round-off of the logits."""

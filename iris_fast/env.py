@@ -8,7 +8,7 @@ import platform
 
 PACKAGES = (
     "torch", "triton", "transformers", "tokenizers", "safetensors", "jsonargparse", "accelerate",
-    "numpy", "pillow", "datasets",
+    "numpy", "pillow", "datasets", "flash-attn", "xformers",
 )  # fmt: skip
 SETTINGS = ("IRIS_KERNELS_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 

@@ -10,6 +10,7 @@ from iris_fast.batch import Prompt
 from iris_fast.config import SamplingConfig
 from iris_fast.errors import UserError
 from iris_fast.models.layouts import JanusCheckpoint, load_janus
+from iris_fast.models.packed_attention import choose
 from iris_fast.models.templates import (
     TEMPLATES,
     fill_instruction,
@@ -33,6 +34,15 @@ class Inputs:
 def open_model(name: str, dtype: torch.dtype) -> JanusCheckpoint:
     """`tiny`, a checkpoint folder, or a hub id; UserError if it cannot be opened."""
     return build_tiny(dtype=dtype) if name == "tiny" else load_janus(name, dtype)
+
+
+def choose_attention(
+    config: SamplingConfig, device: torch.device, head_dim: int | None = None
+) -> str:
+    """What `attn_implementation` means on this device in the precision that is computed in. Without
+    `head_dim` before anything is loaded: UserError for what no model would change."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    return choose(config.attn_implementation, device, dtype, head_dim)
 
 
 def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:

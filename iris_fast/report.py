@@ -110,6 +110,7 @@ def _what_was_run(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     rewards = zip(settings.get("reward_funcs") or [], weights, strict=False)
     seconds = sum(row["rollout_s"] + row["train_s"] for row in rows if "train_s" in row)
     shape = ("learning_rate", "beta", "num_generations", "cfg_weight", "temperature", "seed")
+    attention = {row["attn_implementation"]: None for row in rows if "attn_implementation" in row}
     facts = {
         "Done": f"{len(rows)} steps of {settings.get('max_steps', '?')} in {seconds / 60:.1f} min",
         "Model": settings.get("model"),
@@ -117,6 +118,7 @@ def _what_was_run(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "Settings": ", ".join(f"{name} {settings[name]}" for name in shape if name in settings),
         "Code": f"iris-fast {__version__}, commit {commit()}",
         "Hardware": hardware(),
+        "Attention": ", then ".join(attention) or "not known",
     }
     lines = [
         f"<tr><th scope='row'>{k}</th><td>{escape(str(v))}</td></tr>" for k, v in facts.items()

@@ -55,6 +55,7 @@ def frozen_copy(model: Janus, dtype: torch.dtype, device: torch.device) -> Janus
         twin = Janus(model.config)
     twin.to(dtype).to_empty(device=device)
     copy_weights(model, twin)
+    twin.attn_implementation = model.attn_implementation
     return twin.requires_grad_(False)
 
 

@@ -194,15 +194,17 @@ class Sampler:
         """Run all but the last token of each sequence. The last tokens' embeddings [B, D], with
         which the first step begins, and the filled cache, with `room` for that many steps."""
         device, dtype = self.device, self.janus.lm_head.weight.dtype
-        config = self.janus.config.decoder
+        config, prompts_with = self.janus.config.decoder, self.janus.attn_implementation
         beginnings = [ids[:-1] for ids in sequences]
         if self.static:
-            cache: Cache = SharedKVCache(config, Beginnings.of(beginnings), room, dtype, device)
+            shared = Beginnings.of(beginnings)
+            cache: Cache = SharedKVCache(config, shared, room, dtype, device, prompts_with)
             beginnings = cache.beginnings.prefixes
             attention = cache.prefill()
         else:
             longest = max(map(len, beginnings))
-            cache = KVCache(config, len(sequences), longest + room, dtype, device)
+            slots = longest + room
+            cache = KVCache(config, len(sequences), slots, dtype, device, prompts_with)
             attention = cache.prefill([len(ids) for ids in beginnings])
         ids_T = torch.tensor([token for ids in beginnings for token in ids], device=device)
         _, positions_T = rows_and_positions([len(ids) for ids in beginnings], device)

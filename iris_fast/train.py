@@ -27,7 +27,7 @@ from iris_fast.checkpoint import Progress
 from iris_fast.distributed import Interrupted, Ranks, StopSignal, copy_weights
 from iris_fast.errors import UserError, tell
 from iris_fast.estimate import Estimate, check_fits, estimate, this_gpu
-from iris_fast.inputs import Inputs, open_inputs
+from iris_fast.inputs import Inputs, choose_attention, open_inputs
 from iris_fast.log import Log, require_tracker, rollout_metrics
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import get_template, image_prompt_ids
@@ -60,6 +60,7 @@ def train(config: TrainConfig) -> None:
             return dry_run(config, ranks)
         folder = run_folder.choose(config, ranks)
         require_tracker(config.report_to)
+        choose_attention(config, ranks.device)
         rewards = load_rewards(config.reward_funcs)
         models, prompts = load_inputs(config, ranks)
         check_rewards(rewards, prompts.prompts)
@@ -69,6 +70,7 @@ def train(config: TrainConfig) -> None:
         with run_folder.claimed(folder, config, ranks):
             log = Log(folder, config, progress.step, ranks)
             log.say(f"run folder: {folder.path}")
+            log.say(f"attention: {models.policy.attn_implementation}")
             copy_weights(models.policy, models.sampler.janus)
             try:
                 if progress.step == 0 and config.sample_steps:
@@ -184,6 +186,7 @@ def loop(
                     **losses,
                     "micro_batch_pieces": pieces.count,
                     "learning_rate": optimizer.param_groups[0]["lr"],
+                    "attn_implementation": models.policy.attn_implementation,
                     **speed(started, rolled_out, config, ranks),
                 }
             )
@@ -205,6 +208,9 @@ def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource
     inputs = open_inputs(config, torch.float32)
     if ranks.device.type == "cuda":
         check_fits(estimate_run(config, inputs, ranks), config)
+    model = inputs.checkpoint.model
+    head_dim = model.config.decoder.head_dim
+    model.attn_implementation = choose_attention(config, ranks.device, head_dim)
     return assign(inputs, config, ranks), PromptSource(inputs.prompts, config.seed)
 
 

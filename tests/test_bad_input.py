@@ -222,6 +222,15 @@ def test_a_gpu_that_is_not_there(here):
     assert "device: cuda was asked for" in refused(here, "--device", "cuda")
 
 
+@pytest.mark.parametrize("module", ["iris_fast.train", "iris_fast.generate"])
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_2", "xformers"])
+def test_attention_that_needs_a_gpu_is_refused_before_anything_is_opened(here, module, name):
+    chosen = ("--attn_implementation", name, "--device", "cpu", "--output_dir", "out")
+    line = refused(here, *chosen, "--prompts", "absent.txt", module=module)
+    assert f"attn_implementation: {name} needs a GPU" in line
+    assert "use --attn_implementation sdpa" in line
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_half_of_a_launchers_environment(here, name):
     """Else rank 1 of 2 waits for a rank 0 that nobody starts."""

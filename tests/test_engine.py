@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attention_fakes
 import pytest
 import torch
 from hypothesis import given
@@ -54,6 +55,19 @@ def test_both_engines_draw_the_same(settings):
             for name in TokenStats._fields:
                 left, right = (getattr(getattr(t, kind), name) for t in (ours, theirs))
                 torch.testing.assert_close(left, right, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("engine", ["plain", "static"])
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_2", "xformers"])
+def test_prompts_are_read_with_the_chosen_attention(engine, name, monkeypatch):
+    opened = lively()
+    expected = draw(opened, engine, cot=True)
+    calls = attention_fakes.install(name, monkeypatch)
+    opened.model.attn_implementation = name
+    found = draw(opened, engine, cot=True)
+    assert len(calls) == 2 * opened.config.decoder.num_layers  # once for text, once for images
+    assert found.cot_ids == expected.cot_ids
+    assert found.codes_NI.tolist() == expected.codes_NI.tolist()
 
 
 def test_auto_is_plain_on_a_cpu():

@@ -92,7 +92,7 @@ def test_the_report_says_what_was_measured_before_and_after(finished):
 
 def test_the_report_says_on_what_it_ran(report, finished):
     page = (finished / "report.html").read_text()
-    for fact in ("4 steps of 4", "1 × image_nsc + 1 × text_nsc", "commit ", "1 process", "seed 42"):
+    for fact in ("4 steps of 4", "1 × image_nsc + 1 × text_nsc", "commit ", "1 process", "sdpa"):
         assert fact in page
     assert "max_steps: 4" in page  # config.yaml, whole
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import attention_fakes
 import pytest
 import torch
 from commands import run
 from PIL import Image
 from small_runs import assert_same_run, checkpoints, flags, metrics, quick, tensors
 
+from iris_fast import inputs
 from iris_fast.command_line import parse
 from iris_fast.config import TrainConfig
 from iris_fast.rollout import Sampler
 from iris_fast.samples import read_samples
+from iris_fast.tiny import build_random_tiny
 from iris_fast.train import train
 
 
@@ -39,6 +42,7 @@ def test_metrics_hold_one_object_a_step(finished_run):
         assert row["image_nsc"] <= 0
         assert 0 < row["image_entropy"] <= 6.24  # log 512
         assert row["cot_tokens"] <= 4
+        assert row["attn_implementation"] == "sdpa"
         assert row["peak_memory_bytes"] > 2**20
         assert row["images_per_s"] > 0
 
@@ -74,6 +78,22 @@ def test_both_rollout_engines_train_alike(here):
         assert ours["cot_tokens"] == theirs["cot_tokens"]
         assert ours["reward"] == pytest.approx(theirs["reward"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+
+
+def test_policy_reference_and_sampler_use_the_attention_that_was_chosen(here, monkeypatch):
+    train(quick("sdpa"))
+    calls = attention_fakes.install("flash_attention_2", monkeypatch)
+    monkeypatch.setattr(inputs, "choose", lambda *_: "flash_attention_2")
+    train(quick("flash"))
+    layers = build_random_tiny().config.decoder.num_layers
+    # A step: prompts of text and of images; the reference; the policy.
+    assert len(calls) == 2 * layers * (2 + 1 + 1)
+    for ours, theirs in zip(metrics("flash"), metrics("sdpa"), strict=True):
+        assert ours.pop("attn_implementation") == "flash_attention_2"
+        assert theirs.pop("attn_implementation") == "sdpa"
+        assert ours.keys() == theirs.keys()
+        for name in ("image_nsc", "text_nsc", "loss", "grad_norm", "kl"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
 def test_what_was_drawn_and_measured_stands_beside_each_grid(finished_run, here):
@@ -140,6 +160,7 @@ def test_a_second_run_starts_like_the_first_and_takes_the_next_folder(here):
         finished = run("iris_fast.train", *flags(), cwd=here)
         assert (finished.code, finished.err) == (0, "")
         assert f"run folder: runs/tiny-00{number}" in finished.out
+        assert "attention: sdpa\n" in finished.out
         assert f"finished at step 2; report: runs/tiny-00{number}/report.html" in finished.out
     assert_same_run("runs/tiny-001", "runs/tiny-002", 2)
 

@@ -422,7 +422,7 @@ def test_bf16_computes_in_bf16_on_float32_weights(here):
     train(quick("bf16", bf16=True))
     train(quick("fp32"))
     for row in metrics("bf16"):
-        assert all(isinstance(v, dict | list) or abs(v) < 1e6 for v in row.values())
+        assert all(abs(v) < 1e6 for v in row.values() if isinstance(v, int | float))
     stored = tensors("bf16", 2)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     name = "policy.lm_head.weight"

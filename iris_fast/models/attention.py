@@ -2,10 +2,9 @@
 
 `PackedAttention` is for sequences laid end to end (training, prefill); `KVCache` is for decoding
 one token per sequence and step. In both, every sequence has its own length, and no padding is
-ever attended: the torch path pads on the *right*, where causality alone hides the pads.
+ever attended.
 
-Shapes: T rows, B sequences, L longest sequence, S cache slots, H query heads, J key/value heads,
-d head width.
+Shapes: T rows, B sequences, S cache slots, H query heads, J key/value heads, d head width.
 """
 
 from __future__ import annotations
@@ -15,58 +14,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iris_fast.models.decoder import AttentionStrategy, DecoderConfig
-
-
-def rows_and_positions(
-    sequence_lengths: list[int], device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """For every row of a packed batch: its sequence's number, and its place in it; int64 [T]."""
-    lengths = torch.tensor(sequence_lengths)
-    rows = torch.arange(len(sequence_lengths)).repeat_interleave(lengths)
-    positions = torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[rows]
-    return rows.to(device), positions.to(device)
+from iris_fast.models.packed_attention import IMPLEMENTATIONS, rows_and_positions
 
 
 class PackedAttention:
-    """Causal attention inside each sequence of a packed batch; differentiable.
+    """Causal attention inside each sequence of a packed batch; differentiable."""
 
-    Costs one right-padded copy of q, k and v: [B, L, ...] for `sequence_lengths` of maximum L.
-    """
-
-    def __init__(self, sequence_lengths: list[int], device: torch.device | str = "cpu") -> None:
-        """`sequence_lengths`: tokens of each sequence in packed order, each at least 1."""
+    def __init__(
+        self,
+        sequence_lengths: list[int],
+        device: torch.device | str = "cpu",
+        implementation: str = "sdpa",
+    ) -> None:
+        """`sequence_lengths`: tokens of each sequence in packed order, each at least 1.
+        `implementation`: one of `packed_attention.IMPLEMENTATIONS`."""
         if not sequence_lengths or min(sequence_lengths) < 1:
             raise ValueError(
                 f"sequence_lengths must hold positive integers, got {sequence_lengths}"
             )
-        self.total = sum(sequence_lengths)
-        self.batch, self.longest = len(sequence_lengths), max(sequence_lengths)
-        row_T, position_T = rows_and_positions(sequence_lengths, device)
-        # Row b * L + t of the padded batch for every packed row; None when nothing is padded.
-        padded = self.total != self.batch * self.longest
-        self.slot_T = row_T * self.longest + position_T if padded else None
+        self.total, self.longest = sum(sequence_lengths), max(sequence_lengths)
+        self._attend = IMPLEMENTATIONS[implementation](sequence_lengths, device)
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Context [T, H, d] of query [T, H, d], key and value [T, J, d]."""
         if query.shape[0] != self.total:
             raise ValueError(f"expected {self.total} packed rows, got {query.shape[0]}")
-        context = F.scaled_dot_product_attention(
-            self._pad(query),
-            self._pad(key),
-            self._pad(value),
-            is_causal=True,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        context = context.transpose(1, 2).flatten(0, 1)
-        return context if self.slot_T is None else context.index_select(0, self.slot_T)
-
-    def _pad(self, x_THd: Tensor) -> Tensor:
-        if self.slot_T is not None:
-            # Assigned, not index_copy: that would keep x_THd for a backward that does not read it.
-            padded = x_THd.new_zeros(self.batch * self.longest, *x_THd.shape[1:])
-            padded[self.slot_T] = x_THd
-            x_THd = padded
-        return x_THd.unflatten(0, (self.batch, self.longest)).transpose(1, 2)
+        return self._attend(query, key, value)
 
 
 class KVCache:
@@ -90,8 +63,10 @@ class KVCache:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        attn_implementation: str = "sdpa",
     ) -> None:
-        """2 * layers * batch * kv_heads * max_length * head_dim elements of `dtype`."""
+        """2 * layers * batch * kv_heads * max_length * head_dim elements of `dtype`.
+        `attn_implementation`: the prompts' own, as `PackedAttention` takes it."""
         shape = (batch, config.num_kv_heads, max_length, config.head_dim)
         # Zeros, not empty: a masked slot still meets a probability of 0, and 0 * NaN is NaN.
         self.keys = [
@@ -99,6 +74,7 @@ class KVCache:
         ]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.max_length = max_length
+        self._attn_implementation = attn_implementation
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._rows_B = torch.arange(batch, device=device)
         self._longest = 0  # the host's upper bound of lengths_B, so that no step waits for it
@@ -124,7 +100,7 @@ class KVCache:
             raise ValueError(f"{len(sequence_lengths)} prompts for a cache of {batch} sequences")
         self._need_room(max(sequence_lengths))
         device = self.lengths_B.device
-        packed = PackedAttention(sequence_lengths, device)
+        packed = PackedAttention(sequence_lengths, device, self._attn_implementation)
         row_T, position_T = rows_and_positions(sequence_lengths, device)
         self.lengths_B.copy_(torch.tensor(sequence_lengths))
         self._longest = packed.longest

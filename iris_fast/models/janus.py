@@ -116,6 +116,7 @@ class Janus(nn.Module):
         """Random weights; `iris_fast.models.layouts.load_janus` opens a checkpoint."""
         super().__init__()
         self.config = config
+        self.attn_implementation = "sdpa"  # one of packed_attention.IMPLEMENTATIONS
         self.model = JanusCore(config)
         self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
 
@@ -152,7 +153,9 @@ class Janus(nn.Module):
         happens inside this one call, since that is when FSDP has the weights gathered.
         """
         embeds_TD = self._embed_packed(packed)
-        attention = PackedAttention(packed.sequence_lengths, embeds_TD.device)
+        attention = PackedAttention(
+            packed.sequence_lengths, embeds_TD.device, self.attn_implementation
+        )
         hidden_TD = self.decode(embeds_TD, packed.positions_T, attention)
         text = iris_kernels.linear_token_stats(
             hidden_TD.index_select(0, packed.text_rows),

@@ -67,9 +67,12 @@ class SharedKVCache:
         room: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        attn_implementation: str = "sdpa",
     ) -> None:
-        """2 * layers * kv_heads * head_dim * (B * room + P * longest prefix) elements."""
+        """2 * layers * kv_heads * head_dim * (B * room + P * longest prefix) elements.
+        `attn_implementation`: the prefixes' own, as `PackedAttention` takes it."""
         self.beginnings = beginnings
+        self._attn_implementation = attn_implementation
         batch = len(beginnings.index)
         longest = max(map(len, beginnings.prefixes))
 
@@ -98,7 +101,7 @@ class SharedKVCache:
         """Strategy for the prefixes, packed in their order: causal inside each, all kept."""
         lengths = [len(prefix) for prefix in self.beginnings.prefixes]
         device = self._own_B.device
-        packed = PackedAttention(lengths, device)
+        packed = PackedAttention(lengths, device, self._attn_implementation)
         row_T, position_T = rows_and_positions(lengths, device)
 
         def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Janus against transformers, on both fixture layouts and on the tiny model's exports."""
 
+import attention_fakes
 import iris_kernels
 import pytest
 import torch
@@ -184,6 +185,19 @@ def test_training_gradients_equal_eager(pair):
         scale = wanted.abs().max()
         assert scale > 0, name
         assert (gradient - wanted).abs().max() < 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_2", "xformers"])
+def test_the_chosen_attention_gives_the_same_statistics(tiny, name, monkeypatch):
+    packed = random_pack(tiny.config, [6, 2], [9])
+    expected = tiny.model(packed)
+    calls = attention_fakes.install(name, monkeypatch)
+    monkeypatch.setattr(tiny.model, "attn_implementation", name)
+    found = tiny.model(packed)
+    assert len(calls) == tiny.config.decoder.num_layers
+    for ours, theirs in zip(found, expected, strict=True):
+        for left, right in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
 def test_text_statistics_are_over_the_whole_vocabulary(tiny):
