@@ -197,6 +197,9 @@ class TrainConfig(SamplingConfig):
     """Keep the reference model in CPU memory, a block at a time on the GPU: less memory, slower."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
+    torch_compile: bool = False
+    """Run each block of the policy and the reference through torch.compile. The first steps take
+    longer; a CPU needs a C++ compiler for it."""
 
     save_steps: int = 100
     """Steps between checkpoints; 0: only at the end."""

@@ -12,6 +12,7 @@ from iris_fast import distributed
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks, copy_weights
 from iris_fast.inputs import Inputs
+from iris_fast.models.compilation import compile_blocks
 from iris_fast.models.janus import Janus
 from iris_fast.models.vq import VQModel
 from iris_fast.rollout import Sampler
@@ -41,6 +42,9 @@ def assign(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
     sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
     # Never updated, so it needs no float32 master weights.
     reference = frozen_copy(policy, dtype, torch.device("cpu")) if config.beta else None
+    if config.torch_compile:  # first: recomputation and sharding go around a compiled block
+        for model in filter(None, (policy, reference)):
+            compile_blocks(model.model.language_model)
     freeze(policy, config)
     for model in filter(None, (policy, reference)):
         # From the CPU, block by block: no GPU ever holds all of what it will hold a share of.

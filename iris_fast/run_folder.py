@@ -28,7 +28,7 @@ MAY_CHANGE = {
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "beta", "epsilon", "epsilon_high", "preset",
     "rollout_correction", "rollout_correction_cap", "rollout_engine",
-    "attn_implementation", "offload_reference", "metric_funcs",
+    "attn_implementation", "torch_compile", "offload_reference", "metric_funcs",
 }  # fmt: skip
 
 

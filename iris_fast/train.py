@@ -29,6 +29,7 @@ from iris_fast.errors import UserError, tell
 from iris_fast.estimate import Estimate, check_fits, estimate, this_gpu
 from iris_fast.inputs import Inputs, choose_attention, open_inputs
 from iris_fast.log import Log, require_tracker, rollout_metrics
+from iris_fast.models.compilation import require_compiler
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import get_template, image_prompt_ids
 from iris_fast.optimizer import make_optimizer, set_learning_rate
@@ -61,6 +62,8 @@ def train(config: TrainConfig) -> None:
         folder = run_folder.choose(config, ranks)
         require_tracker(config.report_to)
         choose_attention(config, ranks.device)
+        if config.torch_compile:
+            require_compiler(ranks.device)
         rewards = load_rewards(config.reward_funcs)
         models, prompts = load_inputs(config, ranks)
         check_rewards(rewards, prompts.prompts)

@@ -31,6 +31,7 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)  # two workers on two cores: more threads only get in each other's way
     # It notes every tensor of every checkpoint, at length: the report of any failing test.
     dcp_logger.setLevel(logging.WARNING)
+    logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # likewise every graph's making
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ Shapes: T token rows, D hidden width, H query heads, J key/value heads, d head w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -98,6 +99,16 @@ def lay_side_by_side(*layers: nn.Linear) -> Fused:
     return lambda x_TD: F.linear(x_TD, weight, bias).split(sizes, dim=-1)
 
 
+@functools.cache
+def head_splitter(head_dim: int) -> Callable[[Tensor], Tensor]:
+    """[T, H * d] -> [T, H, d].
+
+    The same function for all layers. torch.compile takes a default for a constant, while numbers in
+    a module that FSDP manages become symbols: and kernels for heads of any width are slow ones.
+    """
+    return lambda x_TD, width=head_dim: x_TD.unflatten(-1, (-1, width))
+
+
 class SelfAttention(nn.Module):
     """Projections and rotary positions around whatever attention strategy is in use."""
 
@@ -105,7 +116,7 @@ class SelfAttention(nn.Module):
         """Separate q, k, v and o projections; biases on q, k, v only if the config says so."""
         super().__init__()
         width, bias = config.hidden_size, config.qkv_bias
-        self.head_dim = config.head_dim
+        self._split_heads = head_splitter(config.head_dim)
         self.q_proj = nn.Linear(width, config.num_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
@@ -124,7 +135,7 @@ class SelfAttention(nn.Module):
             parts = (project(x_TD) for project in (self.q_proj, self.k_proj, self.v_proj))
         else:
             parts = self._fused(x_TD)
-        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        query, key, value = map(self._split_heads, parts)
         query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
         return self.o_proj(attention(index, query, key, value).flatten(-2))
 

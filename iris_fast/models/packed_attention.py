@@ -105,14 +105,21 @@ class Varlen:
         """See `Implementation`."""
         self.ends_B1 = ends_of(sequence_lengths, device)
         self.longest = max(sequence_lengths)
-        self._function, self._arguments, self._shares_heads = _varlen()
+        self._function, self._takes = _varlen()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `Implementation`."""
-        if not self._shares_heads:
+        # Causal is a flag in torch 2.10, a window since; 2.12 shares key heads if it is told to.
+        # Written out here: torch.compile would take a window that is kept for a variable.
+        arguments: dict[str, Any] = {"is_causal": True}
+        if "window_size" in self._takes:
+            arguments = {"window_size": (-1, 0)}
+        if "enable_gqa" in self._takes:
+            arguments["enable_gqa"] = True
+        else:
             key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
         lengths = (self.ends_B1, self.ends_B1, self.longest, self.longest)
-        return self._function(query, key, value, *lengths, **self._arguments)
+        return self._function(query, key, value, *lengths, **arguments)
 
 
 class FlashAttention2:
@@ -158,17 +165,11 @@ IMPLEMENTATIONS: dict[str, type[Implementation]] = {
 
 
 @functools.cache
-def _varlen() -> tuple[Callable[..., Tensor], dict[str, Any], bool]:
-    """The function, how this torch says causal, and whether key heads may be shared."""
+def _varlen() -> tuple[Callable[..., Tensor], tuple[str, ...]]:
+    """The function, and the names of its arguments."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    # 2.10 has a flag; 2.11 windows instead; 2.12 also shares key heads if told so.
-    arguments: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    )
-    shares_heads = "enable_gqa" in known
-    return varlen_attn, arguments | ({"enable_gqa": True} if shares_heads else {}), shares_heads
+    return varlen_attn, tuple(inspect.signature(varlen_attn).parameters)
 
 
 @functools.cache

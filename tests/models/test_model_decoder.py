@@ -1,7 +1,5 @@
 """The decoder and its attention strategies, against transformers and against themselves."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
@@ -189,23 +187,3 @@ def test_packed_attention_refuses_wrong_lengths():
     row = torch.zeros(4, 2, 8)
     with pytest.raises(ValueError, match="expected 5 packed rows, got 4"):
         PackedAttention([3, 2])(0, row, row, row)
-
-
-def test_compiled_blocks_share_their_graphs():
-    """Blocks compiled one by one: no graph break, and no graph per layer or per length."""
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    decoder = Decoder(replace(make_config(kv_heads=2), num_layers=10))
-    eager = Decoder(decoder.config)
-    eager.load_state_dict(decoder.state_dict())
-    for layer in decoder.layers:
-        layer.compile(backend=backend, fullgraph=True)
-    for lengths in ([9, 4, 7], [3, 12, 6, 5], [8, 20], [2, 17, 3, 4]):
-        rows = torch.randn(sum(lengths), 48, requires_grad=True)
-        arguments = rows, positions_of(lengths), PackedAttention(lengths)
-        assert torch.allclose(decoder(*arguments), eager(*arguments), atol=1e-5)
-    assert len(graphs) == 2  # the first lengths, then any
