@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
-    set_state_dict,
 )
 
 from iris_fast.batch import Prompt, Rollout, Scored, Trace
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, writing
+from iris_fast.optimizer import plain_parts
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 MANIFEST = "manifest.json"
@@ -156,11 +156,12 @@ def _write(
 
 
 def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and moments by name: the memory in use, not copies; what is read into it is set."""
     model_state, optimizer_state = get_state_dict(policy, optimizer, options=OPTIONS)
     tensors = {f"policy.{name}": value for name, value in model_state.items()}
     for name, value in optimizer_state.items():
-        if isinstance(value, Tensor):  # the rest, such as betas, are settings
-            tensors[f"optimizer.{name}"] = value
+        if name.startswith("state."):  # the rest, such as betas, are settings
+            tensors |= plain_parts(f"optimizer.{name}", value)
     return tensors
 
 
@@ -254,26 +255,15 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
             f"(num_iterations), shared out over {state['world_size']} ranks; resume with "
             f"{state['world_size']} ranks, not {ranks.world_size}"
         )
-    tensors = _tensors(policy, optimizer)
     try:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+        dcp.load(
+            _tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path))
+        )
     except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as mistake:
         raise UserError(
             f"resume_from_checkpoint: {path} does not fit the model ({_reason(mistake)}); name the "
             "--model of that run"
         ) from None
-    parts: dict[str, dict[str, Any]] = {"policy": {}, "optimizer": {}}
-    for name, value in tensors.items():
-        kind, _, key = name.partition(".")
-        parts[kind][key] = value
-    _, settings = get_state_dict(policy, optimizer, options=OPTIONS)
-    set_state_dict(
-        policy,
-        optimizer,
-        model_state_dict=parts["policy"],
-        optim_state_dict=settings | parts["optimizer"],
-        options=OPTIONS,
-    )
     progress = Progress(
         step=state["step"], cursor=state["cursor"], prompts_sha256=state["prompts_sha256"]
     )

@@ -170,6 +170,9 @@ class TrainConfig(SamplingConfig):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whose standard deviation divides the advantage."""
 
+    optim: Literal["adamw_torch", "adamw_torch_bf16", "adamw_torch_8bit"] = "adamw_torch"
+    """AdamW with float32, bfloat16 or 8-bit moments: 8, 4 or 2 bytes per trained parameter. The
+    latter two need torchao."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -309,6 +312,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4,
         "gradient_checkpointing": True,
+        "optim": "adamw_torch_8bit",  # with float32 moments it does not fit one 141 GB card
     },
 }
 

@@ -19,6 +19,8 @@ from iris_fast.models.janus import Janus, JanusConfig
 
 GIB = 2**30
 HEAD_BYTES = 64 * 2**20  # what iris_kernels.linear_token_stats holds at the most
+# Of both moments of a parameter, scales included; the few that stay float32 are not counted apart.
+MOMENT_BYTES = {"adamw_torch": 8, "adamw_torch_bf16": 4, "adamw_torch_8bit": 2 * (1 + 4 / 64)}
 FREE_SHARE = 0.92  # of a GPU's memory; the rest is the allocator's slack and CUDA's own
 
 
@@ -129,13 +131,13 @@ def estimate(
         gpu=gpu,
         always_bytes={
             "policy, float32": 4 * total / world_size,
-            "gradients, float32": 4 * trained / world_size,
-            "AdamW moments, float32": 8 * trained / world_size,
+            f"moments, {config.optim}": MOMENT_BYTES[config.optim] * trained / world_size,
             "reference": item * total / world_size * on_gpu,
             "sampler's copy": item * total,
         },
         rollout_bytes={"KV cache": (prompts + rows * image) * kv_token},
         training_bytes={
+            "gradients, float32": 4 * trained / world_size,  # none are kept between two steps
             "activations": batch * tokens * per_token,
             "heads, tile by tile": HEAD_BYTES,
             "gathered weights": (outside + 2 * block) * item,
@@ -159,10 +161,19 @@ def check_fits(found: Estimate, config: TrainConfig) -> None:
     """UserError, naming what to change, if the peak is more than the GPU holds."""
     if found.fits:
         return
-    states, reference = sum(found.always_bytes.values()), found.always_bytes["reference"]
-    if reference and found.peak_bytes - reference <= FREE_SHARE * found.gpu.memory_bytes:
-        remedy = "add --offload_reference true"
-    elif states > FREE_SHARE * found.gpu.memory_bytes:
+    limit = FREE_SHARE * found.gpu.memory_bytes
+    moments, kept = found.always_bytes[f"moments, {config.optim}"], MOMENT_BYTES[config.optim]
+    savings = {
+        "add --offload_reference true": found.always_bytes["reference"],
+        "add --optim adamw_torch_8bit": moments * (1 - MOMENT_BYTES["adamw_torch_8bit"] / kept),
+    }
+    enough = [
+        name for name, saved in savings.items() if saved and found.peak_bytes - saved <= limit
+    ]
+    states = sum(found.always_bytes.values()) + found.training_bytes["gradients, float32"]
+    if enough:
+        remedy = enough[0]
+    elif states - sum(savings.values()) > limit:
         remedy = "use more GPUs: weights and optimizer state alone do not fit"
     elif sum(found.rollout_bytes.values()) > sum(found.training_bytes.values()):
         remedy = "lower --gradient_accumulation_steps or --per_device_train_batch_size"

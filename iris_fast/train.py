@@ -183,7 +183,7 @@ def loop(
                     **rollout_metrics(scored, config, ranks),
                     **losses,
                     "micro_batch_pieces": pieces.count,
-                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "learning_rate": float(optimizer.param_groups[0]["lr"]),
                     **speed(started, rolled_out, config, ranks),
                 }
             )

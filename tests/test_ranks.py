@@ -46,8 +46,9 @@ def test_two_ranks_are_one(prompts, settings):
     assert_close_runs(metrics("one"), metrics("two"))
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(prompts):
-    settings = {"prompts": prompts, "learning_rate": 1e-4}
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_8bit"])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(prompts, optim):
+    settings = {"prompts": prompts, "learning_rate": 1e-4, "optim": optim}
     two = {"per_device_train_batch_size": 1}
     one = {"per_device_train_batch_size": 2}
     train(quick("whole", **settings, **one, max_steps=3))
