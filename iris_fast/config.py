@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
 from iris_fast.errors import UserError, require
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DIFFERENTIABLE = ("image_nsc", "text_nsc", "image_entropy", "text_entropy")
 
 
@@ -170,6 +171,15 @@ class TrainConfig(SamplingConfig):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whose standard deviation divides the advantage."""
 
+    use_peft: bool = False
+    """Train LoRA adapters on the decoder's projections instead of the weights: less memory, and the
+    reference model is the policy without them. Use a learning rate about ten times higher."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Adapters count lora_alpha / lora_r."""
+    lora_target_modules: list[str] = field(default_factory=lambda: list(PROJECTIONS))
+    """Which of the decoder's projections have adapters."""
     optim: Literal["adamw_torch", "adamw_torch_bf16", "adamw_torch_8bit"] = "adamw_torch"
     """AdamW with float32, bfloat16 or 8-bit moments: 8, 4 or 2 bytes per trained parameter. The
     latter two need torchao."""
@@ -256,6 +266,8 @@ class TrainConfig(SamplingConfig):
                 )
         if self.objective == "direct":
             self._check_direct()
+        if self.use_peft:
+            self._check_lora()
         if self.resume_from_checkpoint and self.output_dir is None:
             raise UserError(
                 "resume_from_checkpoint: which run? add --output_dir with the folder to go on in"
@@ -275,6 +287,19 @@ class TrainConfig(SamplingConfig):
                     f"objective: direct works with {name} {value} alone, not "
                     f"{getattr(self, name)}; change one of the two"
                 )
+
+    def _check_lora(self) -> None:
+        """Raise UserError unless the adapters can be made."""
+        require_at_least(self, 1, "lora_r", "lora_alpha")
+        require(bool(self.lora_target_modules), "lora_target_modules", "[]", "name at least one")
+        for name in self.lora_target_modules:
+            known = ", ".join(PROJECTIONS)
+            require(name in PROJECTIONS, "lora_target_modules", name, f"choose from {known}")
+        if self.train_image_head:
+            raise UserError(
+                "train_image_head: with --use_peft true adapters alone are trained; drop one of "
+                "the two"
+            )
 
     @property
     def prompts_per_step(self) -> int:

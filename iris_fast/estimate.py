@@ -101,6 +101,10 @@ def estimate(
     generation = sum(p.numel() for n, p in shapes.named_parameters() if "generation" in n)
     trained = total - (0 if config.train_image_head else generation)
     item = 2 if config.bf16 else 4
+    policy_bytes = 4 * total
+    if config.use_peft:
+        trained = _adapter_parameters(config, shapes)
+        policy_bytes = item * total + 4 * trained
     decoder = model.decoder
     image = config.image_token_num_per_image or model.image_tokens
     text = config.max_completion_length if config.cot else 0
@@ -120,7 +124,7 @@ def estimate(
     )
     block = sum(p.numel() for p in shapes.model.language_model.layers[0].parameters())
     outside = total - block * decoder.num_layers
-    on_gpu = bool(config.beta) and not config.offload_reference
+    on_gpu = bool(config.beta) and not config.offload_reference and not config.use_peft
 
     # Unconditional rows share one prefix; on average half of the image is there.
     prompts = samples * (prompt_tokens + text)
@@ -130,7 +134,7 @@ def estimate(
     return Estimate(
         gpu=gpu,
         always_bytes={
-            "policy, float32": 4 * total / world_size,
+            "policy": policy_bytes / world_size,
             f"moments, {config.optim}": MOMENT_BYTES[config.optim] * trained / world_size,
             "reference": item * total / world_size * on_gpu,
             "sampler's copy": item * total,
@@ -146,6 +150,15 @@ def estimate(
             "rollout": (image + text) * steps_bytes / gpu.copy_bytes_per_s,
             "training and reference passes": passes * flops / gpu.flops_per_s,
         },
+    )
+
+
+def _adapter_parameters(config: TrainConfig, shapes: Janus) -> int:
+    """Of A [r, in] and B [out, r] beside every projection that has them."""
+    return sum(
+        config.lora_r * (layer.in_features + layer.out_features)
+        for name, layer in shapes.model.language_model.named_modules()
+        if name.rpartition(".")[2] in config.lora_target_modules
     )
 
 

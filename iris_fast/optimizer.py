@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from iris_fast.config import TrainConfig
-from iris_fast.errors import UserError
+from iris_fast.errors import optional
 
 BLOCK = 64  # values that share a scale: divides the rows of all Janus models, the tiny one's too
 
@@ -37,17 +36,9 @@ def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def _compact(name: str) -> type[torch.optim.Optimizer]:
-    logging.disable(logging.WARNING)  # of parts of torchao that do not load here: none is used
-    try:
+    with optional("torchao", f"optim: {name}", "use --optim adamw_torch"):
         from torchao.optim import AdamW8bit
         from torchao.optim.subclass_8bit import OptimState8bit
-    except ImportError:
-        raise UserError(
-            f"optim: {name} needs torchao, which is not installed; pip install torchao, or use "
-            "--optim adamw_torch"
-        ) from None
-    finally:
-        logging.disable(logging.NOTSET)
 
     class CompactAdamW(AdamW8bit):
         """torchao's AdamW, which compiles one kernel for each shape; on a CPU, where that would

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_runs import quick, state_bytes
 
+from iris_fast import adapters, distributed
 from iris_fast.config import PRESETS, TrainConfig
 from iris_fast.errors import UserError
 from iris_fast.estimate import (
@@ -24,7 +25,7 @@ from iris_fast.models.decoder import DecoderConfig, DecoderLayer, rope_tables
 from iris_fast.models.vq import VQConfig
 from iris_fast.optimizer import make_optimizer
 from iris_fast.tiny.build import TINY_CONFIG
-from iris_fast.train import main
+from iris_fast.train import load_inputs, main
 
 JANUS_1B = dataclasses.replace(
     TINY_CONFIG,
@@ -76,7 +77,7 @@ def test_states_are_counted_from_the_parameters():
     assert found.training_bytes["gradients, float32"] == 4 * trained
     assert parts["moments, adamw_torch"] == 8 * trained
     on_four = estimate(config, JANUS_1B, 4, H200, 64).always_bytes
-    assert on_four["policy, float32"] == parts["policy, float32"] / 4
+    assert on_four["policy"] == parts["policy"] / 4
     assert on_four["sampler's copy"] == parts["sampler's copy"]
 
 
@@ -111,6 +112,20 @@ def test_1b_and_7b_fit_one_h200_and_7b_with_float32_moments_does_not():
         check_fits(estimate(exact, JANUS_7B, 1, a100, 64), exact)
 
 
+def test_adapters_are_counted_as_they_are_made():
+    config = quick("unused", use_peft=True, lora_r=4, bf16=True)
+    with distributed.start("cpu", 60.0) as ranks:
+        models, _ = load_inputs(config, ranks)
+        held = sum(p.numel() * p.element_size() for p in models.policy.parameters())
+        sizes = models.policy.config
+        trained = sum(p.numel() for p in adapters.trained(models.policy))
+        del models
+    found = estimate(config, sizes, 1, H200, 64)
+    assert found.always_bytes["policy"] == held
+    assert found.training_bytes["gradients, float32"] == 4 * trained
+    assert found.always_bytes["reference"] == 0
+
+
 @pytest.mark.parametrize("optim", MOMENT_BYTES)
 def test_moments_are_counted_as_the_optimizer_makes_them(optim):
     layer = torch.nn.Linear(256, 512, bias=False)
@@ -141,6 +156,6 @@ def test_the_peak_is_the_larger_phase_on_top_of_what_is_always_there():
 def test_dry_run_prints_the_table_and_leaves_nothing_behind(tmp_path, capsys):
     assert main(quick(tmp_path / "run", dry_run=True)) == 0
     printed = capsys.readouterr().out
-    for part in ("policy, float32", "KV cache", "activations", "peak", "whole step"):
+    for part in ("policy", "KV cache", "activations", "peak", "whole step"):
         assert part in printed
     assert not (tmp_path / "run").exists()

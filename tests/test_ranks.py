@@ -33,8 +33,12 @@ def assert_close_runs(left: list[dict[str, Any]], right: list[dict[str, Any]]) -
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"loss_type": "dapo", "gradient_accumulation_steps": 2, "scale_rewards": "batch"}],
-    ids=["grpo", "dapo, accumulating, batch scale"],
+    [
+        {},
+        {"loss_type": "dapo", "gradient_accumulation_steps": 2, "scale_rewards": "batch"},
+        {"use_peft": True, "lora_r": 4, "gradient_checkpointing": True},
+    ],
+    ids=["grpo", "dapo, accumulating, batch scale", "adapters, checkpointed blocks"],
 )
 def test_two_ranks_are_one(prompts, settings):
     settings = {"prompts": prompts, "max_steps": 3, "learning_rate": 1e-4, **settings}
