@@ -147,6 +147,9 @@ class TrainConfig(SamplingConfig):
     reward_distribution: Literal["conditional", "guided"] = "conditional"
     """Which distribution intrinsic rewards look at: the prompt's own, or the guided one that was
     sampled from."""
+    policy_distribution: Literal["conditional", "guided"] = "conditional"
+    """Which distribution is trained: the prompt's own (T2I-R1 and the paper), or the guided one
+    that was sampled from, at the temperature; that takes a second sequence for every image."""
     metric_funcs: list[str] | None = None
     """Measured on every step's images and on the picture grids, logged and never rewarded: any of
     the rewards that look at images. Default: tiny_verifier, diversity and richness with the prompts
@@ -281,7 +284,11 @@ class TrainConfig(SamplingConfig):
                     f"objective: direct differentiates the reward, and {name} has no gradient; "
                     f"choose reward_funcs from {', '.join(DIFFERENTIABLE)}, or --objective grpo"
                 )
-        for name, value in (("reward_distribution", "conditional"), ("rollout_correction", "none")):
+        for name, value in (
+            ("reward_distribution", "conditional"),
+            ("policy_distribution", "conditional"),
+            ("rollout_correction", "none"),
+        ):
             if getattr(self, name) != value:
                 raise UserError(
                     f"objective: direct works with {name} {value} alone, not "
