@@ -25,7 +25,7 @@ RESUMED = {
         "policy_distribution": "guided",
         "num_iterations": 2,
         "learning_rate": 1e-5,
-    },  # fmt: skip
+    },
     "8-bit moments": {"optim": "adamw_torch_8bit"},
     "bfloat16 moments": {"optim": "adamw_torch_bf16"},
 }
