@@ -116,7 +116,8 @@ def estimate(
         tokens += prompt_tokens + text + image
 
     rows = samples * (1 if config.cfg_weight == 1 else 2)
-    kv_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * item
+    kv_item = 1 if config.kv_cache_dtype == "fp8" else item
+    kv_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * kv_item
     compute, single = layer_activation_elements(decoder)
     per_layer = compute * item + single * 4
     kept = decoder.hidden_size * item

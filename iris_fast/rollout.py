@@ -203,7 +203,8 @@ class Sampler:
         config = self.janus.config.decoder
         beginnings = [ids[:-1] for ids in sequences]
         if self.static:
-            cache: Cache = SharedKVCache(config, Beginnings.of(beginnings), room, dtype, device)
+            kept = torch.float8_e4m3fn if self.config.kv_cache_dtype == "fp8" else dtype
+            cache: Cache = SharedKVCache(config, Beginnings.of(beginnings), room, kept, device)
             beginnings = cache.beginnings.prefixes
             attention = cache.prefill()
         else:

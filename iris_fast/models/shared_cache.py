@@ -68,8 +68,10 @@ class SharedKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """2 * layers * kv_heads * head_dim * (B * room + P * longest prefix) elements."""
+        """2 * layers * kv_heads * head_dim * (B * room + P * longest prefix) elements of `dtype`,
+        which float8_e4m3fn can be whatever the model's is."""
         self.beginnings = beginnings
+        self._dtype = dtype
         batch = len(beginnings.index)
         longest = max(map(len, beginnings.prefixes))
 
@@ -103,8 +105,8 @@ class SharedKVCache:
 
         def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self._prefix[layer_index]
-            keys[row_T, :, position_T] = key
-            values[row_T, :, position_T] = value
+            keys[row_T, :, position_T] = self._kept(key)
+            values[row_T, :, position_T] = self._kept(value)
             return packed(layer_index, query, key, value)
 
         return attention
@@ -116,8 +118,8 @@ class SharedKVCache:
         def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self._own[layer_index]
             prefix_keys, prefix_values = self._prefix[layer_index]
-            keys[self._rows_B, :, self._own_B] = key
-            values[self._rows_B, :, self._own_B] = value
+            keys[self._rows_B, :, self._own_B] = self._kept(key)
+            values[self._rows_B, :, self._own_B] = self._kept(value)
             return decode_attention(
                 query,
                 keys,
@@ -130,6 +132,13 @@ class SharedKVCache:
             )
 
         return attention
+
+    def _kept(self, x_BJd: Tensor) -> Tensor:
+        """In the cache's dtype; beyond the range of 8 bits its end, where a cast may give NaN."""
+        if self._dtype == torch.float8_e4m3fn:
+            largest = torch.finfo(self._dtype).max
+            x_BJd = x_BJd.clamp(-largest, largest)
+        return x_BJd.to(self._dtype)
 
     def advance(self) -> None:
         """Count the tokens that a `decode` step has kept."""
