@@ -19,6 +19,8 @@ TRAIN = [
     "huggingface-hub>=0.30",  # a model that the user names by its hub id
     "pillow>=10",  # PNG
     "tqdm>=4.66",  # progress bars
+    "torchao>=0.15",  # AdamW with 8-bit or bfloat16 moments
+    "peft>=0.18",  # LoRA
     "scipy>=1.12",  # ndimage.label: the tiny world's verifier finds things by connected regions
 ]
 

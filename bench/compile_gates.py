@@ -25,7 +25,7 @@ import torch
 import triton
 from iris_kernels._row_math import Columns
 from iris_kernels._stats_triton import backward_triton, forward_triton
-from iris_kernels.decode_attention import decode_triton
+from iris_kernels.decode_attention import FP8, decode_triton
 from iris_kernels.guided_sample import sample_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 ARCHITECTURES = (80, 90, 100)
 VOCABULARIES = (16384, 102400, 151936)
 HEAD_WIDTHS = (64, 128)
+FP8_FROM = 89  # older GPUs have no e4m3
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -171,11 +172,11 @@ CASES: dict[str, Callable[[int, torch.dtype], None]] = {
 }
 
 
-def _decode(width: int, dtype: torch.dtype) -> None:
-    """64 sequences of 16 heads, with a shared prefix."""
+def _decode(width: int, dtype: torch.dtype, kept: torch.dtype | None = None) -> None:
+    """64 sequences of 16 heads, with a shared prefix; caches in `kept`, or like the query."""
 
     def cache(rows: int, length: int) -> torch.Tensor:
-        return torch.empty(rows, 16, length, width, dtype=dtype, device="meta")
+        return torch.empty(rows, 16, length, width, dtype=kept or dtype, device="meta")
 
     query = torch.empty(64, 16, width, dtype=dtype, device="meta")
     lengths, index = _rows(2, 64, torch.int32)
@@ -193,10 +194,17 @@ def _cases(vocabularies) -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"decode_attention Dh={width} {of_type}", partial(_decode, width, dtype)
 
 
+def _fp8_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    for width in HEAD_WIDTHS:
+        launch = partial(_decode, width, torch.bfloat16, FP8)
+        yield f"decode_attention Dh={width} bfloat16, fp8 cache", launch
+
+
 def gates(architectures=ARCHITECTURES, vocabularies=VOCABULARIES) -> Iterator[Gate]:
     """Compile every case for every architecture."""
     for arch in architectures:
-        for case, launch in _cases(vocabularies):
+        fp8 = _fp8_cases() if arch >= FP8_FROM else ()
+        for case, launch in (*_cases(vocabularies), *fp8):
             with captured(arch) as compiled:
                 launch()
             for kernel in compiled:

@@ -170,6 +170,7 @@ def packed_batch(inputs: Inputs) -> PackedBatch:
         cot_texts=[],
         truncated=[False] * count,
         image_prompt_ids=inputs.prompts.tolist(),
+        unconditional_prompt_ids=[[] for _ in inputs.prompts],
         codes_NI=inputs.codes.cpu(),
         text=empty_trace(count),
         image=empty_trace(count),

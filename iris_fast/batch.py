@@ -48,6 +48,9 @@ class PackedBatch:
     text_targets: Tensor  # int64, that token
     image_rows: Tensor
     image_targets: Tensor
+    unconditional_rows: Tensor  # int64, the row that guides each of `image_rows`; or none at all
+    cfg_weight: float = 1.0  # of the guidance, where there is any
+    temperature: float = 1.0  # of the distributions that the statistics are of
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`."""
@@ -96,6 +99,7 @@ class Rollout:
     cot_texts: list[str]
     truncated: list[bool]  # the chain of thought was cut
     image_prompt_ids: list[list[int]]
+    unconditional_prompt_ids: list[list[int]]  # empty lists without guidance
     codes_NI: Tensor  # int64
     text: Trace
     image: Trace

@@ -2,7 +2,8 @@
 
 A checkpoint folder `checkpoints/step_NNNNN/` holds
 
-    shard-*.safetensors   policy weights and AdamW moments (torch.distributed.checkpoint)
+    shard-*.safetensors   policy weights, or its adapters alone, and AdamW moments
+                          (torch.distributed.checkpoint)
     rank_R.pt             random states of rank R, and the rollout it is in the middle of
     state.json            step, prompt cursor, number of ranks
     manifest.json         size and SHA-256 of every other file, written last
@@ -34,17 +35,19 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
-    set_state_dict,
 )
 
+from iris_fast import adapters
 from iris_fast.batch import Prompt, Rollout, Scored, Trace
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, writing
+from iris_fast.models.janus import Janus
+from iris_fast.optimizer import plain_parts
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 MANIFEST = "manifest.json"
 HASHED_AT_ONCE = 8
-STATE_FIELDS = ("step", "cursor", "prompts_sha256", "world_size", "inside_rollout")
+STATE_FIELDS = ("step", "cursor", "prompts_sha256", "world_size", "inside_rollout", "lora")
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Progress:
     prompts_sha256: str = ""  # of the prompts that `cursor` counts
     scored: Scored | None = None  # this rank's rollout, while num_iterations passes go over it
     old_logprobs: list[Tensor] | None = None
+    lora: adapters.Lora | None = None
 
 
 def save(
@@ -151,17 +155,25 @@ def _write(
             "prompts_sha256": progress.prompts_sha256,
             "world_size": ranks.world_size,
             "inside_rollout": progress.scored is not None,
+            "lora": progress.lora and dataclasses.asdict(progress.lora),
         }
         (partial / "state.json").write_text(json.dumps(state))
 
 
 def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and moments by name: the memory in use, not copies; what is read into it is set."""
     model_state, optimizer_state = get_state_dict(policy, optimizer, options=OPTIONS)
-    tensors = {f"policy.{name}": value for name, value in model_state.items()}
+    tensors = {f"policy.{name}": value for name, value in _trained_weights(model_state).items()}
     for name, value in optimizer_state.items():
-        if isinstance(value, Tensor):  # the rest, such as betas, are settings
-            tensors[f"optimizer.{name}"] = value
+        if name.startswith("state."):  # the rest, such as betas, are settings
+            tensors |= plain_parts(f"optimizer.{name}", value)
     return tensors
+
+
+def _trained_weights(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All weights, or where there are adapters those alone: the rest is the model's, unchanged."""
+    chosen = {name: value for name, value in model_state.items() if adapters.is_adapter(name)}
+    return chosen or model_state
 
 
 def _seal(partial: Path, step: int) -> None:
@@ -254,28 +266,20 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
             f"(num_iterations), shared out over {state['world_size']} ranks; resume with "
             f"{state['world_size']} ranks, not {ranks.world_size}"
         )
-    tensors = _tensors(policy, optimizer)
     try:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+        dcp.load(
+            _tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path))
+        )
     except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as mistake:
         raise UserError(
             f"resume_from_checkpoint: {path} does not fit the model ({_reason(mistake)}); name the "
             "--model of that run"
         ) from None
-    parts: dict[str, dict[str, Any]] = {"policy": {}, "optimizer": {}}
-    for name, value in tensors.items():
-        kind, _, key = name.partition(".")
-        parts[kind][key] = value
-    _, settings = get_state_dict(policy, optimizer, options=OPTIONS)
-    set_state_dict(
-        policy,
-        optimizer,
-        model_state_dict=parts["policy"],
-        optim_state_dict=settings | parts["optimizer"],
-        options=OPTIONS,
-    )
     progress = Progress(
-        step=state["step"], cursor=state["cursor"], prompts_sha256=state["prompts_sha256"]
+        step=state["step"],
+        cursor=state["cursor"],
+        prompts_sha256=state["prompts_sha256"],
+        lora=state["lora"] and adapters.Lora(**state["lora"]),
     )
     if same_ranks:
         mine = _read_rank_state(path / f"rank_{ranks.rank}.pt")
@@ -308,10 +312,14 @@ def _read_rank_state(file: Path) -> dict[str, Any]:
         ) from None
 
 
-def load_policy_weights(path: Path, policy: nn.Module) -> None:
-    """The weights alone, into a module that is not sharded, for export. UserError where they do not
-    fit it."""
-    weights = {f"policy.{name}": value for name, value in policy.state_dict().items()}
+def load_policy_weights(path: Path, policy: Janus) -> None:
+    """The weights alone, adapters merged, into a model that is not sharded, for export. UserError
+    where they do not fit it."""
+    lora = _read_state(path)["lora"]
+    if lora is not None:
+        adapters.add(policy, adapters.Lora(**lora))
+    chosen = _trained_weights(policy.state_dict())
+    weights = {f"policy.{name}": value for name, value in chosen.items()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that no process group was started
@@ -321,6 +329,7 @@ def load_policy_weights(path: Path, policy: nn.Module) -> None:
             f"run_folder: {path} does not fit the model of its config.yaml ({_reason(mistake)}); "
             "put that model back"
         ) from None
+    adapters.merge(policy)
 
 
 def _plain(value: Any) -> Any:

@@ -230,15 +230,6 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Write `source`'s parameters, gathered if sharded, into `target`'s, in place: the addresses
-    that a graph or a kernel holds stay right."""
-    targets = dict(target.named_parameters())
-    for name, parameter in source.named_parameters():
-        targets[name].copy_(full(parameter.detach()))
-
-
 class Interrupted(Exception):
     """A stop was asked for: the step under way is given up. Raised on all ranks alike."""
 

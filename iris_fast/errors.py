@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -36,6 +37,23 @@ def writing(setting: str, path: Path) -> Iterator[None]:
             f"{setting}: {path} cannot be written ({mistake.strerror or mistake}); name a place "
             "that you may write to, on a disk with room"
         ) from None
+
+
+@contextlib.contextmanager
+def optional(package: str, setting: str, otherwise: str) -> Iterator[None]:
+    """For imports of a `package` that only one `setting` asks for: UserError where it is missing.
+    Its warnings meanwhile, such as of parts that do not load here and that nothing uses, are muted.
+    """
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except ImportError:
+        raise UserError(
+            f"{setting} needs {package}, which is not installed; pip install {package}, or "
+            f"{otherwise}"
+        ) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def tell(program: str, mistake: UserError) -> int:

@@ -19,6 +19,8 @@ from iris_fast.models.janus import Janus, JanusConfig
 
 GIB = 2**30
 HEAD_BYTES = 64 * 2**20  # what iris_kernels.linear_token_stats holds at the most
+# Of both moments of a parameter, scales included; the few that stay float32 are not counted apart.
+MOMENT_BYTES = {"adamw_torch": 8, "adamw_torch_bf16": 4, "adamw_torch_8bit": 2 * (1 + 4 / 64)}
 FREE_SHARE = 0.92  # of a GPU's memory; the rest is the allocator's slack and CUDA's own
 
 
@@ -99,6 +101,10 @@ def estimate(
     generation = sum(p.numel() for n, p in shapes.named_parameters() if "generation" in n)
     trained = total - (0 if config.train_image_head else generation)
     item = 2 if config.bf16 else 4
+    policy_bytes = 4 * total
+    if config.use_peft:
+        trained = _adapter_parameters(config, shapes)
+        policy_bytes = item * total + 4 * trained
     decoder = model.decoder
     image = config.image_token_num_per_image or model.image_tokens
     text = config.max_completion_length if config.cot else 0
@@ -106,8 +112,12 @@ def estimate(
     batch = config.per_device_train_batch_size * config.num_generations
     tokens = prompt_tokens + text + image + (prompt_tokens + text if config.cot else 0)
 
+    if config.policy_distribution == "guided" and config.cfg_weight != 1:
+        tokens += prompt_tokens + text + image
+
     rows = samples * (1 if config.cfg_weight == 1 else 2)
-    kv_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * item
+    kv_item = 1 if config.kv_cache_dtype == "fp8" else item
+    kv_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * kv_item
     compute, single = layer_activation_elements(decoder)
     per_layer = compute * item + single * 4
     kept = decoder.hidden_size * item
@@ -118,7 +128,7 @@ def estimate(
     )
     block = sum(p.numel() for p in shapes.model.language_model.layers[0].parameters())
     outside = total - block * decoder.num_layers
-    on_gpu = bool(config.beta) and not config.offload_reference
+    on_gpu = bool(config.beta) and not config.offload_reference and not config.use_peft
 
     # Unconditional rows share one prefix; on average half of the image is there.
     prompts = samples * (prompt_tokens + text)
@@ -128,14 +138,14 @@ def estimate(
     return Estimate(
         gpu=gpu,
         always_bytes={
-            "policy, float32": 4 * total / world_size,
-            "gradients, float32": 4 * trained / world_size,
-            "AdamW moments, float32": 8 * trained / world_size,
+            "policy": policy_bytes / world_size,
+            f"moments, {config.optim}": MOMENT_BYTES[config.optim] * trained / world_size,
             "reference": item * total / world_size * on_gpu,
             "sampler's copy": item * total,
         },
         rollout_bytes={"KV cache": (prompts + rows * image) * kv_token},
         training_bytes={
+            "gradients, float32": 4 * trained / world_size,  # none are kept between two steps
             "activations": batch * tokens * per_token,
             "heads, tile by tile": HEAD_BYTES,
             "gathered weights": (outside + 2 * block) * item,
@@ -144,6 +154,15 @@ def estimate(
             "rollout": (image + text) * steps_bytes / gpu.copy_bytes_per_s,
             "training and reference passes": passes * flops / gpu.flops_per_s,
         },
+    )
+
+
+def _adapter_parameters(config: TrainConfig, shapes: Janus) -> int:
+    """Of A [r, in] and B [out, r] beside every projection that has them."""
+    return sum(
+        config.lora_r * (layer.in_features + layer.out_features)
+        for name, layer in shapes.model.language_model.named_modules()
+        if name.rpartition(".")[2] in config.lora_target_modules
     )
 
 
@@ -159,10 +178,19 @@ def check_fits(found: Estimate, config: TrainConfig) -> None:
     """UserError, naming what to change, if the peak is more than the GPU holds."""
     if found.fits:
         return
-    states, reference = sum(found.always_bytes.values()), found.always_bytes["reference"]
-    if reference and found.peak_bytes - reference <= FREE_SHARE * found.gpu.memory_bytes:
-        remedy = "add --offload_reference true"
-    elif states > FREE_SHARE * found.gpu.memory_bytes:
+    limit = FREE_SHARE * found.gpu.memory_bytes
+    moments, kept = found.always_bytes[f"moments, {config.optim}"], MOMENT_BYTES[config.optim]
+    savings = {
+        "add --offload_reference true": found.always_bytes["reference"],
+        "add --optim adamw_torch_8bit": moments * (1 - MOMENT_BYTES["adamw_torch_8bit"] / kept),
+    }
+    enough = [
+        name for name, saved in savings.items() if saved and found.peak_bytes - saved <= limit
+    ]
+    states = sum(found.always_bytes.values()) + found.training_bytes["gradients, float32"]
+    if enough:
+        remedy = enough[0]
+    elif states - sum(savings.values()) > limit:
         remedy = "use more GPUs: weights and optimizer state alone do not fit"
     elif sum(found.rollout_bytes.values()) > sum(found.training_bytes.values()):
         remedy = "lower --gradient_accumulation_steps or --per_device_train_batch_size"

@@ -1,22 +1,96 @@
-"""AdamW over what is trained, and the course of its learning rate."""
+"""AdamW over what is trained, its moments in 32, 16 or 8 bits, and the course of its rate."""
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from iris_fast.config import TrainConfig
+from iris_fast.errors import optional
+
+BLOCK = 64  # values that share a scale: divides the rows of all Janus models, the tiny one's too
 
 
 def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained."""
-    return torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+    """AdamW over what is trained, `config.optim` says how its moments are kept:
+
+        adamw_torch       float32, torch's own
+        adamw_torch_bf16  bfloat16
+        adamw_torch_8bit  8 bits with a scale for every 64 values (arXiv 2110.02861), torchao's
+
+    Updates are computed in float32 whatever the moments are kept in. Vectors, and matrices whose
+    rows 64 does not divide, keep float32 moments instead of 8-bit ones. UserError without torchao.
+    """
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    kind = torch.optim.AdamW if config.optim == "adamw_torch" else _compact(config.optim)
+    return kind(
+        trained,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
+
+
+def _compact(name: str) -> type[torch.optim.Optimizer]:
+    with optional("torchao", f"optim: {name}", "use --optim adamw_torch"):
+        from torchao.optim import AdamW8bit
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+    class CompactAdamW(AdamW8bit):
+        """torchao's AdamW, which compiles one kernel for each shape; on a CPU, where that would
+        need a C++ compiler and gain little, the same steps run one by one."""
+
+        def step(self, closure: None = None) -> None:
+            on_gpu = self.param_groups[0]["params"][0].is_cuda
+            with torch.compiler.set_stance("default" if on_gpu else "force_eager"):
+                super().step(closure)
+
+        def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
+            if name == "adamw_torch_bf16":
+                return torch.zeros_like(p, dtype=torch.bfloat16)
+            if not _fits_blocks(p):
+                return torch.zeros_like(p)
+            shape = p.to_local().shape if isinstance(p, DTensor) else p.shape
+            moment = OptimState8bit.zeros(shape, signed, BLOCK, p.device, p.dtype)
+            return _sharded_like(p, moment)
+
+    return CompactAdamW
+
+
+def _fits_blocks(p: Tensor) -> bool:
+    """Whether rows are whole blocks, and every rank has a share: then a moment's scales are cut
+    among ranks as its values are, whatever the number of ranks."""
+    ranks = p.device_mesh.size() if isinstance(p, DTensor) else 1
+    rows = p.shape[0]
+    return p.ndim == 2 and p.shape[1] % BLOCK == 0 and rows > -(-rows // ranks) * (ranks - 1)
+
+
+def _sharded_like(p: Tensor, local: Tensor) -> Tensor:
+    """This rank's share of a tensor that has as many rows as `p`, sharded if `p` is."""
+    if not isinstance(p, DTensor):
+        return local
+    shape = (p.shape[0], *local.shape[1:])
+    return DTensor.from_local(
+        local, p.device_mesh, p.placements, run_check=False, shape=shape,
+        stride=(math.prod(shape[1:]), 1),
+    )  # fmt: skip
+
+
+def plain_parts(name: str, moment: Tensor) -> dict[str, Tensor]:
+    """A moment in use as named ordinary tensors that share its memory: itself, or of 8 bits the
+    codes [rows, columns] and the scales [rows, columns / 64]. Writing to them sets it."""
+    local = moment.to_local() if isinstance(moment, DTensor) else moment
+    if not hasattr(local, "codes"):
+        return {name: moment}
+    scale = local.scale.view(local.shape[0], -1)
+    return {
+        f"{name}.codes": _sharded_like(moment, local.codes),
+        f"{name}.scale": _sharded_like(moment, scale),
+    }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
@@ -29,4 +103,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Train
         cosine = 0.5 * (1 + torch.cos(torch.tensor((1 - left) * torch.pi, dtype=torch.float64)))
         share = {"linear": left, "cosine": cosine.item(), "constant": 1.0}[config.lr_scheduler_type]
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * share
+        if isinstance(
+            group["lr"], Tensor
+        ):  # what a compiled step reads: a number would be burnt in
+            group["lr"].fill_(config.learning_rate * share)
+        else:
+            group["lr"] = config.learning_rate * share

@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from iris_fast.batch import PackedBatch, Rollout
 
 
-def pack(rollout: Rollout) -> tuple[PackedBatch, Tensor]:
+@dataclass(frozen=True)
+class Guidance:
+    """The distribution that was sampled from: logits uncond + cfg_weight * (cond - uncond), and
+    text logits, over the temperature."""
+
+    cfg_weight: float
+    temperature: float
+
+
+def pack(rollout: Rollout, guidance: Guidance | None = None) -> tuple[PackedBatch, Tensor]:
     """The packed batch of a rollout's text and image sequences, and `sample_M`.
 
     Each sample gives the sequences [CoT prompt, CoT] (if it has one) and [image prompt, codes],
     less the last token, which predicts nothing. M, the trained tokens, counts the text rows of all
     samples first, then the image rows; `sample_M` [M] int64 is the sample of each.
+
+    With `guidance` a sample also gives [unconditional prompt, codes], whose rows guide the image's.
     """
     ids: list[int] = []
     is_image: list[bool] = []
     lengths: list[int] = []
-    rows: dict[str, list[int]] = {"text": [], "image": []}
+    rows: dict[str, list[int]] = {"text": [], "image": [], "unconditional": []}
     targets: dict[str, list[int]] = {"text": [], "image": []}
     samples: dict[str, list[int]] = {"text": [], "image": []}
 
     def append(kind: str, sample: int, prompt: list[int], completion: list[int]) -> None:
         first_row = len(ids) + len(prompt) - 1
         rows[kind].extend(range(first_row, first_row + len(completion)))
-        targets[kind].extend(completion)
-        samples[kind].extend([sample] * len(completion))
+        if kind in targets:
+            targets[kind].extend(completion)
+            samples[kind].extend([sample] * len(completion))
         ids.extend(prompt + completion[:-1])
-        is_image.extend([False] * len(prompt) + [kind == "image"] * (len(completion) - 1))
+        is_image.extend([False] * len(prompt) + [kind != "text"] * (len(completion) - 1))
         lengths.append(len(prompt) + len(completion) - 1)
 
     for sample, codes in enumerate(rollout.codes_NI.tolist()):
         if rollout.cot_ids[sample]:
             append("text", sample, rollout.cot_prompt_ids[sample], rollout.cot_ids[sample])
         append("image", sample, rollout.image_prompt_ids[sample], codes)
+        if guidance is not None and rollout.unconditional_prompt_ids[sample]:
+            append("unconditional", sample, rollout.unconditional_prompt_ids[sample], codes)
     packed = PackedBatch(
         token_ids_T=torch.tensor(ids),
         is_image_T=torch.tensor(is_image),
@@ -44,5 +60,8 @@ def pack(rollout: Rollout) -> tuple[PackedBatch, Tensor]:
         text_targets=torch.tensor(targets["text"], dtype=torch.int64),
         image_rows=torch.tensor(rows["image"], dtype=torch.int64),
         image_targets=torch.tensor(targets["image"], dtype=torch.int64),
+        unconditional_rows=torch.tensor(rows["unconditional"], dtype=torch.int64),
+        cfg_weight=1.0 if guidance is None else guidance.cfg_weight,
+        temperature=1.0 if guidance is None else guidance.temperature,
     )
     return packed, torch.tensor(samples["text"] + samples["image"])

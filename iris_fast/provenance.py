@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import subprocess
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def _cpu_name() -> str:
 def command(settings: dict[str, Any]) -> str:
     """The command that starts a run with these settings anew: flags for what its preset has not."""
     preset = PRESETS.get(settings.get("preset", TrainConfig.preset), {})
-    usual = {field.name: field.default for field in fields(TrainConfig)} | preset
+    usual = asdict(TrainConfig()) | preset
     given = {
         name: value
         for name, value in settings.items()

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
-from iris_fast import distributed
+from iris_fast import adapters, distributed
 from iris_fast.config import TrainConfig
-from iris_fast.distributed import Ranks, copy_weights
+from iris_fast.distributed import Ranks
 from iris_fast.inputs import Inputs
 from iris_fast.models.compilation import compile_blocks
 from iris_fast.models.janus import Janus
@@ -23,11 +23,12 @@ class Models:
     """The three copies of the weights, and what turns codes into pixels.
 
     `policy` is trained: float32 master weights, sharded over the ranks. `sampler` draws with a
-    whole copy, refreshed in place after each step. `reference` is the frozen start (beta > 0).
+    whole copy, refreshed in place after each step. `reference` is the frozen start (beta > 0): a
+    copy, or with LoRA the policy without its adapters.
     """
 
     policy: Janus
-    reference: Janus | None
+    reference: Janus | adapters.Base | None
     sampler: Sampler
     vq: VQModel
 
@@ -40,16 +41,18 @@ def assign(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
     frozen = frozen_copy(policy, dtype, ranks.device)
     frozen.model.language_model.fuse()
     sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
-    # Never updated, so it needs no float32 master weights.
-    reference = frozen_copy(policy, dtype, torch.device("cpu")) if config.beta else None
-    if config.torch_compile:  # first: recomputation and sharding go around a compiled block
-        for model in filter(None, (policy, reference)):
-            compile_blocks(model.model.language_model)
-    freeze(policy, config)
-    for model in filter(None, (policy, reference)):
-        # From the CPU, block by block: no GPU ever holds all of what it will hold a share of.
-        offload = model is reference and config.offload_reference
-        distributed.shard(model, model.model.language_model.layers, ranks, config.bf16, offload)
+    reference: Janus | adapters.Base | None = None
+    lora = adapters.Lora.of(config)
+    if lora is not None:
+        policy.to(dtype)  # never updated, so it needs no float32 master weights
+        adapters.add(policy, lora)
+        reference = adapters.Base(policy) if config.beta else None
+    else:
+        freeze(policy, config)
+        if config.beta:
+            reference = frozen_copy(policy, dtype, torch.device("cpu"))
+            place(reference, config, ranks, offload=config.offload_reference)
+    place(policy, config, ranks)
     return Models(policy, reference, sampler, vq)
 
 
@@ -63,11 +66,29 @@ def frozen_copy(model: Janus, dtype: torch.dtype, device: torch.device) -> Janus
     return twin.requires_grad_(False)
 
 
+@torch.no_grad()
+def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Write `source`'s parameters, gathered and with adapters merged, into `target`'s, in place:
+    the addresses that a graph or a kernel holds stay right."""
+    targets = dict(target.named_parameters())
+    for name, value in adapters.whole_weights(source):
+        targets[name].copy_(value)
+
+
 def freeze(policy: Janus, config: TrainConfig) -> None:
     """Train the language model and its head; everything `gen*` stays, but for train_image_head."""
     policy.model.generation_embeddings.requires_grad_(False)
     policy.model.generation_aligner.requires_grad_(False)
     policy.model.generation_head.requires_grad_(config.train_image_head)
-    if config.gradient_checkpointing:
-        for block in policy.model.language_model.layers:
+
+
+def place(model: Janus, config: TrainConfig, ranks: Ranks, offload: bool = False) -> None:
+    """Shard a model over the ranks. From the CPU, block by block: no GPU ever holds all of what it
+    will hold a share of."""
+    blocks = model.model.language_model.layers
+    if config.torch_compile:  # first: recomputation and sharding go around a compiled block
+        compile_blocks(model.model.language_model)
+    if config.gradient_checkpointing and any(p.requires_grad for p in model.parameters()):
+        for block in blocks:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+    distributed.shard(model, blocks, ranks, config.bf16, offload)

@@ -101,7 +101,10 @@ class Sampler:
             ]
             texts = [join_prompt(*pair) for pair in zip(texts, cot_texts, strict=True)]
         prompt_ids = [image_prompt_ids(self.tokenizer, template, text) for text in texts]
-        codes_NI, image = self._draw_codes(prompt_ids, sample_numbers, pause)
+        unconditional: list[list[int]] = [[] for _ in prompts]
+        if self.config.cfg_weight != 1.0:
+            unconditional = [unconditional_ids(ids, self.tokenizer) for ids in prompt_ids]
+        codes_NI, image = self._draw_codes(prompt_ids, unconditional, sample_numbers, pause)
         return Rollout(
             prompts=prompts,
             sample_numbers=sample_numbers,
@@ -111,6 +114,7 @@ class Sampler:
             cot_texts=cot_texts,
             truncated=truncated,
             image_prompt_ids=prompt_ids,
+            unconditional_prompt_ids=unconditional,
             codes_NI=codes_NI,
             text=text,
             image=image,
@@ -146,15 +150,17 @@ class Sampler:
         return ids, record.trace(mask_NL[:, :width])
 
     def _draw_codes(
-        self, prompt_ids: list[list[int]], sample_numbers: list[int], pause: Callable[[], None]
+        self,
+        prompt_ids: list[list[int]],
+        unconditional: list[list[int]],
+        sample_numbers: list[int],
+        pause: Callable[[], None],
     ) -> tuple[Tensor, Trace]:
         """Sample the image codes; the unconditional rows follow the conditional ones."""
         guided = self.config.cfg_weight != 1.0
         draws_NI = uniforms(self.config.seed, "image", sample_numbers, self.image_tokens)
         record = Record(draws_NI.to(self.device))
-        rows = list(prompt_ids)
-        if guided:
-            rows += [unconditional_ids(ids, self.tokenizer) for ids in prompt_ids]
+        rows = prompt_ids + unconditional if guided else prompt_ids
         embeds_BD, cache = self._start(rows, room=self.image_tokens)
 
         def step() -> None:
@@ -198,7 +204,8 @@ class Sampler:
         beginnings = [ids[:-1] for ids in sequences]
         if self.static:
             shared = Beginnings.of(beginnings)
-            cache: Cache = SharedKVCache(config, shared, room, dtype, device, prompts_with)
+            kept = torch.float8_e4m3fn if self.config.kv_cache_dtype == "fp8" else dtype
+            cache: Cache = SharedKVCache(config, shared, room, kept, device, prompts_with)
             beginnings = cache.beginnings.prefixes
             attention = cache.prefill()
         else:

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 
 from iris_fast import checkpoint, distributed, run_folder
+from iris_fast.adapters import Lora
 from iris_fast.checkpoint import Progress
-from iris_fast.distributed import Interrupted, Ranks, StopSignal, copy_weights
+from iris_fast.distributed import Interrupted, Ranks, StopSignal
 from iris_fast.errors import UserError, tell
 from iris_fast.estimate import Estimate, check_fits, estimate, this_gpu
 from iris_fast.inputs import Inputs, choose_attention, open_inputs
@@ -38,7 +39,7 @@ from iris_fast.prompts import PromptSource
 from iris_fast.report import write_report
 from iris_fast.rewards import check_rewards, load_metrics, load_rewards, score
 from iris_fast.rewards.score import Functions
-from iris_fast.roles import Models, assign
+from iris_fast.roles import Models, assign, copy_weights
 from iris_fast.samples import draw_samples
 from iris_fast.update import Pieces, prepare, update
 
@@ -188,7 +189,7 @@ def loop(
                     **rollout_metrics(scored, config, ranks),
                     **losses,
                     "micro_batch_pieces": pieces.count,
-                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "learning_rate": float(optimizer.param_groups[0]["lr"]),
                     "attn_implementation": models.policy.attn_implementation,
                     **speed(started, rolled_out, config, ranks),
                 }
@@ -236,8 +237,9 @@ def restore(
 
     UserError if all are broken, or if this one cannot be gone on from as asked.
     """
+    fresh = Progress(prompts_sha256=prompts.sha256(), lora=Lora.of(config))
     if not folder.resumed:
-        return Progress(prompts_sha256=prompts.sha256())
+        return fresh
     path, faults = ranks.from_first(
         checkpoint.newest(folder.checkpoints) if ranks.is_first else None
     )
@@ -246,7 +248,7 @@ def restore(
             print(f"{PROGRAM}: warning: {fault}", file=sys.stderr)
     if path is None:
         if not faults:  # stopped before its first checkpoint
-            return Progress(prompts_sha256=prompts.sha256())
+            return fresh
         raise UserError(
             f"resume_from_checkpoint: {folder.checkpoints} holds no sound checkpoint; start anew "
             "in another --output_dir"

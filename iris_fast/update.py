@@ -16,7 +16,7 @@ from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks, full, give_up_pass
 from iris_fast.errors import UserError
 from iris_fast.loss import Loss, direct_loss, grpo_loss, token_weights, truncated_importance
-from iris_fast.packing import pack
+from iris_fast.packing import Guidance, pack
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class MicroBatch:
     rollout: Rollout
     sample_M: Tensor  # which of the rollout's samples a token is of; on the CPU
     packed: PackedBatch
+    guidance: Guidance | None
     advantage_M: Tensor
     weight_M: Tensor
     rollout_logprob_M: Tensor  # the sampler's: for the mismatch that is logged, and tis
@@ -40,7 +41,7 @@ class MicroBatch:
         cut = []
         for chosen in torch.arange(len(self.rollout.prompts)).chunk(pieces):
             rollout = self.rollout.take(chosen.tolist())
-            packed, sample_M = pack(rollout)
+            packed, sample_M = pack(rollout, self.guidance)
             kept_M = torch.isin(self.sample_M, chosen).to(self.advantage_M.device)
             values = {
                 name: None if value is None else value[kept_M]
@@ -93,11 +94,14 @@ def prepare(
     per_batch = samples // config.gradient_accumulation_steps
     tokens = int(rollout.text.mask.sum() + rollout.image.mask.sum())
     tokens_per_rank = ranks.total(tokens) / ranks.world_size
+    guidance = None
+    if config.policy_distribution == "guided":
+        guidance = Guidance(config.cfg_weight, config.temperature)
     batches = []
     for start in range(0, samples, per_batch):
         chosen = list(range(start, start + per_batch))
         part = rollout.take(chosen)
-        packed, sample_M = pack(part)
+        packed, sample_M = pack(part, guidance)
         weight_M = token_weights(
             config.loss_type,
             sample_M,
@@ -108,7 +112,8 @@ def prepare(
             accumulation=config.gradient_accumulation_steps,
         )
         drawn = [part.text, part.image]
-        rollout_M = torch.cat([trace.conditional.logprob[trace.mask] for trace in drawn])
+        stats = [getattr(trace, config.policy_distribution).logprob for trace in drawn]
+        rollout_M = torch.cat([lp[t.mask] for lp, t in zip(stats, drawn, strict=True)])
         packed = packed.to(device)
         old_M = None
         if old_logprobs is not None:
@@ -120,6 +125,7 @@ def prepare(
                 rollout=part,
                 sample_M=sample_M,
                 packed=packed,
+                guidance=guidance,
                 advantage_M=scored.advantage_N[chosen][sample_M].to(device),
                 weight_M=weight_M.to(device),
                 rollout_logprob_M=rollout_M.to(device),

@@ -91,6 +91,7 @@ def rollout() -> Rollout:
         cot_texts=["text"] * 4,
         truncated=[True, False, False, False],
         image_prompt_ids=[[1]] * 4,
+        unconditional_prompt_ids=[[1]] * 4,
         codes_NI=torch.zeros(4, 4, dtype=torch.int64),
         text=make_trace(lengths, seed=0),
         image=make_trace([4] * 4, seed=1),

@@ -109,3 +109,13 @@ def assert_same_run(left: Path | str, right: Path | str, step: int) -> None:
     assert any(name.startswith("optimizer.") for name in ours)
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Memory of an AdamW's moments: of storages, whatever shape they show."""
+    total = 0
+    for state in optimizer.state.values():
+        for moment in (state["exp_avg"], state["exp_avg_sq"]):
+            parts = [getattr(moment, name) for name in getattr(moment, "tensor_attrs", [])]
+            total += sum(part.untyped_storage().nbytes() for part in parts or [moment])
+    return total

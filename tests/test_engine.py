@@ -15,6 +15,7 @@ from small_runs import set_spread
 from iris_fast.batch import Prompt, Rollout
 from iris_fast.config import SamplingConfig
 from iris_fast.engine import run_steps
+from iris_fast.errors import UserError
 from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.shared_cache import Beginnings, SharedKVCache
 from iris_fast.rollout import Sampler
@@ -68,6 +69,27 @@ def test_prompts_are_read_with_the_chosen_attention(engine, name, monkeypatch):
     assert len(calls) == 2 * opened.config.decoder.num_layers  # once for text, once for images
     assert found.cot_ids == expected.cot_ids
     assert found.codes_NI.tolist() == expected.codes_NI.tolist()
+
+
+def test_an_fp8_cache_draws_from_almost_the_same_distributions():
+    opened = lively()
+    exact = draw(opened, "static", cot=True)
+    eight = draw(opened, "static", cot=True, kv_cache_dtype="fp8")
+    first = (exact.text.conditional.entropy - eight.text.conditional.entropy)[:, 0].abs()
+    assert 0 < first.max() < 0.1  # of about 3 nats, before the two draw different tokens
+
+
+def test_keys_beyond_the_range_of_fp8_are_kept_at_its_end():
+    opened = lively()
+    for layer in opened.model.model.language_model.layers:
+        layer.self_attn.v_proj.weight.data.mul_(1e6)
+    drawn = draw(opened, "static", kv_cache_dtype="fp8")
+    assert drawn.image.guided.logprob.isfinite().all()
+
+
+def test_fp8_needs_the_static_engine():
+    with pytest.raises(UserError, match=r"kv_cache_dtype.*add --rollout_engine static"):
+        SamplingConfig(kv_cache_dtype="fp8")
 
 
 def test_auto_is_plain_on_a_cpu():

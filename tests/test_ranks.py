@@ -33,8 +33,12 @@ def assert_close_runs(left: list[dict[str, Any]], right: list[dict[str, Any]]) -
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"loss_type": "dapo", "gradient_accumulation_steps": 2, "scale_rewards": "batch"}],
-    ids=["grpo", "dapo, accumulating, batch scale"],
+    [
+        {},
+        {"loss_type": "dapo", "gradient_accumulation_steps": 2, "scale_rewards": "batch"},
+        {"use_peft": True, "lora_r": 4, "gradient_checkpointing": True},
+    ],
+    ids=["grpo", "dapo, accumulating, batch scale", "adapters, checkpointed blocks"],
 )
 def test_two_ranks_are_one(prompts, settings):
     settings = {"prompts": prompts, "max_steps": 3, "learning_rate": 1e-4, **settings}
@@ -46,8 +50,9 @@ def test_two_ranks_are_one(prompts, settings):
     assert_close_runs(metrics("one"), metrics("two"))
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(prompts):
-    settings = {"prompts": prompts, "learning_rate": 1e-4}
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_8bit"])
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(prompts, optim):
+    settings = {"prompts": prompts, "learning_rate": 1e-4, "optim": optim}
     two = {"per_device_train_batch_size": 1}
     one = {"per_device_train_batch_size": 2}
     train(quick("whole", **settings, **one, max_steps=3))

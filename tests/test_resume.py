@@ -21,6 +21,13 @@ RESUMED = {
     "image head, checkpointed blocks": {"train_image_head": True, "gradient_checkpointing": True},
     "bf16": {"bf16": True},
     "without cot": {"cot": False},
+    "guided, two passes": {
+        "policy_distribution": "guided",
+        "num_iterations": 2,
+        "learning_rate": 1e-5,
+    },
+    "8-bit moments": {"optim": "adamw_torch_8bit"},
+    "bfloat16 moments": {"optim": "adamw_torch_bf16"},
 }
 
 

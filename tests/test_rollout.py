@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from iris_fast.config import SamplingConfig
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.templates import TEMPLATES, image_prompt_ids, join_prompt, unconditional_ids
-from iris_fast.packing import pack
+from iris_fast.packing import Guidance, pack
 from iris_fast.randomness import uniforms
 from iris_fast.rollout import Sampler
 from iris_fast.tiny import build_random_tiny
@@ -163,6 +165,57 @@ def test_guided_statistics_are_those_of_the_mixed_logits(opened, temperature):
         torch.testing.assert_close(
             rollout.image.conditional.logprob[row], conditional.logprob, rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("cfg_weight", [3.0, 1.0])
+def test_the_guided_training_distribution_is_the_one_that_was_sampled_from(opened, cfg_weight):
+    rollout = draw(sampler(opened, temperature=0.7, cfg_weight=cfg_weight), [0, 1, 2])
+    packed, sample_M = pack(rollout, Guidance(cfg_weight, 0.7))
+    assert len(sample_M) == len(packed.text_targets) + len(packed.image_targets)
+    assert len(packed.unconditional_rows) == (3 * IMAGE_TOKENS if cfg_weight != 1 else 0)
+    text, image = opened.model(packed)
+    for stats, trace in ((text, rollout.text), (image, rollout.image)):
+        for name in ("logprob", "nsc", "entropy"):
+            ours = getattr(trace.guided, name)[trace.mask]
+            torch.testing.assert_close(ours, getattr(stats, name), rtol=2e-4, atol=2e-4)
+
+
+def test_gradients_of_the_guided_distribution_go_through_both_rows(opened):
+    """Against two sequences run by themselves and logits mixed as they were sampled, in float64."""
+    rollout = draw(sampler(opened, cot=False, temperature=0.7, cfg_weight=3.0), [0, 1])
+    generator = torch.Generator().manual_seed(3)
+    upstream = torch.randn(2, IMAGE_TOKENS, generator=generator)
+
+    def gradients(opened: JanusCheckpoint, loss: Callable) -> dict[str, torch.Tensor]:
+        opened.model.requires_grad_(True).zero_grad()
+        loss(opened).backward()
+        return {
+            n: p.grad.double() for n, p in opened.model.named_parameters() if p.grad is not None
+        }
+
+    def ours(opened: JanusCheckpoint) -> torch.Tensor:
+        _, image = opened.model(pack(rollout, Guidance(3.0, 0.7))[0])
+        return (image.logprob * upstream.flatten()).sum()
+
+    def separately(opened: JanusCheckpoint) -> torch.Tensor:
+        total = 0.0
+        for row, codes in enumerate(rollout.codes_NI.tolist()):
+            prompts = rollout.image_prompt_ids[row], rollout.unconditional_prompt_ids[row]
+            cond, uncond = (
+                opened.model.image_logits(hidden_of(opened, ids, codes)) for ids in prompts
+            )
+            logprobs = ((uncond + 3.0 * (cond - uncond)) / 0.7).log_softmax(dim=-1)
+            chosen = logprobs.gather(1, torch.tensor(codes)[:, None])[:, 0]
+            total = total + (chosen * upstream[row]).sum()
+        return total
+
+    found = gradients(copy.deepcopy(opened), ours)
+    exact = copy.deepcopy(opened)
+    exact.model.double()
+    expected = gradients(exact, separately)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 1e-4 * value.norm() + 1e-7, name
 
 
 def test_texts_conditional_statistics_stay_at_temperature_1(opened):

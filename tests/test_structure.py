@@ -32,6 +32,7 @@ FLOW = [
     "engine",
     "rollout",
     "distributed",
+    "adapters",
     "roles",
     "optimizer",
     "advantage",

@@ -143,14 +143,17 @@ class Janus(nn.Module):
         return self.model.language_model(embeds_TD, positions_T, attention)
 
     def forward(
-        self, packed: PackedBatch, temperature: float = 1.0
+        self, packed: PackedBatch
     ) -> tuple[iris_kernels.TokenStats, iris_kernels.TokenStats]:
         """Statistics of the text targets and of the image targets of a packed batch.
 
         Each field is fp32, shaped like `packed.text_targets` and `packed.image_targets`
-        (`iris_kernels.token_stats` defines them); either may be empty. Only the rows that predict
-        something are projected by the heads, and their logits are never held as a whole. All of it
-        happens inside this one call, since that is when FSDP has the weights gathered.
+        (`iris_kernels.token_stats` defines them), of the distributions at `packed.temperature`;
+        either may be empty. Only the rows that predict something are projected by the heads, and
+        their logits are never held as a whole. Guidance mixes what the image head's last layer
+        takes instead of what it gives: that layer is affine and the weights of the mix add up to 1,
+        so the logits are the same. All of it happens inside this one call, since that is when FSDP
+        has the weights gathered.
         """
         embeds_TD = self._embed_packed(packed)
         attention = PackedAttention(
@@ -161,17 +164,25 @@ class Janus(nn.Module):
             hidden_TD.index_select(0, packed.text_rows),
             self.lm_head.weight,
             packed.text_targets,
-            temperature=temperature,
+            temperature=packed.temperature,
         )
         head = self.model.generation_head
         image = iris_kernels.linear_token_stats(
-            head.hidden(hidden_TD.index_select(0, packed.image_rows)),
+            self._image_head_input(hidden_TD, packed),
             head.vision_head.weight,
             packed.image_targets,
             head.vision_head.bias,
-            temperature=temperature,
+            temperature=packed.temperature,
         )
         return text, image
+
+    def _image_head_input(self, hidden_TD: Tensor, packed: PackedBatch) -> Tensor:
+        head = self.model.generation_head
+        cond = head.hidden(hidden_TD.index_select(0, packed.image_rows))
+        if not len(packed.unconditional_rows):
+            return cond
+        uncond = head.hidden(hidden_TD.index_select(0, packed.unconditional_rows)).float()
+        return (uncond + packed.cfg_weight * (cond.float() - uncond)).to(cond.dtype)
 
     def _embed_packed(self, packed: PackedBatch) -> Tensor:
         # Both embeddings run on all rows and `where` picks: the rows of one kind cannot be counted

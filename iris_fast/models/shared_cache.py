@@ -69,9 +69,11 @@ class SharedKVCache:
         device: torch.device | str = "cpu",
         attn_implementation: str = "sdpa",
     ) -> None:
-        """2 * layers * kv_heads * head_dim * (B * room + P * longest prefix) elements.
-        `attn_implementation`: the prefixes' own, as `PackedAttention` takes it."""
+        """2 * layers * kv_heads * head_dim * (B * room + P * longest prefix) elements of `dtype`,
+        which float8_e4m3fn can be whatever the model's is. `attn_implementation`: the prefixes'
+        own, as `PackedAttention` takes it."""
         self.beginnings = beginnings
+        self._dtype = dtype
         self._attn_implementation = attn_implementation
         batch = len(beginnings.index)
         longest = max(map(len, beginnings.prefixes))
@@ -106,8 +108,8 @@ class SharedKVCache:
 
         def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self._prefix[layer_index]
-            keys[row_T, :, position_T] = key
-            values[row_T, :, position_T] = value
+            keys[row_T, :, position_T] = self._kept(key)
+            values[row_T, :, position_T] = self._kept(value)
             return packed(layer_index, query, key, value)
 
         return attention
@@ -119,8 +121,8 @@ class SharedKVCache:
         def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self._own[layer_index]
             prefix_keys, prefix_values = self._prefix[layer_index]
-            keys[self._rows_B, :, self._own_B] = key
-            values[self._rows_B, :, self._own_B] = value
+            keys[self._rows_B, :, self._own_B] = self._kept(key)
+            values[self._rows_B, :, self._own_B] = self._kept(value)
             return decode_attention(
                 query,
                 keys,
@@ -133,6 +135,13 @@ class SharedKVCache:
             )
 
         return attention
+
+    def _kept(self, x_BJd: Tensor) -> Tensor:
+        """In the cache's dtype; beyond the range of 8 bits its end, where a cast may give NaN."""
+        if self._dtype == torch.float8_e4m3fn:
+            largest = torch.finfo(self._dtype).max
+            x_BJd = x_BJd.clamp(-largest, largest)
+        return x_BJd.to(self._dtype)
 
     def advance(self) -> None:
         """Count the tokens that a `decode` step has kept."""

@@ -24,14 +24,14 @@ MEASURES = {
     "kl": "KL",
 }
 BASE = "nsc"
-# Arms that the paper (arXiv 2509.25562) has behind its own, and what it concludes.
+# What the paper (arXiv 2509.25562) finds, or has chosen for its method, where an arm differs from it.
 PAPER = {
-    "sc": "reward uncertainty, not certainty",
-    "image_nsc_text_sc": "reward the text's uncertainty too",
-    "image_sc_text_nsc": "reward the image's uncertainty too",
-    "backward_kl": "take KL(U, p), not KL(p, U)",
-    "no_cot": "a chain of thought helps",
-    "direct": "direct optimisation collapses",
+    "sc": "finds: uncertainty, not certainty, improves images",
+    "image_nsc_text_sc": "chose: NSC of the text too",
+    "image_sc_text_nsc": "chose: NSC of the image too",
+    "backward_kl": "finds: KL(U, p) does better than entropy",
+    "no_cot": "chose: a chain of thought",
+    "direct": "finds: direct optimisation collapses",
 }
 COLUMNS, PANEL_WIDTH, LABEL_WIDTH, LINE, HEAD, FOOT = 3, 360, 130, 16, 26, 22
 
@@ -85,7 +85,7 @@ def comparison(results: Results) -> str:
     ]
     base = results["arms"].get(BASE, {"before": {}, "after": {}})
     ours = {seed: run["mean"] for seed, run in base["after"].items()}
-    rows = {"untrained": ({seed: base["before"]["mean"] for seed in ours}, "training helps")}
+    rows = {"untrained": ({seed: base["before"]["mean"] for seed in ours}, "finds: training helps")}
     for name, arm in results["arms"].items():
         if name != BASE:
             theirs = {seed: run["mean"] for seed, run in arm["after"].items()}

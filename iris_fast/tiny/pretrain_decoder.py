@@ -210,6 +210,7 @@ def make_batch(
         cot_texts=[],
         truncated=[False] * count,
         image_prompt_ids=image_prompts,
+        unconditional_prompt_ids=[[]] * count,
         codes_NI=codes,
         text=empty_trace(count),
         image=empty_trace(count),

@@ -15,6 +15,7 @@ head h // (H / Hkv)), S cache entries, Dh head width, N prefixes of up to S_p en
 
 import torch
 from torch import Tensor
+from torch.cuda import get_device_capability as capability
 from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import jit, tl, triton, use_triton
@@ -22,6 +23,7 @@ from ._ops import add_op_namespace_prefix
 from ._row_math import LOG2_E
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP8 = torch.float8_e4m3fn  # 3 bits of mantissa, up to 448; Triton reads it from sm_89 on
 
 
 # --- Triton kernel --------------------------------------------------------------------------------
@@ -218,10 +220,12 @@ def decode_attention(
 
     Args:
         query: (B, H, Dh) float32, bfloat16 or float16; strides are free but for the last dimension.
-        key_cache, value_cache: (B, Hkv, S, Dh) of the same dtype, strides likewise; entries from
-            `lengths` on are never read. H is a multiple of Hkv: heads in groups share keys.
+        key_cache, value_cache: (B, Hkv, S, Dh) of the same dtype or float8_e4m3fn (half the bytes
+            of bfloat16), strides likewise; entries from `lengths` on are never read. H is a
+            multiple of Hkv: heads in groups share keys.
         lengths: (B) int32 or int64, on the device; 0 where a sequence has no entry of its own.
-        prefix_keys, prefix_values: (N, Hkv, S_p, Dh), prompts that sequences share.
+        prefix_keys, prefix_values: (N, Hkv, S_p, Dh), prompts that sequences share; dtype of the
+            caches.
         prefix_index: (B), the prefix of each sequence; -1 for none.
         prefix_lengths: (B), how many entries of its prefix each sequence sees.
         scale: None is Dh ** -0.5.
@@ -244,6 +248,11 @@ def decode_attention(
         names = ("prefix_keys", "prefix_values", "prefix_lengths")
         _check_caches(query, *prefix[:3], *names, rows=prefix_keys.shape[0])
         _check_integers("prefix_index", prefix_index, query.shape[0], query.device)
+        if prefix_keys.dtype != key_cache.dtype:
+            raise ValueError(
+                f"prefix_keys is {prefix_keys.dtype} but key_cache is {key_cache.dtype}: keep both "
+                "in one dtype"
+            )
         if prefix_keys.shape[1] != key_cache.shape[1]:
             raise ValueError(
                 f"prefix_keys has {prefix_keys.shape[1]} heads but key_cache has "
@@ -269,10 +278,16 @@ def _check_caches(query, keys, values, lengths, keys_name, values_name, lengths_
                 f"{name} has shape {tuple(cache.shape)} but query has {tuple(query.shape)}: "
                 f"pass ({rows}, Hkv, S, {width})"
             )
-        if cache.dtype != query.dtype or cache.device != query.device or cache.stride(-1) != 1:
+        fits = cache.dtype in (query.dtype, FP8) and cache.dtype == keys.dtype
+        if not fits or cache.device != query.device or cache.stride(-1) != 1:
             raise ValueError(
                 f"{name} is {cache.dtype} on {cache.device} with strides {cache.stride()}: pass "
-                f"{query.dtype} on {query.device} with a contiguous last dimension"
+                f"{query.dtype}, or float8_e4m3fn for keys and values, on {query.device} with a "
+                "contiguous last dimension"
+            )
+        if cache.dtype == FP8 and cache.is_cuda and capability(cache.device) < (8, 9):
+            raise ValueError(
+                f"{name} is {FP8} and this GPU is older than sm_89: keep it in {query.dtype}"
             )
         if not width or not cache.shape[1] or H % cache.shape[1]:
             raise ValueError(

@@ -223,11 +223,14 @@ def _check_overwritable(logits: Tensor) -> None:
             "inplace_backward=True, but logits is a leaf, or a view of one: its values would be "
             "replaced by its gradient; pass the output of an operation or inplace_backward=False"
         )
-    if any(s == 0 and n > 1 for n, s in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(
-            "inplace_backward=True, but rows of logits share memory (an expanded tensor): "
-            "pass logits.contiguous() or inplace_backward=False"
-        )
+    extent = 1  # elements from the first to the last of the dimensions with smaller strides
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                "inplace_backward=True, but rows of logits share memory (an expanded tensor, or "
+                "windows that overlap): pass logits.contiguous() or inplace_backward=False"
+            )
+        extent += (size - 1) * stride
 
 
 def token_stats_reference(

@@ -78,6 +78,23 @@ def test_shared_prefix_is_as_if_it_were_in_every_cache(dtype, backend, device):
         torch.testing.assert_close(out[b].double(), truth, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_fp8_cache_is_one_that_holds_the_same_values(dtype, backend, device):
+    query, *caches, lengths = case(3, 4, 2, 70, 32, dtype, device)
+    _, *shared, live = case(2, 2, 2, 9, 32, dtype, device, seed=5)
+    names = ("prefix_keys", "prefix_values")
+    rest = {"prefix_lengths": live[[0, 1, 0]], "prefix_index": live.new_tensor([0, 1, 0])}
+
+    def attend(convert):
+        prefixes = {n: convert(t) for n, t in zip(names, shared, strict=True)}
+        return decode_attention(query, *map(convert, caches), lengths, **prefixes, **rest)
+
+    eight = attend(lambda cache: cache.to(torch.float8_e4m3fn))
+    same = attend(lambda cache: cache.to(torch.float8_e4m3fn).to(dtype))
+    torch.testing.assert_close(eight, same, rtol=0, atol=0)
+    assert (eight - attend(lambda cache: cache)).abs().max() > 1e-3
+
+
 def test_nothing_to_attend_to_gives_zero(backend, device):
     query, keys, values, lengths = case(2, 2, 2, 10, 16, torch.float32, device)
     lengths[1] = 0
@@ -166,6 +183,11 @@ MISTAKES = {
     r"query has shape \(4, 16\)": ((Q[0], K, K, N), {}),
     r"key_cache has shape \(2, 2, 5, 8\)": ((Q, K[..., :8], K, N), {}),
     "key_cache is torch.bfloat16": ((Q, K.bfloat16(), K, N), {}),
+    "value_cache is torch.float32": ((Q, K.to(torch.float8_e4m3fn), K, N), {}),
+    "prefix_keys is torch.float32 but key_cache is torch.float8": (
+        (Q, K.to(torch.float8_e4m3fn), K.to(torch.float8_e4m3fn), N),
+        PREFIX | {"prefix_lengths": ONE_EACH, "prefix_index": torch.tensor([0, 0])},
+    ),
     "which do not divide the 4": ((Q, K[:, :0], K[:, :0], N), {}),
     "do not divide the 4 of query": ((Q, K.repeat(1, 2, 1, 1)[:, :3], K, N), {}),
     r"value_cache has shape \(2, 2, 4, 16\)": ((Q, K, K[:, :, :4], N), {}),

@@ -333,6 +333,18 @@ def test_inplace_backward_does_not_overwrite_a_leaf_through_a_view(backend, devi
         token_stats(logits, token_ids, inplace_backward=True)
 
 
+@pytest.mark.parametrize("name", sorted(LAYOUTS.keys() - {"repeated_rows"}))
+def test_inplace_backward_takes_every_layout_whose_rows_are_apart(name, backend, device):
+    full, _ = random_case((4, 6), 300, torch.float32, device)
+    token_ids = torch.randint(200, LAYOUTS[name](full).shape[:-1], device=device)
+    gradients = []
+    for inplace in (False, True):
+        leaf = full.clone().requires_grad_()
+        out = token_stats(LAYOUTS[name](leaf * 1), token_ids, inplace_backward=inplace)
+        gradients += torch.autograd.grad(out.nsc.sum() + out.logprob.sum(), leaf)
+    assert torch.equal(*gradients)
+
+
 def test_inplace_backward_is_found_out_by_other_readers(backend, device):
     leaf, token_ids = random_case((4,), 300, torch.float32, device)
     produced = leaf.requires_grad_() * 1
@@ -375,6 +387,9 @@ MISTAKES = {
     ),
     "share memory": (
         torch.zeros(1, 3).expand(2, 3), GOOD_IDS, {"inplace_backward": True}
+    ),
+    "windows that overlap": (
+        torch.zeros(5).unfold(0, 3, 2), GOOD_IDS, {"inplace_backward": True}
     ),
 }  # fmt: skip
 

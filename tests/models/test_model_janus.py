@@ -87,7 +87,7 @@ def test_greedy_guided_codes_alone_and_in_a_batch(pair):
     assert together[0] != together[1]
 
 
-def random_pack(config, text_lengths, image_lengths, prompt=3) -> PackedBatch:
+def random_pack(config, text_lengths, image_lengths, prompt=3, temperature=1.0) -> PackedBatch:
     """Sequences of `prompt` text tokens, then tokens that are all targets of the row before."""
     ids, is_image, positions, lengths = [], [], [], []
     rows = {False: [], True: []}
@@ -113,6 +113,8 @@ def random_pack(config, text_lengths, image_lengths, prompt=3) -> PackedBatch:
         text_targets=tensor(targets[False], dtype=torch.int64),
         image_rows=tensor(rows[True], dtype=torch.int64),
         image_targets=tensor(targets[True], dtype=torch.int64),
+        unconditional_rows=tensor([], dtype=torch.int64),
+        temperature=temperature,
     )
 
 
@@ -141,8 +143,9 @@ def hf_log_probs(hf, packed, temperature):
 @torch.no_grad()
 def test_training_forward(pair, temperature):
     ours, hf = pair
-    packed = random_pack(ours.config, text_lengths=[4, 9], image_lengths=[36, 12])
-    text, image = ours.model(packed, temperature)
+    lengths = {"text_lengths": [4, 9], "image_lengths": [36, 12]}
+    packed = random_pack(ours.config, **lengths, temperature=temperature)
+    text, image = ours.model(packed)
     expected_text, expected_image = hf_log_probs(hf, packed, temperature)
     assert (text.logprob - expected_text).abs().max() < TOLERANCE
     assert (image.logprob - expected_image).abs().max() < TOLERANCE

@@ -1,0 +1,78 @@
+"""AdamW with moments of 32, 16 and 8 bits: near enough to the exact one, small, and put back."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from small_runs import state_bytes
+from torch import nn
+
+from iris_fast.config import TrainConfig
+from iris_fast.errors import UserError
+from iris_fast.optimizer import make_optimizer, plain_parts, set_learning_rate
+
+STEPS = 20
+
+
+def train(optim: str) -> tuple[nn.Linear, torch.optim.Optimizer]:
+    """A layer after some steps of noise around a steady gradient, of a schedule's rates."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(128, 64)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    config = TrainConfig(optim=optim, learning_rate=1e-2, max_steps=STEPS, weight_decay=0.1)
+    optimizer = make_optimizer(layer, config)
+    steady = [torch.randn(p.shape, generator=generator) for p in layer.parameters()]
+    for step in range(STEPS):
+        for parameter, gradient in zip(layer.parameters(), steady, strict=True):
+            parameter.grad = gradient + 0.5 * torch.randn(gradient.shape, generator=generator)
+        set_learning_rate(optimizer, step, config)
+        optimizer.step()
+    return layer, optimizer
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_per_value", "error"),
+    [("adamw_torch", 8, 0.0), ("adamw_torch_bf16", 4, 0.01), ("adamw_torch_8bit", 2, 0.03)],
+)
+def test_moments_take_less_and_lead_to_the_same_weights(optim, bytes_per_value, error):
+    exact, _ = train("adamw_torch")
+    layer, optimizer = train(optim)
+    values = layer.weight.numel()
+    # Beside the values: the bias; scales; two tables of 256 values.
+    beside = 8 * layer.bias.numel() + 2 * (4 * values // 64 + 4 * 256)
+    assert state_bytes(optimizer) <= bytes_per_value * values + beside
+    start = nn.Linear(128, 64)
+    generator = torch.Generator().manual_seed(0)
+    start.weight.data = torch.randn(start.weight.shape, generator=generator)
+    way = (exact.weight - start.weight).norm()
+    assert (layer.weight - exact.weight).norm() <= error * way
+
+
+def test_a_moment_written_down_and_put_back_is_the_same():
+    _, optimizer = train("adamw_torch_8bit")
+    _, other = train("adamw_torch_8bit")
+    for name in ("exp_avg", "exp_avg_sq"):
+        moment, fresh = (next(iter(o.state.values()))[name] for o in (optimizer, other))
+        parts = plain_parts(name, moment)
+        assert {n: (p.dtype, tuple(p.shape)) for n, p in parts.items()} == {
+            f"{name}.codes": (torch.uint8, (64, 128)),
+            f"{name}.scale": (torch.float32, (64, 2)),
+        }
+        written = {n: part.clone() for n, part in parts.items()}
+        values = moment.dequantize()
+        for part in plain_parts(name, fresh).values():
+            part.zero_()
+        assert not torch.equal(fresh.dequantize(), values)
+        for n, part in plain_parts(name, fresh).items():
+            part.copy_(written[n])
+        assert torch.equal(fresh.dequantize(), values)
+
+
+def test_without_torchao_the_default_works_and_the_others_say_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    make_optimizer(nn.Linear(2, 2), TrainConfig())
+    with pytest.raises(UserError, match=r"optim: adamw_torch_8bit needs torchao.*pip install"):
+        make_optimizer(nn.Linear(2, 2), TrainConfig(optim="adamw_torch_8bit"))
