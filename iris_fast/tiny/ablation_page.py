@@ -24,7 +24,7 @@ MEASURES = {
     "kl": "KL",
 }
 BASE = "nsc"
-# What the paper (arXiv 2509.25562) finds, or has chosen for its method, where an arm differs from it.
+# What the paper (arXiv 2509.25562) finds, or chose for its method, where an arm differs from it.
 PAPER = {
     "sc": "finds: uncertainty, not certainty, improves images",
     "image_nsc_text_sc": "chose: NSC of the text too",
