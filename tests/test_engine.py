@@ -191,3 +191,12 @@ def test_a_replayed_graph_in_bfloat16_differs_by_near_ties_only():
     for row in (~same).nonzero()[:, 0]:
         left, right = (t.image.guided.entropy[row, first[row]] for t in (plain, captured))
         torch.testing.assert_close(left, right, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_reads_an_fp8_cache_as_single_steps_do(monkeypatch):
+    opened = lively("cuda")
+    captured = draw(opened, "static", kv_cache_dtype="fp8")
+    monkeypatch.setattr(Sampler, "captured", False)
+    single = draw(opened, "static", kv_cache_dtype="fp8")
+    assert captured.codes_NI.tolist() == single.codes_NI.tolist()

@@ -16,18 +16,20 @@ from iris_fast.optimizer import make_optimizer, plain_parts, set_learning_rate
 STEPS = 20
 
 
-def train(optim: str) -> tuple[nn.Linear, torch.optim.Optimizer]:
+def train(optim: str, device: str = "cpu") -> tuple[nn.Linear, torch.optim.Optimizer]:
     """A layer after some steps of noise around a steady gradient, of a schedule's rates."""
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(128, 64)
     for parameter in layer.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
+    layer.to(device)
     config = TrainConfig(optim=optim, learning_rate=1e-2, max_steps=STEPS, weight_decay=0.1)
     optimizer = make_optimizer(layer, config)
     steady = [torch.randn(p.shape, generator=generator) for p in layer.parameters()]
     for step in range(STEPS):
         for parameter, gradient in zip(layer.parameters(), steady, strict=True):
-            parameter.grad = gradient + 0.5 * torch.randn(gradient.shape, generator=generator)
+            noise = 0.5 * torch.randn(gradient.shape, generator=generator)
+            parameter.grad = (gradient + noise).to(device)
         set_learning_rate(optimizer, step, config)
         optimizer.step()
     return layer, optimizer
@@ -76,3 +78,10 @@ def test_without_torchao_the_default_works_and_the_others_say_what_to_do(monkeyp
     make_optimizer(nn.Linear(2, 2), TrainConfig())
     with pytest.raises(UserError, match=r"optim: adamw_torch_8bit needs torchao.*pip install"):
         make_optimizer(nn.Linear(2, 2), TrainConfig(optim="adamw_torch_8bit"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optim", ["adamw_torch_bf16", "adamw_torch_8bit"])
+def test_the_compiled_step_of_a_gpu_follows_the_schedule_as_single_steps_do(optim):
+    (ours, _), (theirs, _) = train(optim, "cuda"), train(optim, "cpu")
+    torch.testing.assert_close(ours.weight.cpu(), theirs.weight, rtol=1e-3, atol=1e-3)
