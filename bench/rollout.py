@@ -12,14 +12,16 @@ a few tokens: they take minutes at the others.
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench import _models
-from bench._case import Absent, WrongResult, dtype_name
-from bench._measure import Bench, Row, rounded
+from bench._case import WrongResult
+from bench._measure import Bench
 from bench._models import BOS, IMAGE_START
+from bench._rows import Measured, Row, make_row
 from iris_fast.config import SamplingConfig
 from iris_fast.models.janus import Janus
 from iris_fast.rollout import Sampler
@@ -48,7 +50,7 @@ def rows(bench: Bench) -> Iterator[Row]:
                 compared = not cot and sequences in (GPU_COMPARED if gpu else CPU_COMPARED)
                 yield from measure(bench, janus, model, sequences, cot, compared)
         del janus
-        bench._release()
+        bench.release()
 
 
 def make_prompts(sequences: int, cot: int) -> list[list[int]]:
@@ -68,50 +70,33 @@ def measure(
 ) -> Iterator[Row]:
     """A row for the step's time and one for the images a second."""
     prompts, tokens = make_prompts(sequences, cot), janus.config.image_tokens
+    dtype = janus.lm_head.weight.dtype
     expected = ours(janus)(prompts, CHECKED_TOKENS, True)
-    seconds, peak = timed(bench, ours(janus), prompts, tokens, RUNS)
-    peers: dict[str, tuple[float, int | None]] = {}
-    errors: dict[str, str] = {}
-    for name, make in PEERS.items() if compared else ():
-        # The visible end of every error of foreign code: it becomes text in the row.
-        try:
-            draw = make(janus)
-            check(name, draw(prompts, CHECKED_TOKENS, True), expected, janus.lm_head.weight.dtype)
-            peers[name] = timed(bench, draw, prompts, tokens, 1)
-        except Absent:
-            continue
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"[:2000]
-            bench.failures.append(f"rollout {model} {sequences}: {name}: {errors[name]}")
-        draw = None
-        bench._release()
+
+    def measure_one(name: str) -> Measured:
+        if name == "ours":
+            return timed(bench, ours(janus), prompts, tokens, RUNS)
+        draw = PEERS[name](janus)
+        check(name, draw(prompts, CHECKED_TOKENS, True), expected, dtype)
+        return timed(bench, draw, prompts, tokens, 1)
+
+    names = ["ours", *(PEERS if compared else ())]
+    peers = bench.compare(
+        f"rollout {model} {sequences}", {name: partial(measure_one, name) for name in names}
+    )
+    mine = peers.pop("ours")
     floor = step_bytes(janus, sequences, PROMPT_TOKENS + cot) / bench.copy_bytes_per_second
     shape = {"model": model, "sequences": sequences, "cot": cot, "tokens": tokens}
-    for metric, unit, amount in (
-        ("step", "ms", lambda s: 1e3 * s),
-        ("images", "images/s", lambda s: sequences / 2 / (s * tokens)),
+    images = sequences / 2 / tokens  # over the seconds of a token: images a second
+    for metric, unit, convert in (
+        ("step", "ms", lambda measured: measured.times(1e3)),
+        ("images", "images/s", lambda measured: measured.inverse(images)),
     ):
-        yield {
-            "suite": SUITE,
-            "case": "image tokens",
-            "shape": shape,
-            "dtype": dtype_name(janus.lm_head.weight.dtype),
-            "metric": metric,
-            "value": rounded(amount(seconds)),
-            "unit": unit,
-            "floor": rounded(amount(floor)),
-            "fraction_of_floor": rounded(floor / seconds),
-            "fraction_of_copy": rounded(floor / seconds),
-            "peak_memory_bytes": peak,
-            "peers": {
-                name: {"value": rounded(amount(s)), "unit": unit, "peak_memory_bytes": weight}
-                for name, (s, weight) in peers.items()
-            }
-            | {
-                name: {"value": None, "unit": unit, "peak_memory_bytes": None, "error": error}
-                for name, error in errors.items()
-            },
-        }
+        best = convert(Measured(floor)).value
+        yield make_row(
+            SUITE, "image tokens", shape, dtype, metric, unit, convert(mine), floor=best,
+            copy_floor=best, peers={name: convert(peer) for name, peer in peers.items()},
+        )  # fmt: skip
 
 
 def step_bytes(janus: Janus, sequences: int, prompt: int) -> float:
@@ -124,15 +109,13 @@ def step_bytes(janus: Janus, sequences: int, prompt: int) -> float:
     return (weights + slot * live) * weight.element_size()
 
 
-def timed(
-    bench: Bench, draw: Draw, prompts: list[list[int]], tokens: int, runs: int
-) -> tuple[float, int | None]:
+def timed(bench: Bench, draw: Draw, prompts: list[list[int]], tokens: int, runs: int) -> Measured:
     """Seconds a token (median of `runs`, after a warm-up), and on a GPU the peak bytes added."""
     gpu = bench.device.type == "cuda"
     draw(prompts, min(tokens, 8), False)
     before = 0
     if gpu:
-        bench._release()
+        bench.release()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     seconds = []
@@ -145,7 +128,7 @@ def timed(
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - started) / tokens)
     peak = torch.cuda.max_memory_allocated() - before if gpu else None
-    return statistics.median(seconds), peak
+    return Measured(statistics.median(seconds), peak)
 
 
 def check(name: str, codes: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

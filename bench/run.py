@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench._rows import Measured, make_row
+
 FOLDER = Path(__file__).parent
 BENCHMARK = re.compile(r"^def (cases|rows)\(", re.MULTILINE)
 SUITE = re.compile(r"^SUITE = (.+)$", re.MULTILINE)
@@ -122,11 +124,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
 
 
 def failed_row(suite: str, case: str, error: str) -> dict[str, Any]:
-    return {
-        "suite": suite, "case": case, "shape": {}, "dtype": None, "metric": None, "value": None,
-        "unit": None, "floor": None, "fraction_of_floor": None, "fraction_of_copy": None,
-        "peak_memory_bytes": None, "peers": {}, "error": error,
-    }  # fmt: skip
+    return make_row(suite, case, {}, None, None, None, Measured(error=error))
 
 
 def run_one(stem: str, out: Path) -> int:
