@@ -20,12 +20,12 @@ from torch import Tensor
 from bench import _models
 from bench._case import WrongResult
 from bench._measure import Bench
-from bench._models import BOS, IMAGE_START
+from bench._models import BOS, IMAGE_START, PAD, Numbers
 from bench._rows import Measured, Row, make_row
+from bench._t2i_r1 import draw_image
 from iris_fast.config import SamplingConfig
 from iris_fast.models.janus import Janus
 from iris_fast.rollout import Sampler
-from iris_fast.tiny.build import build_tokenizer
 
 SUITE = "rollout"
 PROMPT_TOKENS, COT_TOKENS, GROUP = 64, 128, 8
@@ -144,7 +144,7 @@ def check(name: str, codes: Tensor, expected: Tensor, dtype: torch.dtype) -> Non
 
 def ours(janus: Janus) -> Draw:
     """The trainer's rollout, image phase."""
-    tokenizer = build_tokenizer()
+    tokenizer = Numbers(janus.config.decoder.vocab_size)
 
     def draw(prompts: list[list[int]], tokens: int, greedy: bool) -> Tensor:
         config = SamplingConfig(cfg_weight=CFG_WEIGHT, rollout_engine="auto")
@@ -159,30 +159,10 @@ def eager_loop(janus: Janus) -> Draw:
     """The loop of T2I-R1 and of Janus's own example: transformers' decoder, a cache that grows,
     softmax and multinomial, a step at a time."""
     model = _models.in_transformers(janus)
-    pad = _models.pad_id()
 
-    @torch.no_grad()
     def draw(prompts: list[list[int]], tokens: int, greedy: bool) -> Tensor:
-        cond = torch.tensor(prompts, device=janus.lm_head.weight.device)
-        uncond = cond.clone()
-        uncond[:, 1:-1] = pad
-        embeds = model.get_input_embeddings()(torch.cat([cond, uncond]))
-        cache, codes = None, []
-        for _ in range(tokens):
-            out = model.model.language_model(
-                inputs_embeds=embeds, past_key_values=cache, use_cache=True
-            )
-            cache = out.past_key_values
-            logit_cond, logit_uncond = model.model.generation_head(
-                out.last_hidden_state[:, -1]
-            ).chunk(2)
-            mixed = logit_uncond + CFG_WEIGHT * (logit_cond - logit_uncond)
-            probs = torch.softmax(mixed, dim=-1)
-            drawn = probs.argmax(-1) if greedy else torch.multinomial(probs, 1)[:, 0]
-            codes.append(drawn)
-            both = torch.cat([drawn, drawn])[:, None]
-            embeds = model.prepare_embeddings_for_image_generation(both)
-        return torch.stack(codes, 1)
+        ids = torch.tensor(prompts, device=janus.lm_head.weight.device)
+        return draw_image(model, ids, tokens, CFG_WEIGHT, greedy)
 
     return draw
 
@@ -190,7 +170,6 @@ def eager_loop(janus: Janus) -> Draw:
 def generate(janus: Janus, compiled: bool = False) -> Draw:
     """transformers' `generate` with its static cache; `compiled`, its decoder compiled."""
     model = _models.in_transformers(janus)
-    pad = _models.pad_id()
     if compiled:
         model.model.language_model.forward = torch.compile(
             model.model.language_model.forward, mode="reduce-overhead"
@@ -201,7 +180,7 @@ def generate(janus: Janus, compiled: bool = False) -> Draw:
         ids = torch.tensor(prompts, device=janus.lm_head.weight.device)
         model.model.vision_model.config.num_image_tokens = tokens
         config = model.generation_config
-        config.bos_token_id, config.pad_token_id = BOS, pad
+        config.bos_token_id, config.pad_token_id = BOS, PAD
         config.guidance_scale = CFG_WEIGHT
         config.generation_kwargs = {"boi_token_id": IMAGE_START}
         return model.generate(

@@ -22,6 +22,7 @@ from bench import _models, _peers
 from bench._case import check_close
 from bench._measure import Bench
 from bench._rows import Measured, Row, dtype_name, make_row
+from bench._t2i_r1 import image_logprobs
 from iris_fast.batch import PackedBatch, Rollout
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.janus import Janus, JanusConfig
@@ -181,13 +182,7 @@ def transformers(janus: Janus, inputs: Inputs, liger: bool = False) -> Pass:
     blocks = model.model.language_model.layers.requires_grad_(True)
 
     def forward(inputs: Inputs) -> Tensor:
-        text = model.get_input_embeddings()(inputs.prompts)
-        image = model.prepare_embeddings_for_image_generation(inputs.codes[:, :-1])
-        hidden = model.model.language_model(
-            inputs_embeds=torch.cat([text, image], dim=1), use_cache=False
-        ).last_hidden_state[:, PROMPT_TOKENS - 1 :]
-        logprobs = model.model.generation_head(hidden).float().log_softmax(-1)
-        return logprobs.gather(-1, inputs.codes[..., None])[..., 0]
+        return image_logprobs(model, inputs.prompts, inputs.codes)
 
     return Pass(blocks, forward, inputs)
 
