@@ -1,6 +1,7 @@
 """Benchmarks: each op against the floor of what the machine can do, and against its peers.
 
     python -m bench.run [--suite kernels] [--only token_stats ...] [--out FILE.json] [--append]
+                        [--profile false]
     pytest bench --benchmark-only            the same cases through pytest-benchmark
     python -m bench.report                   RESULTS.md, the README's table and plots, from results/
 
@@ -10,7 +11,8 @@ A benchmark is a file here with `SUITE = "name"` and one of
     def rows(bench) -> Iterator[dict]        finished rows, where the file measures by itself;
                                              `bench` is the `Bench` of _measure.py
 
-`run.py` finds it by itself. Files with a leading underscore are the machinery.
+`bench.profile("name/what", call)` adds where the time of a whole call goes. `run.py` finds the file
+by itself. Files with a leading underscore are the machinery.
 """
 
 import importlib.util

@@ -10,6 +10,7 @@ import torch
 
 from bench._case import Absent, Call, Case, tensors
 from bench._clock import clock_for
+from bench._profile import profile
 from bench._rows import Measured, Row, dtype_name, make_row
 
 PER_SECOND = {"us": 1e6, "ms": 1e3}
@@ -18,12 +19,15 @@ CEILINGS = "ceilings"  # the suite that measures the machine, before all others
 
 
 class Bench:
-    """Measures cases on one device. `failures` holds in words what went wrong."""
+    """Measures cases on one device. `failures` holds in words what went wrong, `profiles` what
+    `profile` found, if `profiling`."""
 
-    def __init__(self, device: torch.device, ceilings: Iterable[Row] = ()):
+    def __init__(self, device: torch.device, ceilings: Iterable[Row] = (), profiling: bool = False):
         self.device = device
         self.clock = clock_for(device)
         self.failures: list[str] = []
+        self.profiling = profiling
+        self.profiles: dict[str, dict[str, Any]] = {}
         self.copy_bytes_per_second = math.nan
         self.flops_per_second: dict[str, float] = {}
         for row in ceilings:
@@ -66,6 +70,16 @@ class Bench:
             for number, (name, measure) in enumerate(measures.items())
         }
         return {name: result for name, result in found.items() if result is not None}
+
+    def profile(self, name: str, call: Call) -> None:
+        """Profile one warm call; `name` begins with the suite and a slash."""
+
+        def measure() -> Measured:
+            self.profiles[name] = profile(call, self.device)
+            return Measured()
+
+        if self.profiling:
+            self._guarded(f"profile {name}", measure, is_peer=False)
 
     def _guarded(
         self, what: str, measure: Callable[[], Measured], is_peer: bool

@@ -68,6 +68,9 @@ def results_page(runs: dict[str, Run], plots: dict[str, list[str]]) -> str:
         for suite in sorted({row["suite"] for row in run["rows"]} - {CEILINGS}):
             rows = [row for row in run["rows"] if row["suite"] == suite]
             parts += [f"### {suite}", table(rows)]
+            for name, profile in run.get("profiles", {}).items():
+                if name.startswith(f"{suite}/"):
+                    parts += profile_parts(name.removeprefix(f"{suite}/"), profile)
         parts += _errors(run["rows"])
     return "\n\n".join(parts) + "\n"
 
@@ -164,6 +167,22 @@ def percent(fraction: float | None) -> str:
 
 def mebibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.0f}"
+
+
+def profile_parts(name: str, profile: dict[str, Any]) -> list[str]:
+    """A profile's heading, idle time and table."""
+    wall = f"{profile['wall_ms']:.4g} ms under the profiler"
+    idle = profile["idle_share"]
+    waited = (
+        f"The GPU was idle for {percent(idle)} of "
+        if idle is not None
+        else "Idle time: not applicable on a CPU. "
+    )
+    lines = ["| longest | ms | calls | share |", "|---|---|---|---|"]
+    for each in profile["longest"]:
+        kernel = each["name"].replace("|", "\\|")
+        lines.append(f"| `{kernel}` | {each['ms']:.4g} | {each['calls']} | {each['share']:.1%} |")
+    return [f"#### {name}", f"{waited}{wall}.", "\n".join(lines)]
 
 
 def _errors(rows: Iterable[Row]) -> list[str]:

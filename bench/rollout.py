@@ -75,11 +75,16 @@ def measure(
 
     def measure_one(name: str) -> Measured:
         if name == "ours":
-            return timed(bench, ours(janus), prompts, tokens, RUNS)
+            draw = ours(janus)
+            found = timed(bench, draw, prompts, tokens, RUNS)
+            if compared:
+                bench.profile(profiled, partial(draw, prompts, tokens, False))
+            return found
         draw = PEERS[name](janus)
         check(name, draw(prompts, CHECKED_TOKENS, True), expected, dtype)
         return timed(bench, draw, prompts, tokens, 1)
 
+    profiled = f"{SUITE}/{model} sequences={sequences} cot={cot}"
     names = ["ours", *(PEERS if compared else ())]
     peers = bench.compare(
         f"rollout {model} {sequences}", {name: partial(measure_one, name) for name in names}

@@ -5,7 +5,8 @@
 On a GPU where there is one, else on the CPU with smaller shapes. Every benchmark file runs in a
 process of its own; rows are on disk as soon as they are measured, so a run that is cut short
 leaves what it had; `--append` then adds to it, on the same device with the same code. What fails is
-a row, or a peer, with "error"; the exit status is then 1.
+a row, or a peer, with "error"; the exit status is then 1. Beside the rows are "profiles" of whole
+calls, by `SUITE/what`, unless `--profile false`.
 """
 
 import argparse
@@ -109,6 +110,12 @@ def append(path: Path, row: dict[str, Any]) -> None:
     write(path, document)
 
 
+def add_profiles(path: Path, profiles: dict[str, Any]) -> None:
+    document = read(path)
+    document.setdefault("profiles", {}).update(profiles)
+    write(path, document)
+
+
 def write(path: Path, document: dict[str, Any]) -> None:
     text = json.dumps(document, indent=1, allow_nan=False)
     aside = path.with_suffix(".partial")
@@ -127,7 +134,7 @@ def failed_row(suite: str, case: str, error: str) -> dict[str, Any]:
     return make_row(suite, case, {}, None, None, None, Measured(error=error))
 
 
-def run_one(stem: str, out: Path) -> int:
+def run_one(stem: str, out: Path, profiling: bool) -> int:
     """All rows of one benchmark file, appended to `out`. Runs in a process of its own."""
     import torch
 
@@ -135,7 +142,7 @@ def run_one(stem: str, out: Path) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = [row for row in read(out)["rows"] if row["suite"] == CEILINGS]
-    bench = Bench(device, ceilings)
+    bench = Bench(device, ceilings, profiling)
     suite = benchmarks()[stem]
     try:
         for row in _rows(stem, suite, bench):
@@ -145,6 +152,7 @@ def run_one(stem: str, out: Path) -> int:
         traceback.print_exc()
         bench.failures.append(stem)
         append(out, failed_row(suite, stem, f"{type(error).__name__}: {error}"[:2000]))
+    add_profiles(out, bench.profiles)
     for failure in bench.failures:
         print(f"FAILED {failure}", file=sys.stderr, flush=True)
     return int(bool(bench.failures))
@@ -195,11 +203,14 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=[*benchmarks()], help="only these files")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>.json")
     parser.add_argument("--append", action="store_true", help="keep the rows that FILE has")
+    parser.add_argument(
+        "--profile", choices=("true", "false"), default="true", help="also profile whole calls"
+    )
     parser.add_argument("--commit", help="where the run is not in a git repository")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        leave(run_one(arguments.child, arguments.out))
+        leave(run_one(arguments.child, arguments.out, arguments.profile == "true"))
 
     document = {"head": head(arguments.commit), "rows": []}
     out = arguments.out or FOLDER / "results" / f"{_file_name(document['head'])}.json"
@@ -210,19 +221,20 @@ def main() -> int:
         write(out, document)
     print(json.dumps(document["head"], indent=1), flush=True)
     (ceilings, suite), *others = benchmarks().items()
-    status = _run_in_process(ceilings, suite, out)
+    status = _run_in_process(ceilings, suite, out, arguments.profile)
     if status:
         return status  # without them there is no floor to compare with
     for stem, suite in others:
         if arguments.suite in (None, suite) and stem in (arguments.only or [stem]):
-            status |= _run_in_process(stem, suite, out)
+            status |= _run_in_process(stem, suite, out, arguments.profile)
     print(f"wrote {out}")
     return status
 
 
-def _run_in_process(stem: str, suite: str, out: Path) -> int:
+def _run_in_process(stem: str, suite: str, out: Path, profile: str) -> int:
     """A crash, not only an exception, of one benchmark leaves the others their turn."""
-    command = [sys.executable, "-m", "bench.run", "--child", stem, "--out", str(out.absolute())]
+    command = [sys.executable, "-m", "bench.run", "--child", stem, "--profile", profile]
+    command += ["--out", str(out.absolute())]
     status = subprocess.run(command, cwd=FOLDER.parent).returncode
     if status not in (0, 1):
         append(out, failed_row(suite, stem, f"its process ended with status {status}"))

@@ -124,6 +124,7 @@ def measure(
         ours = Ours(janus, config, ranks)
         seen.append(ours.first_step())
         phases["ours"], measured = timed(bench, ours, RUNS)
+        bench.profile(f"{SUITE}/{model}", lambda: ours.train(ours.rollout()))
         return measured
 
     def measure_peer() -> Measured:

@@ -62,7 +62,13 @@ def measure(bench: Bench, model: str, config: JanusConfig, samples: int) -> Row:
     inputs = make_inputs(config, samples, bench.device)
 
     def measure_one(name: str) -> Measured:
-        return timed(bench, CANDIDATES[name](janus, inputs), inputs, janus)
+        run = CANDIDATES[name](janus, inputs)
+        found = timed(bench, run, inputs, janus)
+        if name == "ours":
+            run.forget()
+            bench.profile(f"{SUITE}/{model} N={samples}", run)
+        run.forget()
+        return found
 
     results = bench.compare(
         f"training {model}", {name: partial(measure_one, name) for name in CANDIDATES}
@@ -96,7 +102,6 @@ def timed(bench: Bench, run: "Pass", inputs: Inputs, janus: Janus) -> Measured:
     if bench.device.type == "cuda":
         run.forget()
         peak = bench.clock.peak_bytes(run)
-    run.forget()
     return Measured(statistics.median(seconds[WARM_UPS:]), peak)
 
 

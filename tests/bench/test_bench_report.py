@@ -68,6 +68,19 @@ def test_errors_are_shown(tmp_path):
     assert "op forward R=64 V=16384, eager: `out of memory`" in page
 
 
+def test_a_profile_stands_below_the_table_of_its_suite():
+    kernel = {"name": "gemm<a|b>", "calls": 24, "ms": 12.5, "share": 0.625}
+    run = make_run([make_row(), make_row(suite="step")])
+    run["profiles"] = {"step/1B": {"wall_ms": 40.0, "idle_share": 0.25, "longest": [kernel]}}
+    page = report.results_page({"gpu": run}, {})
+    below = page.split("### step")[1]
+    assert "#### 1B" in below
+    assert "idle for 25% of 40 ms" in below
+    assert r"| `gemm<a\|b>` | 12.5 | 24 | 62.5% |" in below
+    run["profiles"]["step/1B"]["idle_share"] = None
+    assert "not applicable on a CPU" in report.results_page({"cpu": run}, {})
+
+
 def test_the_readme_shows_the_newest_gpu_run():
     cpu = make_run([make_row(value=999.0)], None, "2026-03-01T00:00:00+00:00", "some CPU")
     old = make_run([make_row(value=70.0)], date="2026-01-01T00:00:00+00:00")

@@ -17,6 +17,7 @@ HEAD = {"device", "torch", "triton", "driver", "commit", "date"}
 GOOD = """
 SUITE = "kernels"
 def rows(bench):
+    bench.profile("kernels/good", lambda: None)
     yield {"suite": SUITE, "case": "good", "shape": {}, "dtype": None, "metric": "m", "value": 1.0,
            "unit": "us", "floor": bench.copy_bytes_per_second, "fraction_of_floor": None,
            "fraction_of_copy": None, "peak_memory_bytes": None, "peers": {}}
@@ -92,6 +93,11 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(finished):
     assert done.returncode == 1, done.stderr
 
 
+def test_profiles_are_kept_beside_the_rows(finished):
+    assert set(finished[1]["profiles"]) == {"kernels/good"}
+    assert finished[1]["profiles"]["kernels/good"]["idle_share"] is None
+
+
 def test_the_ceilings_of_the_machine_reach_the_benchmarks(finished):
     rows = {row["case"]: row for row in finished[1]["rows"]}
     assert finished[1]["rows"][0]["case"] == "copy"
@@ -103,9 +109,12 @@ def test_a_row_is_added_whole_or_not_at_all(tmp_path):
     out = tmp_path / "r.json"
     run.write(out, {"head": {}, "rows": []})
     run.append(out, {"case": "first"})
+    run.add_profiles(out, {"kernels/a": {"wall_ms": 1.0}})
+    run.add_profiles(out, {"kernels/b": {"wall_ms": 2.0}})
     with pytest.raises(ValueError, match="JSON compliant"):
         run.append(out, {"case": "second", "value": float("nan")})
     assert [row["case"] for row in run.read(out)["rows"]] == ["first"]
+    assert list(run.read(out)["profiles"]) == ["kernels/a", "kernels/b"]
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
@@ -115,7 +124,7 @@ def test_append_keeps_rows_of_the_same_machine_and_code_only(tmp_path, monkeypat
     monkeypatch.setattr(run, "head", lambda commit: here)
     monkeypatch.setattr(run, "benchmarks", lambda: {"ceilings": "ceilings", "a": "kernels"})
 
-    def run_one(stem, suite, path):
+    def run_one(stem, suite, path, profile):
         run.append(path, {"case": stem})
         return 0
 
