@@ -17,6 +17,7 @@ from typing import Any
 from bench._measure import CEILINGS
 
 ROOT = Path(__file__).parent.parent
+HOURS = "hours_for_800_steps"
 BEGIN, END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
 Row = dict[str, Any]
 Run = dict[str, Any]
@@ -205,11 +206,36 @@ def summary(runs: dict[str, Run]) -> str:
     """The newest run on a GPU, or on a CPU where there is none: head line and table."""
     on_gpu = {stem: run for stem, run in runs.items() if run["head"]["driver"]}
     run = next(iter((on_gpu or runs).values()))
-    rows = [r for r in run["rows"] if r["suite"] != CEILINGS and r["metric"] != "images"]
+    hidden = ("images", HOURS)
+    rows = [r for r in run["rows"] if r["suite"] != CEILINGS and r["metric"] not in hidden]
     where = f"{run['head']['device']}, {run['head']['date'][:10]}. {_head_line(run)}"
     suites = dict.fromkeys(row["suite"] for row in rows)
     tables = [brief_table(row for row in rows if row["suite"] == suite) for suite in suites]
-    return "\n\n".join([where, *tables])
+    return "\n\n".join([where, *tables, *hours_line(runs)])
+
+
+def hours_line(runs: dict[str, Run]) -> list[str]:
+    """What the paper's 800 steps take, by the newest step measured on a GPU; nothing without."""
+    for run in runs.values():
+        found = [row for row in run["rows"] if row["metric"] == HOURS and row["value"]]
+        if not (run["head"]["driver"] and found):
+            continue
+        row = found[-1]
+        size = row["shape"]
+        peers = [
+            f"{peer['value']:.3g} with {name}"
+            for name, peer in row["peers"].items()
+            if peer["value"]
+        ]
+        where = f"one {run['head']['device']}"
+        step = (
+            f"{size['P']} prompts of {size['G']} images, {size['cot']} tokens of chain of thought"
+        )
+        text = f"The paper's 800 steps take {row['value']:.3g} hours on {where}"
+        return [
+            f"{', '.join([text, *peers])}: a measured step ({size['model']}, {step}) times 800."
+        ]
+    return []
 
 
 def with_table(readme: str, text: str) -> str:
