@@ -3,6 +3,7 @@
     python -m bench.run [--suite kernels] [--only token_stats ...] [--out FILE.json] [--append]
                         [--profile false]
     pytest bench --benchmark-only            the same cases through pytest-benchmark
+    python -m bench.scaling                  a step on several ranks; modelled: on 8 and 64 GPUs
     python -m bench.report                   RESULTS.md, the README's table and plots, from results/
 
 A benchmark is a file here with `SUITE = "name"` and one of
