@@ -12,8 +12,11 @@ A benchmark is a file here with `SUITE = "name"` and one of
     def rows(bench) -> Iterator[dict]        finished rows, where the file measures by itself;
                                              `bench` is the `Bench` of _measure.py
 
-`bench.profile("name/what", call)` adds where the time of a whole call goes. `run.py` finds the file
-by itself. Files with a leading underscore are the machinery.
+and, if whole calls of it are worth looking into,
+
+    def profiles(bench)                      `bench.profile("SUITE/what", call)` for each
+
+`run.py` finds it by itself. Files with a leading underscore are the machinery.
 """
 
 import importlib.util

@@ -34,7 +34,7 @@ class Total(NamedTuple):
 
 
 def profile(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Profile one call, which should be warm.
+    """Profile one call, which should have been made before.
 
     `wall_ms`; `idle_share`, the part of it in which no kernel and no copy ran (None on a CPU);
     `longest`: of the kernels, on a CPU of the ops, that took longest in total, `name`, `calls`,

@@ -53,6 +53,19 @@ def rows(bench: Bench) -> Iterator[Row]:
         bench.release()
 
 
+def profiles(bench: Bench) -> None:
+    """Our calls where they are compared with others'."""
+    gpu = bench.device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    for model, config in _models.sizes(bench.device).items():
+        janus = _models.make_model(config, bench.device, dtype)
+        for sequences in GPU_COMPARED if gpu else CPU_COMPARED:
+            draw = partial(ours(janus), make_prompts(sequences, 0), config.image_tokens, False)
+            bench.profile(f"{SUITE}/{model} sequences={sequences} cot=0", draw)
+        del janus, draw
+        bench.release()
+
+
 def make_prompts(sequences: int, cot: int) -> list[list[int]]:
     """Ids of BOS, words, image-start. Half of `sequences` are these, half unconditional."""
     generator = torch.Generator().manual_seed(sequences)
@@ -75,16 +88,11 @@ def measure(
 
     def measure_one(name: str) -> Measured:
         if name == "ours":
-            draw = ours(janus)
-            found = timed(bench, draw, prompts, tokens, RUNS)
-            if compared:
-                bench.profile(profiled, partial(draw, prompts, tokens, False))
-            return found
+            return timed(bench, ours(janus), prompts, tokens, RUNS)
         draw = PEERS[name](janus)
         check(name, draw(prompts, CHECKED_TOKENS, True), expected, dtype)
         return timed(bench, draw, prompts, tokens, 1)
 
-    profiled = f"{SUITE}/{model} sequences={sequences} cot={cot}"
     names = ["ours", *(PEERS if compared else ())]
     peers = bench.compare(
         f"rollout {model} {sequences}", {name: partial(measure_one, name) for name in names}

@@ -29,6 +29,7 @@ from bench._rows import Measured, make_row
 
 FOLDER = Path(__file__).parent
 BENCHMARK = re.compile(r"^def (cases|rows)\(", re.MULTILINE)
+PROFILES = re.compile(r"^def profiles\(", re.MULTILINE)
 SUITE = re.compile(r"^SUITE = (.+)$", re.MULTILINE)
 
 
@@ -41,6 +42,10 @@ def benchmarks(folder: Path = FOLDER) -> dict[str, str]:
             found[path.stem] = suite[1].strip("\"'")
     found.pop("ceilings", None)
     return {"ceilings": "ceilings", **found}
+
+
+def has_profiles(stem: str) -> bool:
+    return bool(PROFILES.search((FOLDER / f"{stem}.py").read_text(encoding="utf-8")))
 
 
 def head(commit: str | None) -> dict[str, Any]:
@@ -135,19 +140,23 @@ def failed_row(suite: str, case: str, error: str) -> dict[str, Any]:
 
 
 def run_one(stem: str, out: Path, profiling: bool) -> int:
-    """All rows of one benchmark file, appended to `out`. Runs in a process of its own."""
+    """All rows, or all profiles, of one benchmark file, added to `out`. Runs in a process of its
+    own: what the profiler leaves behind slows no row, and takes none with it where it crashes."""
     import torch
 
     from bench._measure import CEILINGS, Bench
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = [row for row in read(out)["rows"] if row["suite"] == CEILINGS]
-    bench = Bench(device, ceilings, profiling)
+    bench = Bench(device, ceilings)
     suite = benchmarks()[stem]
     try:
-        for row in _rows(stem, suite, bench):
-            append(out, row)
-            print(one_line(row), flush=True)
+        if profiling:
+            importlib.import_module(f"bench.{stem}").profiles(bench)
+        else:
+            for row in _rows(stem, suite, bench):
+                append(out, row)
+                print(one_line(row), flush=True)
     except Exception as error:  # becomes a row: the other benchmarks go on
         traceback.print_exc()
         bench.failures.append(stem)
@@ -208,9 +217,10 @@ def main() -> int:
     )
     parser.add_argument("--commit", help="where the run is not in a git repository")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--profiling", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        leave(run_one(arguments.child, arguments.out, arguments.profile == "true"))
+        leave(run_one(arguments.child, arguments.out, arguments.profiling))
 
     document = {"head": head(arguments.commit), "rows": []}
     out = arguments.out or FOLDER / "results" / f"{_file_name(document['head'])}.json"
@@ -221,20 +231,22 @@ def main() -> int:
         write(out, document)
     print(json.dumps(document["head"], indent=1), flush=True)
     (ceilings, suite), *others = benchmarks().items()
-    status = _run_in_process(ceilings, suite, out, arguments.profile)
+    status = _run_in_process(ceilings, suite, out)
     if status:
         return status  # without them there is no floor to compare with
     for stem, suite in others:
         if arguments.suite in (None, suite) and stem in (arguments.only or [stem]):
-            status |= _run_in_process(stem, suite, out, arguments.profile)
+            status |= _run_in_process(stem, suite, out)
+            if arguments.profile == "true" and has_profiles(stem):
+                status |= _run_in_process(stem, suite, out, "--profiling")
     print(f"wrote {out}")
     return status
 
 
-def _run_in_process(stem: str, suite: str, out: Path, profile: str) -> int:
+def _run_in_process(stem: str, suite: str, out: Path, *flags: str) -> int:
     """A crash, not only an exception, of one benchmark leaves the others their turn."""
-    command = [sys.executable, "-m", "bench.run", "--child", stem, "--profile", profile]
-    command += ["--out", str(out.absolute())]
+    command = [sys.executable, "-m", "bench.run", "--child", stem, "--out", str(out.absolute())]
+    command += flags
     status = subprocess.run(command, cwd=FOLDER.parent).returncode
     if status not in (0, 1):
         append(out, failed_row(suite, stem, f"its process ended with status {status}"))

@@ -127,15 +127,17 @@ def _time_rank(ranks: Ranks) -> Phases:
 class Cluster:
     """What collectives run at: bytes a GPU sends each second, seconds a hop.
 
-    Inside a node: NVLink 4 carries 450 GB/s each way, of which rings of large messages are known to
-    reach about 80%. Between nodes: a ring enters a node through every one of its eight 400 Gb/s
-    adapters, 8 x 50 GB/s, again 80%. A hop: 1 to 2 us inside a node, 5 to 10 us between two, and of
-    eight hops one is between.
+    Inside a node: NVLink 4 carries 450 GB/s each way, of which NCCL's protocol leaves rings 370
+    (its author, nccl-tests #212). Between nodes: a ring enters a node through all of its eight
+    400 Gb/s adapters, which give 46 GB/s each at best (nccl-tests #290); 320 GB/s were measured for
+    messages of gigabytes (nccl #1221), 200 for an all-gather of 2 GB on 256 GPUs (nccl #1218). Ours
+    are of 0.1 GB, so 200. A hop is a guess: 1 to 2 us inside a node, 5 to 10 us between two nodes,
+    where one hop of eight goes.
     """
 
     gpus_per_node: int = 8
-    node_bytes_per_s: float = 360e9
-    network_bytes_per_s: float = 320e9
+    node_bytes_per_s: float = 370e9
+    network_bytes_per_s: float = 200e9
     hop_s: float = 2.5e-6
 
     def seconds(self, size: float, collectives: int, ranks: int) -> float:

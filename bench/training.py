@@ -54,21 +54,39 @@ def rows(bench: Bench) -> Iterator[Row]:
         bench.release()
 
 
+def profiles(bench: Bench) -> None:
+    """Our pass of each model."""
+    counts = GPU_SAMPLES if bench.device.type == "cuda" else CPU_SAMPLES
+    for model, config in _models.sizes(bench.device).items():
+        run = ours(
+            make_policy(config, bench.device), make_inputs(config, counts[model], bench.device)
+        )
+
+        def whole(run: Pass = run) -> None:
+            run.forget()
+            run()
+
+        bench.profile(f"{SUITE}/{model} N={counts[model]}", whole)
+        del run, whole
+        bench.release()
+
+
+def make_policy(config: JanusConfig, device: torch.device) -> Janus:
+    """Blocks are trained."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    janus = _models.make_model(config, device, dtype)
+    janus.model.language_model.layers.requires_grad_(True)
+    return janus
+
+
 def measure(bench: Bench, model: str, config: JanusConfig, samples: int) -> Row:
     """The row of one model."""
-    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
-    janus = _models.make_model(config, bench.device, dtype)
-    janus.model.language_model.layers.requires_grad_(True)
+    janus = make_policy(config, bench.device)
+    dtype = janus.lm_head.weight.dtype
     inputs = make_inputs(config, samples, bench.device)
 
     def measure_one(name: str) -> Measured:
-        run = CANDIDATES[name](janus, inputs)
-        found = timed(bench, run, inputs, janus)
-        if name == "ours":
-            run.forget()
-            bench.profile(f"{SUITE}/{model} N={samples}", run)
-        run.forget()
-        return found
+        return timed(bench, CANDIDATES[name](janus, inputs), inputs, janus)
 
     results = bench.compare(
         f"training {model}", {name: partial(measure_one, name) for name in CANDIDATES}
@@ -102,6 +120,7 @@ def timed(bench: Bench, run: "Pass", inputs: Inputs, janus: Janus) -> Measured:
     if bench.device.type == "cuda":
         run.forget()
         peak = bench.clock.peak_bytes(run)
+    run.forget()
     return Measured(statistics.median(seconds[WARM_UPS:]), peak)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import _profile
+from bench import _profile, rollout, step, training
 from bench._measure import Bench
 from bench._profile import Span, Total
 
@@ -62,14 +62,23 @@ def test_ops_on_a_cpu():
     assert sum(each["share"] for each in result["longest"]) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_bench_profiles_where_it_is_asked_to():
+def test_a_bench_keeps_a_warm_call_and_tells_what_fails():
     def fails():
         raise RuntimeError("no profiler")
 
-    silent, asked = Bench(torch.device("cpu")), Bench(torch.device("cpu"), profiling=True)
-    silent.profile("step/x", fails)
-    assert silent.profiles == {} and silent.failures == []
-    asked.profile("step/x", lambda: torch.ones(3).sum())
-    asked.profile("step/y", fails)
-    assert list(asked.profiles) == ["step/x"]
-    assert asked.failures == ["profile step/y: RuntimeError: no profiler"]
+    bench, calls = Bench(torch.device("cpu")), []
+    bench.profile("step/x", lambda: calls.append(torch.ones(3).sum()))
+    bench.profile("step/y", fails)
+    assert list(bench.profiles) == ["step/x"] and len(calls) == 2
+    assert bench.failures == ["profile step/y: RuntimeError: no profiler"]
+
+
+@pytest.mark.parametrize("suite", [rollout, training, step])
+def test_suites_that_profile_whole_calls(suite, monkeypatch):
+    monkeypatch.setattr(step, "CPU_SIZE", step.Size(prompts=2, group=2, cot=2, batch=1))
+    bench = Bench(torch.device("cpu"))
+    suite.profiles(bench)
+    assert bench.failures == []
+    assert [name.split("/")[0] for name in bench.profiles] == [suite.SUITE]
+    for found in bench.profiles.values():
+        assert "aten::mm" in {each["name"] for each in found["longest"]}

@@ -17,10 +17,26 @@ HEAD = {"device", "torch", "triton", "driver", "commit", "date"}
 GOOD = """
 SUITE = "kernels"
 def rows(bench):
-    bench.profile("kernels/good", lambda: None)
     yield {"suite": SUITE, "case": "good", "shape": {}, "dtype": None, "metric": "m", "value": 1.0,
            "unit": "us", "floor": bench.copy_bytes_per_second, "fraction_of_floor": None,
            "fraction_of_copy": None, "peak_memory_bytes": None, "peers": {}}
+"""
+PROFILED = """
+SUITE = "kernels"
+def rows(bench):
+    return iter(())
+def profiles(bench):
+    bench.profile("kernels/good", lambda: None)
+"""
+PROFILER_DIES = """
+import os
+SUITE = "kernels"
+def rows(bench):
+    yield {"suite": SUITE, "case": "before", "shape": {}, "dtype": None, "metric": "m",
+           "value": 2.0, "unit": "us", "floor": None, "fraction_of_floor": None,
+           "fraction_of_copy": None, "peak_memory_bytes": None, "peers": {}}
+def profiles(bench):
+    os._exit(8)
 """
 RAISES = """
 SUITE = "kernels"
@@ -64,7 +80,10 @@ def finished(tmp_path_factory):
     for path in (ROOT / "bench").glob("*.py"):
         if path.name.startswith("_") or path.stem in ("run", "ceilings"):
             shutil.copy(path, root / "bench")
-    for name, text in {"good": GOOD, "a_raises": RAISES, "b_dies": DIES, "other": OTHER}.items():
+    for name, text in {
+        "good": GOOD, "a_raises": RAISES, "b_dies": DIES, "other": OTHER, "profiled": PROFILED,
+        "c_profiler_dies": PROFILER_DIES,
+    }.items():  # fmt: skip
         (root / "bench" / f"{name}.py").write_text(text)
     out = root / "new" / "result.json"
     done = subprocess.run(
@@ -98,6 +117,12 @@ def test_profiles_are_kept_beside_the_rows(finished):
     assert finished[1]["profiles"]["kernels/good"]["idle_share"] is None
 
 
+def test_a_profiler_that_dies_takes_no_row_with_it(finished):
+    rows = {row["case"]: row for row in finished[1]["rows"]}
+    assert rows["before"]["value"] == 2.0
+    assert "status 8" in rows["c_profiler_dies"]["error"]
+
+
 def test_the_ceilings_of_the_machine_reach_the_benchmarks(finished):
     rows = {row["case"]: row for row in finished[1]["rows"]}
     assert finished[1]["rows"][0]["case"] == "copy"
@@ -123,8 +148,9 @@ def test_append_keeps_rows_of_the_same_machine_and_code_only(tmp_path, monkeypat
     here = {key: key for key in (*HEAD, "absent")}
     monkeypatch.setattr(run, "head", lambda commit: here)
     monkeypatch.setattr(run, "benchmarks", lambda: {"ceilings": "ceilings", "a": "kernels"})
+    monkeypatch.setattr(run, "has_profiles", lambda stem: False)
 
-    def run_one(stem, suite, path, profile):
+    def run_one(stem, suite, path):
         run.append(path, {"case": stem})
         return 0
 
