@@ -288,6 +288,7 @@ class Seen(NamedTuple):
 
     scored: Scored
     logprobs: Tensor  # of the first micro-batch: all of text, then all of the image
+    norm: float  # of the whole gradient
     gradient: Tensor  # of one weight, clipped
 
 
@@ -311,11 +312,13 @@ class Ours:
         rollout = self.models.sampler.rollout(self._prompts, self._numbers)
         return score(rollout, self._rewards, list, self.config, self.ranks)
 
-    def train(self, scored: Scored) -> None:
+    def train(self, scored: Scored) -> float:
+        """The gradient's norm."""
         models, config, ranks = self.models, self.config, self.ranks
         batches = prepare(scored, models.policy, models.reference, config, ranks)
-        update(models.policy, self.optimizer, batches, config, ranks)
+        metrics = update(models.policy, self.optimizer, batches, config, ranks)
         copy_weights(models.policy, models.sampler.janus)
+        return metrics["grad_norm"]
 
     def first_step(self) -> Seen:
         """A step, and what the peer is compared with."""
@@ -327,9 +330,9 @@ class Ours:
         hook = self.optimizer.register_step_pre_hook(
             lambda *_: gradients.append(full(watched.grad).cpu())
         )
-        self.train(scored)
+        norm = self.train(scored)
         hook.remove()
-        return Seen(scored, logprobs, gradients[0])
+        return Seen(scored, logprobs, norm, gradients[0])
 
 
 class Peer:
@@ -370,6 +373,8 @@ def check(peer: Peer, seen: Seen) -> None:
         image = image_logprobs(model.policy, batch.image_prompts, batch.codes)
     logprobs = torch.cat([text.flatten(), image.flatten()]).cpu()
     check_close("logprob", logprobs, seen.logprobs, 2e-2 if config.bf16 else 1e-4)
-    model.train(drawn)
     # In bfloat16 the peer adds its micro-batches up in bfloat16, ours in float32.
-    check_close("gradient", model.gradient().cpu(), seen.gradient, 0.1 if config.bf16 else 1e-3)
+    allowed = 0.1 if config.bf16 else 1e-3
+    norm = torch.tensor(model.train(drawn))
+    check_close("norm of the gradient", norm, torch.tensor(seen.norm), allowed)
+    check_close("gradient", model.gradient().cpu(), seen.gradient, allowed)

@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import _models, step
+from bench import _models, rollout, step
 from bench._case import WrongResult
 from bench._measure import Bench
 from bench._rows import Measured
 from bench._t2i_r1 import Nsc
+from iris_fast.advantage import group_advantages
+from iris_fast.models.attention import PackedAttention
 
 from test_bench_measure import CEILINGS  # isort: skip
 
@@ -58,30 +60,29 @@ def both():
     with step.distributed.start("cpu", 60.0) as ranks:
         ours = step.Ours(TINY, CONFIG, ranks)
         seen = ours.first_step()
-        rollout = seen.scored.rollout
         del ours
-    return seen, rollout, lambda: step.Peer(TINY, CONFIG, CPU)
+    return seen, seen.scored.rollout, lambda: step.Peer(TINY, CONFIG, CPU)
 
 
 def test_samples_are_as_long_as_the_floor_counts_them(both):
-    _, rollout, _ = both
+    _, drawn, _ = both
     counted = step.tokens_of(TINY, CONFIG)
     for kept, length in (
-        (rollout.cot_prompt_ids, counted.asked),
-        (rollout.cot_ids, counted.text),
-        (rollout.image_prompt_ids, counted.prompt),
-        (rollout.codes_NI.tolist(), counted.image),
+        (drawn.cot_prompt_ids, counted.asked),
+        (drawn.cot_ids, counted.text),
+        (drawn.image_prompt_ids, counted.prompt),
+        (drawn.codes_NI.tolist(), counted.image),
     ):
         assert {len(ids) for ids in kept} == {length}
 
 
 def test_the_peer_draws_as_many_tokens_from_the_same_prompts(both):
-    _, rollout, make_peer = both
+    _, ours, make_peer = both
     torch.manual_seed(0)
     drawn = make_peer().rollout()
-    assert drawn.text_prompts.tolist() == rollout.cot_prompt_ids
+    assert drawn.text_prompts.tolist() == ours.cot_prompt_ids
     assert drawn.text.shape == (4, 4) and drawn.codes.shape == (4, 16)
-    assert drawn.image_prompts.shape == torch.tensor(rollout.image_prompt_ids).shape
+    assert drawn.image_prompts.shape == torch.tensor(ours.image_prompt_ids).shape
     assert drawn.advantages.view(2, 2).sum(dim=1).tolist() == pytest.approx([0, 0], abs=1e-3)
     assert drawn.advantages.abs().min() > 0.1
 
@@ -101,12 +102,59 @@ def test_the_peer_rewards_what_we_reward(both):
     assert nsc.total.tolist() == pytest.approx([0.0, 2 * expected])
 
 
-@pytest.mark.parametrize("wrong", ["logprob", "gradient"])
+def test_the_peers_advantages_are_those_of_all_that_it_drew():
+    """Text and image NSC as our model finds them in its tokens."""
+    janus = _models.make_model(TINY, CPU, torch.float32)
+    peer = step.Peer(TINY, CONFIG, CPU)
+    torch.manual_seed(1)
+    drawn = peer.rollout()
+    ids = torch.cat([drawn.text_prompts, drawn.text], dim=1)
+    embeds = janus.embed_text(ids)
+    asked, images = drawn.text_prompts.shape[1], drawn.codes
+    text = nsc_of(janus, embeds[:, :-1], asked, janus.text_logits)
+    prompt = janus.embed_text(drawn.image_prompts)
+    embeds = torch.cat([prompt, janus.embed_image(images)], dim=1)
+    image = nsc_of(janus, embeds[:, :-1], prompt.shape[1], janus.image_logits)
+    advantages = group_advantages(text + image, SIZE.group, "group")
+    assert drawn.advantages.tolist() == pytest.approx(advantages.tolist(), abs=1e-3)
+
+
+def nsc_of(janus, embeds, start, head):
+    """[N] of rows [N, T, D], from the row that predicts token `start` on."""
+    samples, length, _ = embeds.shape
+    attention = PackedAttention([length] * samples, CPU)
+    positions = torch.arange(length).repeat(samples)
+    hidden = janus.decode(embeds.flatten(0, 1), positions, attention).unflatten(0, (samples, -1))
+    logits = head(hidden[:, start - 1 :]).double()
+    return (math.log(logits.shape[-1]) - logits.logsumexp(-1) + logits.mean(-1)).sum(-1)
+
+
+def test_both_draw_the_same_greedy_image():
+    janus = _models.make_model(TINY, CPU, torch.float32)
+    prompts = rollout.make_prompts(8, 0)
+    drawn = [make(janus)(prompts, 4, True) for make in (rollout.ours, rollout.eager_loop)]
+    assert torch.equal(*drawn)
+
+
+def test_our_step_ends_with_the_new_weights_in_the_sampler():
+    with step.distributed.start("cpu", 60.0) as ranks:
+        ours = step.Ours(TINY, CONFIG, ranks)
+        before = ours.models.sampler.janus.lm_head.weight.clone()
+        ours.train(ours.rollout())
+        after = ours.models.sampler.janus.lm_head.weight
+        assert not torch.equal(before, after)
+        assert torch.equal(after, step.full(ours.models.policy.lm_head.weight.detach()))
+        del ours
+
+
+@pytest.mark.parametrize("wrong", ["logprob", "norm", "gradient"])
 def test_a_peer_that_computes_something_else_is_not_timed(both, wrong):
     seen, _, make_peer = both
     if wrong == "logprob":
         seen = seen._replace(logprobs=seen.logprobs * 1.001)
-    else:  # its own rewards, not ours
+    elif wrong == "norm":
+        seen = seen._replace(norm=2 * seen.norm)
+    else:  # other rewards than ours
         scored = replace(seen.scored, advantage_N=-seen.scored.advantage_N)
         seen = seen._replace(scored=scored)
     with pytest.raises(WrongResult, match=wrong):
