@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from bench._rows import dtype_name
+
 Call = Callable[[], Any]
 
 
@@ -46,10 +48,6 @@ class Case:
         """One line for people and for test ids."""
         shape = " ".join(f"{k}={v}" for k, v in self.shape.items())
         return f"{self.case} {self.metric} {shape} {dtype_name(self.dtype)}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def tensors(inputs: Any) -> Iterator[torch.Tensor]:

@@ -2,27 +2,31 @@
 
 import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
-from bench._case import Absent, Call, Case, dtype_name, tensors
+from bench._case import Absent, Call, Case, tensors
 from bench._clock import clock_for
+from bench._profile import profile
+from bench._rows import Measured, Row, dtype_name, make_row
 
-Row = dict[str, Any]
 PER_SECOND = {"us": 1e6, "ms": 1e3}
 MOST_SETS = 256
 CEILINGS = "ceilings"  # the suite that measures the machine, before all others
 
 
 class Bench:
-    """Measures cases on one device. `failures` holds in words what went wrong."""
+    """Measures cases on one device. `failures` holds in words what went wrong, `profiles` what
+    `profile` found, if `profiling`."""
 
-    def __init__(self, device: torch.device, ceilings: Iterable[Row] = ()):
+    def __init__(self, device: torch.device, ceilings: Iterable[Row] = (), profiling: bool = False):
         self.device = device
         self.clock = clock_for(device)
         self.failures: list[str] = []
+        self.profiles: dict[str, dict[str, Any]] = {}
         self.copy_bytes_per_second = math.nan
         self.flops_per_second: dict[str, float] = {}
         for row in ceilings:
@@ -41,73 +45,85 @@ class Bench:
     def measure(self, suite: str, case: Case) -> Row:
         """One row. What fails is recorded in it, in words, under "error"."""
         results = self._run_all(case)
-        ours = next(iter(case.candidates))
-        mine = results.pop(ours)
         scale = PER_SECOND[case.unit]
-        floor = self.floor_seconds(case)
-        row: Row = {
-            "suite": suite,
-            "case": case.case,
-            "shape": case.shape,
-            "dtype": dtype_name(case.dtype),
-            "metric": case.metric,
-            "value": None,
-            "unit": case.unit,
-            "floor": rounded(floor * scale),
-            "fraction_of_floor": None,
-            "fraction_of_copy": None,
-            "peak_memory_bytes": mine.get("peak"),
-            "peers": {name: self._peer(result, case.unit) for name, result in results.items()},
-        }
-        if "error" in mine:
-            row["error"] = mine["error"]
-        else:
-            seconds = mine["seconds"]
-            row["value"] = rounded(seconds * scale)
-            row["fraction_of_floor"] = rounded(floor / seconds)
-            row["fraction_of_copy"] = rounded(case.bytes / seconds / self.copy_bytes_per_second)
-        return row
+        mine, *_ = results
+        return make_row(
+            suite,
+            case.case,
+            case.shape,
+            case.dtype,
+            case.metric,
+            case.unit,
+            results.pop(mine).times(scale),
+            floor=self.floor_seconds(case) * scale,
+            copy_floor=case.bytes / self.copy_bytes_per_second * scale,
+            peers={name: result.times(scale) for name, result in results.items()},
+        )
 
-    def _peer(self, result: dict[str, Any], unit: str) -> Row:
-        seconds = result.get("seconds")
-        peer: Row = {
-            "value": None if seconds is None else rounded(seconds * PER_SECOND[unit]),
-            "unit": unit,
-            "peak_memory_bytes": result.get("peak"),
+    def compare(
+        self, what: str, measures: dict[str, Callable[[], Measured]]
+    ) -> dict[str, Measured]:
+        """What each measured, by name, ours first; peers that are absent are left out."""
+        found = {
+            name: self._guarded(f"{what}: {name}", measure, is_peer=number > 0)
+            for number, (name, measure) in enumerate(measures.items())
         }
-        return peer | {key: result[key] for key in ("error",) if key in result}
+        return {name: result for name, result in found.items() if result is not None}
 
-    def _run_all(self, case: Case) -> dict[str, dict[str, Any]]:
-        """Seconds and peak bytes, or an error, of every candidate that is there.
+    def profile(self, name: str, call: Call) -> None:
+        """Profile the second of two calls; `name` begins with the suite and a slash."""
+
+        def measure() -> Measured:
+            call()
+            self.profiles[name] = profile(call, self.device)
+            return Measured()
+
+        self._guarded(f"profile {name}", measure, is_peer=False)
+
+    def _guarded(
+        self, what: str, measure: Callable[[], Measured], is_peer: bool
+    ) -> Measured | None:
+        """What `measure` returns, or in words why it failed; None where a peer is absent.
+
+        A peer that needs more memory than there is is a result; all else goes to `failures`.
+        """
+        # The visible end of every error of foreign code: it becomes text in the row.
+        try:
+            return measure()
+        except Absent:
+            if not is_peer:
+                raise
+            return None
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"[:2000]
+            if isinstance(error, torch.OutOfMemoryError):
+                text = "out of memory"
+            if not (is_peer and isinstance(error, torch.OutOfMemoryError)):
+                self.failures.append(f"{what}: {text}")
+            return Measured(error=text)
+        finally:
+            self.release()
+
+    def _run_all(self, case: Case) -> dict[str, Measured]:
+        """Seconds and peak bytes, or an error, of every candidate that is there; ours first.
 
         On a GPU one after the other, so that each has all the memory; on a CPU in turns.
         """
-        results: dict[str, dict[str, Any]] = {}
         waiting: dict[str, list[Call]] = {}
-        for number, name in enumerate(case.candidates):
-            # The visible end of every error of foreign code: it becomes text in the row.
-            try:
-                calls, peak = self._ready(case, name)
-                results[name] = {"peak": peak}
-                if self.device.type == "cuda":
-                    results[name]["seconds"] = self.clock.time(calls, case.in_graph)
-                else:
-                    waiting[name] = calls
-            except Absent:
-                if number == 0:
-                    raise
-            except torch.OutOfMemoryError:
-                results[name] = {"error": "out of memory"}
-                if number == 0:
-                    self.failures.append(f"{case.name}: {name}: out of memory")
-            except Exception as error:
-                results[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
-                self.failures.append(f"{case.name}: {name}: {results[name]['error']}")
-            calls = None
-            self._release()
+
+        def measure(name: str) -> Measured:
+            calls, peak = self._ready(case, name)
+            if self.device.type == "cuda":
+                return Measured(self.clock.time(calls, case.in_graph), peak)
+            waiting[name] = calls
+            return Measured(None, peak)
+
+        results = self.compare(
+            case.name, {name: partial(measure, name) for name in case.candidates}
+        )
         if waiting:
             for name, seconds in self.clock.time_together(waiting).items():
-                results[name]["seconds"] = seconds
+                results[name] = results[name]._replace(value=seconds)
         return results
 
     def _ready(self, case: Case, name: str) -> tuple[list[Call], int]:
@@ -128,12 +144,8 @@ class Bench:
         fewest = 1 if size > 32 * cache else 2
         return min(max(fewest, math.ceil(4 * cache / size)), MOST_SETS)
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Give back what is no longer held."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def rounded(number: float) -> float:
-    """Four significant digits: more is noise."""
-    return float(f"{number:.4g}")

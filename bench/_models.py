@@ -1,15 +1,17 @@
 """Janus-Pro's shapes with random weights made on the device, in our code and in transformers'."""
 
+import re
+
 import torch
 
 from bench import _peers
 from iris_fast.models.configs import transformers_config
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
+from iris_fast.models.tokenizer import IMAGE_START as IMAGE_START_TEXT
 from iris_fast.models.vq import VQConfig
-from iris_fast.tiny.build import build_tokenizer
 
-BOS, IMAGE_START = 1, 2  # any ids: the embeddings are random
+PAD, BOS, IMAGE_START, OTHER = 0, 1, 2, 5  # any ids: the embeddings are random
 # width, MLP width, layers, heads
 GPU_SIZES = {"1B": (2048, 5632, 24, 16), "7B": (4096, 11008, 30, 32)}
 CPU_SIZES = {"tiny": (128, 352, 4, 1)}
@@ -65,8 +67,8 @@ def in_transformers(janus: Janus) -> torch.nn.Module:
     """The same weights in transformers' Janus."""
     weight = janus.lm_head.weight
     transformers = _peers.load("transformers", weight.device, needs_gpu=False)
-    ids = {"bos": BOS, "eos": 3, "pad": pad_id(), "image": 4}
-    config = transformers.JanusConfig(**transformers_config(janus.config, ids, torch.float32))
+    ids = {"bos": BOS, "eos": 3, "pad": PAD, "image": 4}
+    config = transformers.JanusConfig(**transformers_config(janus.config, ids, weight.dtype))
     default = torch.get_default_dtype()
     torch.set_default_dtype(weight.dtype)
     try:
@@ -78,5 +80,25 @@ def in_transformers(janus: Janus) -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
-def pad_id() -> int:
-    return build_tokenizer().pad_id
+class Numbers:
+    """A tokenizer for random weights: a word is the number of its id, any other word is OTHER.
+
+    Any ids, decoded and encoded, are the same ids. No model draws the end token, which lies outside
+    its vocabulary: every chain of thought is as long as it may be.
+    """
+
+    bos_id, pad_id, image_start_id = BOS, PAD, IMAGE_START
+
+    def __init__(self, vocab_size: int) -> None:
+        self.eos_id = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        words = re.findall(r"\d+|[^\s\d]+", text.replace(IMAGE_START_TEXT, f" {IMAGE_START}"))
+        return [BOS, *(int(word) if word.isdigit() else OTHER for word in words)]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def strip_special(self, text: str) -> str:
+        """No number is special: lengths stay what they were."""
+        return text

@@ -1,4 +1,5 @@
-"""The pictures of a run: fraction of the floor over V, and time over rows."""
+"""The pictures of a run: fraction of the floor over V, time over rows, and images a second over the
+sequences that are decoded at a time."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -6,7 +7,14 @@ from typing import Any
 
 Row = dict[str, Any]
 OURS = "#0b6e4f"
-COLOURS = {"eager": "#9a9a9a", "torch.compile": "#d1495b", "trl": "#edae49", "liger": "#30638e"}
+FLOOR = "the floor's"  # the most images a second that memory bandwidth allows
+COLOURS = {
+    FLOOR: "#444444",
+    "eager": "#9a9a9a",
+    "torch.compile": "#d1495b",
+    "trl": "#edae49",
+    "liger": "#30638e",
+}
 
 
 def draw(stem: str, run: dict[str, Any], folder: Path) -> list[str]:
@@ -21,9 +29,12 @@ def draw(stem: str, run: dict[str, Any], folder: Path) -> list[str]:
     rows = [row for row in run["rows"] if row["value"] and row["floor"]]
     folder.mkdir(parents=True, exist_ok=True)
     names = []
+    images = [row for row in rows if row["metric"] == "images"]
+    times = [row for row in rows if row["metric"] != "images"]
     for name, figure in (
-        (f"{stem}-floor.svg", _over(rows, "V", "R", _of_floor, "fraction of floor")),
-        (f"{stem}-time.svg", _over(rows, "R", "V", _time, "time")),
+        (f"{stem}-floor.svg", _over(times, "V", _of_floor, "fraction of floor")),
+        (f"{stem}-time.svg", _over(times, "R", _value, "time")),
+        (f"{stem}-images.svg", _over(images, "sequences", _value, "images")),
     ):
         if figure is not None:
             figure.savefig(folder / name, metadata={"Date": None})
@@ -35,12 +46,12 @@ def _of_floor(row: Row, value: float) -> float:
     return row["floor"] / value
 
 
-def _time(row: Row, value: float) -> float:
+def _value(row: Row, value: float) -> float:
     return value
 
 
-def _over(rows: list[Row], axis: str, fixed: str, measure: Any, label: str) -> Any:
-    """One panel a case, metric and `fixed` size, wherever `axis` takes several values."""
+def _over(rows: list[Row], axis: str, measure: Any, label: str) -> Any:
+    """One panel a case, metric and rest of the shape, wherever `axis` takes several values."""
     from matplotlib.figure import Figure
 
     panels: dict[tuple, list[Row]] = defaultdict(list)
@@ -58,7 +69,7 @@ def _over(rows: list[Row], axis: str, fixed: str, measure: Any, label: str) -> A
     for panel, ((case, metric, _, rest), each) in zip(axes, panels.items(), strict=False):
         _panel(panel, sorted(each, key=lambda row: row["shape"][axis]), axis, measure)
         panel.set_title(" ".join([case, metric, *(f"{k}={v}" for k, v in rest)]), fontsize=8)
-        unit = f", {each[0]['unit']}" if measure is _time else ""
+        unit = f", {each[0]['unit']}" if measure is _value else ""
         panel.set_ylabel(label + unit)
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
@@ -70,14 +81,17 @@ def _over(rows: list[Row], axis: str, fixed: str, measure: Any, label: str) -> A
 def _panel(panel: Any, rows: list[Row], axis: str, measure: Any) -> None:
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
-        for name, value in [("ours", row["value"]), *_peer_values(row)]:
+        values = [("ours", row["value"]), *_peer_values(row)]
+        if row["metric"] == "images":
+            values.append((FLOOR, row["floor"]))
+        for name, value in values:
             series[name].append((row["shape"][axis], measure(row, value)))
     for name, points in series.items():
         ours = name == "ours"
         panel.plot(
             *zip(*points, strict=True), marker="o", markersize=4, label=name,
             color=OURS if ours else COLOURS.get(name), linewidth=2.2 if ours else 1.2,
-            zorder=3 if ours else 2,
+            zorder=3 if ours else 2, linestyle="--" if name == FLOOR else "-",
         )  # fmt: skip
     panel.set_xscale("log", base=2)
     ticks = sorted({row["shape"][axis] for row in rows})

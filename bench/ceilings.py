@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bench._case import dtype_name
-from bench._measure import CEILINGS, Bench, Row, rounded
+from bench._measure import CEILINGS, Bench
+from bench._rows import Measured, Row, make_row
 
 SUITE = CEILINGS
 
@@ -44,8 +44,4 @@ def _time(bench: Bench, call) -> float:
 
 
 def _row(case: str, shape: dict, dtype: torch.dtype, metric: str, value: float, unit: str) -> Row:
-    return {
-        "suite": SUITE, "case": case, "shape": shape, "dtype": dtype_name(dtype), "metric": metric,
-        "value": rounded(value), "unit": unit, "floor": None, "fraction_of_floor": None,
-        "fraction_of_copy": None, "peak_memory_bytes": None, "peers": {},
-    }  # fmt: skip
+    return make_row(SUITE, case, shape, dtype, metric, unit, Measured(value))

@@ -17,6 +17,7 @@ from typing import Any
 from bench._measure import CEILINGS
 
 ROOT = Path(__file__).parent.parent
+HOURS = "hours_for_800_steps"
 BEGIN, END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
 Row = dict[str, Any]
 Run = dict[str, Any]
@@ -68,6 +69,9 @@ def results_page(runs: dict[str, Run], plots: dict[str, list[str]]) -> str:
         for suite in sorted({row["suite"] for row in run["rows"]} - {CEILINGS}):
             rows = [row for row in run["rows"] if row["suite"] == suite]
             parts += [f"### {suite}", table(rows)]
+            for name, profile in run.get("profiles", {}).items():
+                if name.startswith(f"{suite}/"):
+                    parts += profile_parts(name.removeprefix(f"{suite}/"), profile)
         parts += _errors(run["rows"])
     return "\n\n".join(parts) + "\n"
 
@@ -166,6 +170,22 @@ def mebibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.0f}"
 
 
+def profile_parts(name: str, profile: dict[str, Any]) -> list[str]:
+    """A profile's heading, idle time and table."""
+    wall = f"{profile['wall_ms']:.4g} ms under the profiler"
+    idle = profile["idle_share"]
+    waited = (
+        f"The GPU was idle for {percent(idle)} of "
+        if idle is not None
+        else "Idle time: not applicable on a CPU. "
+    )
+    lines = ["| longest | ms | calls | share |", "|---|---|---|---|"]
+    for each in profile["longest"]:
+        kernel = each["name"].replace("|", "\\|")
+        lines.append(f"| `{kernel}` | {each['ms']:.4g} | {each['calls']} | {each['share']:.1%} |")
+    return [f"#### {name}", f"{waited}{wall}.", "\n".join(lines)]
+
+
 def _errors(rows: Iterable[Row]) -> list[str]:
     lines = []
     for row in rows:
@@ -186,11 +206,36 @@ def summary(runs: dict[str, Run]) -> str:
     """The newest run on a GPU, or on a CPU where there is none: head line and table."""
     on_gpu = {stem: run for stem, run in runs.items() if run["head"]["driver"]}
     run = next(iter((on_gpu or runs).values()))
-    rows = [r for r in run["rows"] if r["suite"] != CEILINGS and r["metric"] != "images"]
+    hidden = ("images", HOURS)
+    rows = [r for r in run["rows"] if r["suite"] != CEILINGS and r["metric"] not in hidden]
     where = f"{run['head']['device']}, {run['head']['date'][:10]}. {_head_line(run)}"
     suites = dict.fromkeys(row["suite"] for row in rows)
     tables = [brief_table(row for row in rows if row["suite"] == suite) for suite in suites]
-    return "\n\n".join([where, *tables])
+    return "\n\n".join([where, *tables, *hours_line(runs)])
+
+
+def hours_line(runs: dict[str, Run]) -> list[str]:
+    """What the paper's 800 steps take, by the newest step measured on a GPU; nothing without."""
+    for run in runs.values():
+        found = [row for row in run["rows"] if row["metric"] == HOURS and row["value"]]
+        if not (run["head"]["driver"] and found):
+            continue
+        row = found[-1]
+        size = row["shape"]
+        peers = [
+            f"{peer['value']:.3g} with {name}"
+            for name, peer in row["peers"].items()
+            if peer["value"]
+        ]
+        where = f"one {run['head']['device']}"
+        step = (
+            f"{size['P']} prompts of {size['G']} images, {size['cot']} tokens of chain of thought"
+        )
+        text = f"The paper's 800 steps take {row['value']:.3g} hours on {where}"
+        return [
+            f"{', '.join([text, *peers])}: a measured step ({size['model']}, {step}) times 800."
+        ]
+    return []
 
 
 def with_table(readme: str, text: str) -> str:

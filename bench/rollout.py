@@ -12,18 +12,20 @@ a few tokens: they take minutes at the others.
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench import _models
-from bench._case import Absent, WrongResult, dtype_name
-from bench._measure import Bench, Row, rounded
-from bench._models import BOS, IMAGE_START
+from bench._case import WrongResult
+from bench._measure import Bench
+from bench._models import BOS, IMAGE_START, PAD, Numbers
+from bench._rows import Measured, Row, make_row
+from bench._t2i_r1 import draw_image
 from iris_fast.config import SamplingConfig
 from iris_fast.models.janus import Janus
 from iris_fast.rollout import Sampler
-from iris_fast.tiny.build import build_tokenizer
 
 SUITE = "rollout"
 PROMPT_TOKENS, COT_TOKENS, GROUP = 64, 128, 8
@@ -48,7 +50,20 @@ def rows(bench: Bench) -> Iterator[Row]:
                 compared = not cot and sequences in (GPU_COMPARED if gpu else CPU_COMPARED)
                 yield from measure(bench, janus, model, sequences, cot, compared)
         del janus
-        bench._release()
+        bench.release()
+
+
+def profiles(bench: Bench) -> None:
+    """Our calls where they are compared with others'."""
+    gpu = bench.device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    for model, config in _models.sizes(bench.device).items():
+        janus = _models.make_model(config, bench.device, dtype)
+        for sequences in GPU_COMPARED if gpu else CPU_COMPARED:
+            draw = partial(ours(janus), make_prompts(sequences, 0), config.image_tokens, False)
+            bench.profile(f"{SUITE}/{model} sequences={sequences} cot=0", draw)
+        del janus, draw
+        bench.release()
 
 
 def make_prompts(sequences: int, cot: int) -> list[list[int]]:
@@ -68,50 +83,33 @@ def measure(
 ) -> Iterator[Row]:
     """A row for the step's time and one for the images a second."""
     prompts, tokens = make_prompts(sequences, cot), janus.config.image_tokens
+    dtype = janus.lm_head.weight.dtype
     expected = ours(janus)(prompts, CHECKED_TOKENS, True)
-    seconds, peak = timed(bench, ours(janus), prompts, tokens, RUNS)
-    peers: dict[str, tuple[float, int | None]] = {}
-    errors: dict[str, str] = {}
-    for name, make in PEERS.items() if compared else ():
-        # The visible end of every error of foreign code: it becomes text in the row.
-        try:
-            draw = make(janus)
-            check(name, draw(prompts, CHECKED_TOKENS, True), expected, janus.lm_head.weight.dtype)
-            peers[name] = timed(bench, draw, prompts, tokens, 1)
-        except Absent:
-            continue
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"[:2000]
-            bench.failures.append(f"rollout {model} {sequences}: {name}: {errors[name]}")
-        draw = None
-        bench._release()
+
+    def measure_one(name: str) -> Measured:
+        if name == "ours":
+            return timed(bench, ours(janus), prompts, tokens, RUNS)
+        draw = PEERS[name](janus)
+        check(name, draw(prompts, CHECKED_TOKENS, True), expected, dtype)
+        return timed(bench, draw, prompts, tokens, 1)
+
+    names = ["ours", *(PEERS if compared else ())]
+    peers = bench.compare(
+        f"rollout {model} {sequences}", {name: partial(measure_one, name) for name in names}
+    )
+    mine = peers.pop("ours")
     floor = step_bytes(janus, sequences, PROMPT_TOKENS + cot) / bench.copy_bytes_per_second
     shape = {"model": model, "sequences": sequences, "cot": cot, "tokens": tokens}
-    for metric, unit, amount in (
-        ("step", "ms", lambda s: 1e3 * s),
-        ("images", "images/s", lambda s: sequences / 2 / (s * tokens)),
+    images = sequences / 2 / tokens  # over the seconds of a token: images a second
+    for metric, unit, convert in (
+        ("step", "ms", lambda measured: measured.times(1e3)),
+        ("images", "images/s", lambda measured: measured.inverse(images)),
     ):
-        yield {
-            "suite": SUITE,
-            "case": "image tokens",
-            "shape": shape,
-            "dtype": dtype_name(janus.lm_head.weight.dtype),
-            "metric": metric,
-            "value": rounded(amount(seconds)),
-            "unit": unit,
-            "floor": rounded(amount(floor)),
-            "fraction_of_floor": rounded(floor / seconds),
-            "fraction_of_copy": rounded(floor / seconds),
-            "peak_memory_bytes": peak,
-            "peers": {
-                name: {"value": rounded(amount(s)), "unit": unit, "peak_memory_bytes": weight}
-                for name, (s, weight) in peers.items()
-            }
-            | {
-                name: {"value": None, "unit": unit, "peak_memory_bytes": None, "error": error}
-                for name, error in errors.items()
-            },
-        }
+        best = convert(Measured(floor)).value
+        yield make_row(
+            SUITE, "image tokens", shape, dtype, metric, unit, convert(mine), floor=best,
+            copy_floor=best, peers={name: convert(peer) for name, peer in peers.items()},
+        )  # fmt: skip
 
 
 def step_bytes(janus: Janus, sequences: int, prompt: int) -> float:
@@ -124,15 +122,13 @@ def step_bytes(janus: Janus, sequences: int, prompt: int) -> float:
     return (weights + slot * live) * weight.element_size()
 
 
-def timed(
-    bench: Bench, draw: Draw, prompts: list[list[int]], tokens: int, runs: int
-) -> tuple[float, int | None]:
+def timed(bench: Bench, draw: Draw, prompts: list[list[int]], tokens: int, runs: int) -> Measured:
     """Seconds a token (median of `runs`, after a warm-up), and on a GPU the peak bytes added."""
     gpu = bench.device.type == "cuda"
     draw(prompts, min(tokens, 8), False)
     before = 0
     if gpu:
-        bench._release()
+        bench.release()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     seconds = []
@@ -145,7 +141,7 @@ def timed(
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - started) / tokens)
     peak = torch.cuda.max_memory_allocated() - before if gpu else None
-    return statistics.median(seconds), peak
+    return Measured(statistics.median(seconds), peak)
 
 
 def check(name: str, codes: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -161,7 +157,7 @@ def check(name: str, codes: Tensor, expected: Tensor, dtype: torch.dtype) -> Non
 
 def ours(janus: Janus) -> Draw:
     """The trainer's rollout, image phase."""
-    tokenizer = build_tokenizer()
+    tokenizer = Numbers(janus.config.decoder.vocab_size)
 
     def draw(prompts: list[list[int]], tokens: int, greedy: bool) -> Tensor:
         config = SamplingConfig(cfg_weight=CFG_WEIGHT, rollout_engine="auto")
@@ -176,30 +172,10 @@ def eager_loop(janus: Janus) -> Draw:
     """The loop of T2I-R1 and of Janus's own example: transformers' decoder, a cache that grows,
     softmax and multinomial, a step at a time."""
     model = _models.in_transformers(janus)
-    pad = _models.pad_id()
 
-    @torch.no_grad()
     def draw(prompts: list[list[int]], tokens: int, greedy: bool) -> Tensor:
-        cond = torch.tensor(prompts, device=janus.lm_head.weight.device)
-        uncond = cond.clone()
-        uncond[:, 1:-1] = pad
-        embeds = model.get_input_embeddings()(torch.cat([cond, uncond]))
-        cache, codes = None, []
-        for _ in range(tokens):
-            out = model.model.language_model(
-                inputs_embeds=embeds, past_key_values=cache, use_cache=True
-            )
-            cache = out.past_key_values
-            logit_cond, logit_uncond = model.model.generation_head(
-                out.last_hidden_state[:, -1]
-            ).chunk(2)
-            mixed = logit_uncond + CFG_WEIGHT * (logit_cond - logit_uncond)
-            probs = torch.softmax(mixed, dim=-1)
-            drawn = probs.argmax(-1) if greedy else torch.multinomial(probs, 1)[:, 0]
-            codes.append(drawn)
-            both = torch.cat([drawn, drawn])[:, None]
-            embeds = model.prepare_embeddings_for_image_generation(both)
-        return torch.stack(codes, 1)
+        ids = torch.tensor(prompts, device=janus.lm_head.weight.device)
+        return draw_image(model, ids, tokens, CFG_WEIGHT, greedy)
 
     return draw
 
@@ -207,7 +183,6 @@ def eager_loop(janus: Janus) -> Draw:
 def generate(janus: Janus, compiled: bool = False) -> Draw:
     """transformers' `generate` with its static cache; `compiled`, its decoder compiled."""
     model = _models.in_transformers(janus)
-    pad = _models.pad_id()
     if compiled:
         model.model.language_model.forward = torch.compile(
             model.model.language_model.forward, mode="reduce-overhead"
@@ -218,7 +193,7 @@ def generate(janus: Janus, compiled: bool = False) -> Draw:
         ids = torch.tensor(prompts, device=janus.lm_head.weight.device)
         model.model.vision_model.config.num_image_tokens = tokens
         config = model.generation_config
-        config.bos_token_id, config.pad_token_id = BOS, pad
+        config.bos_token_id, config.pad_token_id = BOS, PAD
         config.guidance_scale = CFG_WEIGHT
         config.generation_kwargs = {"boi_token_id": IMAGE_START}
         return model.generate(

@@ -5,7 +5,8 @@
 On a GPU where there is one, else on the CPU with smaller shapes. Every benchmark file runs in a
 process of its own; rows are on disk as soon as they are measured, so a run that is cut short
 leaves what it had; `--append` then adds to it, on the same device with the same code. What fails is
-a row, or a peer, with "error"; the exit status is then 1.
+a row, or a peer, with "error"; the exit status is then 1. Beside the rows are "profiles" of whole
+calls, by `SUITE/what`, unless `--profile false`.
 """
 
 import argparse
@@ -22,10 +23,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from bench._rows import Measured, make_row
 
 FOLDER = Path(__file__).parent
 BENCHMARK = re.compile(r"^def (cases|rows)\(", re.MULTILINE)
+PROFILES = re.compile(r"^def profiles\(", re.MULTILINE)
 SUITE = re.compile(r"^SUITE = (.+)$", re.MULTILINE)
 
 
@@ -38,6 +42,10 @@ def benchmarks(folder: Path = FOLDER) -> dict[str, str]:
             found[path.stem] = suite[1].strip("\"'")
     found.pop("ceilings", None)
     return {"ceilings": "ceilings", **found}
+
+
+def has_profiles(stem: str) -> bool:
+    return bool(PROFILES.search((FOLDER / f"{stem}.py").read_text(encoding="utf-8")))
 
 
 def head(commit: str | None) -> dict[str, Any]:
@@ -107,6 +115,12 @@ def append(path: Path, row: dict[str, Any]) -> None:
     write(path, document)
 
 
+def add_profiles(path: Path, profiles: dict[str, Any]) -> None:
+    document = read(path)
+    document.setdefault("profiles", {}).update(profiles)
+    write(path, document)
+
+
 def write(path: Path, document: dict[str, Any]) -> None:
     text = json.dumps(document, indent=1, allow_nan=False)
     aside = path.with_suffix(".partial")
@@ -122,15 +136,12 @@ def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
 
 
 def failed_row(suite: str, case: str, error: str) -> dict[str, Any]:
-    return {
-        "suite": suite, "case": case, "shape": {}, "dtype": None, "metric": None, "value": None,
-        "unit": None, "floor": None, "fraction_of_floor": None, "fraction_of_copy": None,
-        "peak_memory_bytes": None, "peers": {}, "error": error,
-    }  # fmt: skip
+    return make_row(suite, case, {}, None, None, None, Measured(error=error))
 
 
-def run_one(stem: str, out: Path) -> int:
-    """All rows of one benchmark file, appended to `out`. Runs in a process of its own."""
+def run_one(stem: str, out: Path, profiling: bool) -> int:
+    """All rows, or all profiles, of one benchmark file, added to `out`. Runs in a process of its
+    own: what the profiler leaves behind slows no row, and takes none with it where it crashes."""
     import torch
 
     from bench._measure import CEILINGS, Bench
@@ -140,16 +151,28 @@ def run_one(stem: str, out: Path) -> int:
     bench = Bench(device, ceilings)
     suite = benchmarks()[stem]
     try:
-        for row in _rows(stem, suite, bench):
-            append(out, row)
-            print(one_line(row), flush=True)
+        if profiling:
+            importlib.import_module(f"bench.{stem}").profiles(bench)
+        else:
+            for row in _rows(stem, suite, bench):
+                append(out, row)
+                print(one_line(row), flush=True)
     except Exception as error:  # becomes a row: the other benchmarks go on
         traceback.print_exc()
         bench.failures.append(stem)
         append(out, failed_row(suite, stem, f"{type(error).__name__}: {error}"[:2000]))
+    add_profiles(out, bench.profiles)
     for failure in bench.failures:
         print(f"FAILED {failure}", file=sys.stderr, flush=True)
     return int(bool(bench.failures))
+
+
+def leave(status: int) -> NoReturn:
+    """End the process as it is: taking the interpreter down aborts now and then where a process
+    group was (gloo's threads outlive it), and all rows are on disk."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _rows(stem: str, suite: str, bench: Any) -> Iterator[dict[str, Any]]:
@@ -189,11 +212,15 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=[*benchmarks()], help="only these files")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>.json")
     parser.add_argument("--append", action="store_true", help="keep the rows that FILE has")
+    parser.add_argument(
+        "--profile", choices=("true", "false"), default="true", help="also profile whole calls"
+    )
     parser.add_argument("--commit", help="where the run is not in a git repository")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--profiling", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return run_one(arguments.child, arguments.out)
+        leave(run_one(arguments.child, arguments.out, arguments.profiling))
 
     document = {"head": head(arguments.commit), "rows": []}
     out = arguments.out or FOLDER / "results" / f"{_file_name(document['head'])}.json"
@@ -210,13 +237,16 @@ def main() -> int:
     for stem, suite in others:
         if arguments.suite in (None, suite) and stem in (arguments.only or [stem]):
             status |= _run_in_process(stem, suite, out)
+            if arguments.profile == "true" and has_profiles(stem):
+                status |= _run_in_process(stem, suite, out, "--profiling")
     print(f"wrote {out}")
     return status
 
 
-def _run_in_process(stem: str, suite: str, out: Path) -> int:
+def _run_in_process(stem: str, suite: str, out: Path, *flags: str) -> int:
     """A crash, not only an exception, of one benchmark leaves the others their turn."""
     command = [sys.executable, "-m", "bench.run", "--child", stem, "--out", str(out.absolute())]
+    command += flags
     status = subprocess.run(command, cwd=FOLDER.parent).returncode
     if status not in (0, 1):
         append(out, failed_row(suite, stem, f"its process ended with status {status}"))

@@ -13,14 +13,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import _models, _peers
-from bench._case import Absent, check_close, dtype_name
-from bench._measure import Bench, Row, rounded
+from bench._case import check_close
+from bench._measure import Bench
+from bench._rows import Measured, Row, dtype_name, make_row
+from bench._t2i_r1 import image_logprobs
 from iris_fast.batch import PackedBatch, Rollout
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.janus import Janus, JanusConfig
@@ -47,46 +49,64 @@ Forward = Callable[[Inputs], Tensor]
 
 def rows(bench: Bench) -> Iterator[Row]:
     gpu = bench.device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
     for model, config in _models.sizes(bench.device).items():
-        samples = (GPU_SAMPLES if gpu else CPU_SAMPLES)[model]
-        janus = _models.make_model(config, bench.device, dtype)
-        janus.model.language_model.layers.requires_grad_(True)
-        inputs = make_inputs(config, samples, bench.device)
-        results: dict[str, dict[str, Any]] = {}
-        for name, make in CANDIDATES.items():
-            # The visible end of every error of foreign code: it becomes text in the row.
-            try:
-                results[name] = timed(bench, make(janus, inputs), inputs, janus)
-            except Absent:
-                continue
-            except Exception as error:
-                results[name] = {"value": None, "error": f"{type(error).__name__}: {error}"[:2000]}
-                bench.failures.append(f"training {model}: {name}: {results[name]['error']}")
-            bench._release()
-        mine = results.pop("ours")
-        floor_ms = 1e3 * flops(janus, samples) / bench.flops_per_second[dtype_name(dtype)]
-        length = PROMPT_TOKENS + config.image_tokens - 1
-        yield {
-            "suite": SUITE,
-            "case": "training pass",
-            "shape": {"model": model, "N": samples, "L": length},
-            "dtype": dtype_name(dtype),
-            "metric": "forward+backward",
-            "unit": "ms",
-            "floor": rounded(floor_ms),
-            "fraction_of_floor": mine["value"] and rounded(floor_ms / mine["value"]),
-            "fraction_of_copy": None,
-            "peak_memory_bytes": None,
-            **mine,
-            "peers": {name: {"unit": "ms", **result} for name, result in results.items()},
-        }
-        del janus
-        bench._release()
+        yield measure(bench, model, config, (GPU_SAMPLES if gpu else CPU_SAMPLES)[model])
+        bench.release()
 
 
-def timed(bench: Bench, run: "Pass", inputs: Inputs, janus: Janus) -> dict[str, Any]:
-    """Checked, then the median time in ms, and on a GPU the peak bytes of a call."""
+def profiles(bench: Bench) -> None:
+    """Our pass of each model."""
+    counts = GPU_SAMPLES if bench.device.type == "cuda" else CPU_SAMPLES
+    for model, config in _models.sizes(bench.device).items():
+        run = ours(
+            make_policy(config, bench.device), make_inputs(config, counts[model], bench.device)
+        )
+
+        def whole(run: Pass = run) -> None:
+            run.forget()
+            run()
+
+        bench.profile(f"{SUITE}/{model} N={counts[model]}", whole)
+        del run, whole
+        bench.release()
+
+
+def make_policy(config: JanusConfig, device: torch.device) -> Janus:
+    """Blocks are trained."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    janus = _models.make_model(config, device, dtype)
+    janus.model.language_model.layers.requires_grad_(True)
+    return janus
+
+
+def measure(bench: Bench, model: str, config: JanusConfig, samples: int) -> Row:
+    """The row of one model."""
+    janus = make_policy(config, bench.device)
+    dtype = janus.lm_head.weight.dtype
+    inputs = make_inputs(config, samples, bench.device)
+
+    def measure_one(name: str) -> Measured:
+        return timed(bench, CANDIDATES[name](janus, inputs), inputs, janus)
+
+    results = bench.compare(
+        f"training {model}", {name: partial(measure_one, name) for name in CANDIDATES}
+    )
+    length = PROMPT_TOKENS + config.image_tokens - 1
+    return make_row(
+        SUITE,
+        "training pass",
+        {"model": model, "N": samples, "L": length},
+        dtype,
+        "forward+backward",
+        "ms",
+        results.pop("ours").times(1e3),
+        floor=1e3 * flops(janus, samples) / bench.flops_per_second[dtype_name(dtype)],
+        peers={name: result.times(1e3) for name, result in results.items()},
+    )
+
+
+def timed(bench: Bench, run: "Pass", inputs: Inputs, janus: Janus) -> Measured:
+    """Checked, then the median seconds, and on a GPU the peak bytes of a call."""
     check(janus, inputs, *run())
     seconds = []
     for _ in range(WARM_UPS + RUNS):
@@ -101,10 +121,7 @@ def timed(bench: Bench, run: "Pass", inputs: Inputs, janus: Janus) -> dict[str, 
         run.forget()
         peak = bench.clock.peak_bytes(run)
     run.forget()
-    return {
-        "value": rounded(1e3 * statistics.median(seconds[WARM_UPS:])),
-        "peak_memory_bytes": peak,
-    }
+    return Measured(statistics.median(seconds[WARM_UPS:]), peak)
 
 
 def flops(janus: Janus, samples: int) -> int:
@@ -190,13 +207,7 @@ def transformers(janus: Janus, inputs: Inputs, liger: bool = False) -> Pass:
     blocks = model.model.language_model.layers.requires_grad_(True)
 
     def forward(inputs: Inputs) -> Tensor:
-        text = model.get_input_embeddings()(inputs.prompts)
-        image = model.prepare_embeddings_for_image_generation(inputs.codes[:, :-1])
-        hidden = model.model.language_model(
-            inputs_embeds=torch.cat([text, image], dim=1), use_cache=False
-        ).last_hidden_state[:, PROMPT_TOKENS - 1 :]
-        logprobs = model.model.generation_head(hidden).float().log_softmax(-1)
-        return logprobs.gather(-1, inputs.codes[..., None])[..., 0]
+        return image_logprobs(model, inputs.prompts, inputs.codes)
 
     return Pass(blocks, forward, inputs)
 

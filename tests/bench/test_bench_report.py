@@ -68,12 +68,63 @@ def test_errors_are_shown(tmp_path):
     assert "op forward R=64 V=16384, eager: `out of memory`" in page
 
 
+def test_a_profile_stands_below_the_table_of_its_suite():
+    kernel = {"name": "gemm<a|b>", "calls": 24, "ms": 12.5, "share": 0.625}
+    run = make_run([make_row(), make_row(suite="step")])
+    run["profiles"] = {"step/1B": {"wall_ms": 40.0, "idle_share": 0.25, "longest": [kernel]}}
+    page = report.results_page({"gpu": run}, {})
+    below = page.split("### step")[1]
+    assert "#### 1B" in below
+    assert "idle for 25% of 40 ms" in below
+    assert r"| `gemm<a\|b>` | 12.5 | 24 | 62.5% |" in below
+    run["profiles"]["step/1B"]["idle_share"] = None
+    assert "not applicable on a CPU" in report.results_page({"cpu": run}, {})
+
+
 def test_the_readme_shows_the_newest_gpu_run():
     cpu = make_run([make_row(value=999.0)], None, "2026-03-01T00:00:00+00:00", "some CPU")
     old = make_run([make_row(value=70.0)], date="2026-01-01T00:00:00+00:00")
     new = make_run([make_row(value=60.0)], date="2026-02-01T00:00:00+00:00")
     assert "60 us" in report.summary({"cpu": cpu, "new": new, "old": old})
     assert "999 us" in report.summary({"cpu": cpu})
+
+
+def hours_row(value):
+    size = {"model": "1B", "P": 8, "G": 8, "cot": 128, "tokens": 576}
+    peer = {"value": 20 * value, "unit": "h", "peak_memory_bytes": None}
+    return make_row(value=value) | {
+        "suite": "step", "case": "GRPO", "metric": "hours_for_800_steps", "unit": "h",
+        "shape": size, "peers": {"T2I-R1's step": peer},
+    }  # fmt: skip
+
+
+def test_the_papers_training_in_hours_is_told_of_a_gpu_alone():
+    gpu = make_run([make_row(), hours_row(0.75)])
+    cpu = make_run([hours_row(0.01)], None, "2026-03-01T00:00:00+00:00", "some CPU")
+    without = make_run([make_row()], date="2026-04-01T00:00:00+00:00")
+    for runs in ({"gpu": gpu}, {"cpu": cpu, "gpu": gpu}, {"newer": without, "gpu": gpu}):
+        text = report.summary(runs)
+        assert "800 steps take 0.75 hours on one NVIDIA H200, 15 with T2I-R1's step:" in text
+        assert "hours_for_800_steps" not in text
+    assert "800 steps" not in report.summary({"cpu": cpu})
+    failed = make_run([hours_row(0.75) | {"value": None}])
+    assert "800 steps" not in report.summary({"gpu": failed})
+
+
+def test_images_a_second_are_drawn_over_the_batch(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra [bench]")
+    from bench import _plots
+
+    def row(sequences, value):
+        shape = {"model": "1B", "sequences": sequences, "cot": 0, "tokens": 576}
+        return make_row(value=value, suite="rollout", metric="images", unit="images/s", shape=shape)
+
+    assert _plots.draw("gpu", make_run([row(16, 10.0)]), tmp_path) == []  # one point is no line
+    run = make_run([row(16, 10.0), row(64, 25.0)])
+    assert _plots.draw("gpu", run, tmp_path) == ["gpu-images.svg"]
+    picture = (tmp_path / "gpu-images.svg").read_text()
+    for label in ("ours", "eager", _plots.FLOOR, "images, images/s"):
+        assert f"<!-- {label} -->" in picture, label
 
 
 def test_a_readme_without_markers_is_refused():

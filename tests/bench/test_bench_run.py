@@ -21,6 +21,23 @@ def rows(bench):
            "unit": "us", "floor": bench.copy_bytes_per_second, "fraction_of_floor": None,
            "fraction_of_copy": None, "peak_memory_bytes": None, "peers": {}}
 """
+PROFILED = """
+SUITE = "kernels"
+def rows(bench):
+    return iter(())
+def profiles(bench):
+    bench.profile("kernels/good", lambda: None)
+"""
+PROFILER_DIES = """
+import os
+SUITE = "kernels"
+def rows(bench):
+    yield {"suite": SUITE, "case": "before", "shape": {}, "dtype": None, "metric": "m",
+           "value": 2.0, "unit": "us", "floor": None, "fraction_of_floor": None,
+           "fraction_of_copy": None, "peak_memory_bytes": None, "peers": {}}
+def profiles(bench):
+    os._exit(8)
+"""
 RAISES = """
 SUITE = "kernels"
 def cases(device):
@@ -63,7 +80,10 @@ def finished(tmp_path_factory):
     for path in (ROOT / "bench").glob("*.py"):
         if path.name.startswith("_") or path.stem in ("run", "ceilings"):
             shutil.copy(path, root / "bench")
-    for name, text in {"good": GOOD, "a_raises": RAISES, "b_dies": DIES, "other": OTHER}.items():
+    for name, text in {
+        "good": GOOD, "a_raises": RAISES, "b_dies": DIES, "other": OTHER, "profiled": PROFILED,
+        "c_profiler_dies": PROFILER_DIES,
+    }.items():  # fmt: skip
         (root / "bench" / f"{name}.py").write_text(text)
     out = root / "new" / "result.json"
     done = subprocess.run(
@@ -92,6 +112,17 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(finished):
     assert done.returncode == 1, done.stderr
 
 
+def test_profiles_are_kept_beside_the_rows(finished):
+    assert set(finished[1]["profiles"]) == {"kernels/good"}
+    assert finished[1]["profiles"]["kernels/good"]["idle_share"] is None
+
+
+def test_a_profiler_that_dies_takes_no_row_with_it(finished):
+    rows = {row["case"]: row for row in finished[1]["rows"]}
+    assert rows["before"]["value"] == 2.0
+    assert "status 8" in rows["c_profiler_dies"]["error"]
+
+
 def test_the_ceilings_of_the_machine_reach_the_benchmarks(finished):
     rows = {row["case"]: row for row in finished[1]["rows"]}
     assert finished[1]["rows"][0]["case"] == "copy"
@@ -103,9 +134,12 @@ def test_a_row_is_added_whole_or_not_at_all(tmp_path):
     out = tmp_path / "r.json"
     run.write(out, {"head": {}, "rows": []})
     run.append(out, {"case": "first"})
+    run.add_profiles(out, {"kernels/a": {"wall_ms": 1.0}})
+    run.add_profiles(out, {"kernels/b": {"wall_ms": 2.0}})
     with pytest.raises(ValueError, match="JSON compliant"):
         run.append(out, {"case": "second", "value": float("nan")})
     assert [row["case"] for row in run.read(out)["rows"]] == ["first"]
+    assert list(run.read(out)["profiles"]) == ["kernels/a", "kernels/b"]
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
@@ -114,6 +148,7 @@ def test_append_keeps_rows_of_the_same_machine_and_code_only(tmp_path, monkeypat
     here = {key: key for key in (*HEAD, "absent")}
     monkeypatch.setattr(run, "head", lambda commit: here)
     monkeypatch.setattr(run, "benchmarks", lambda: {"ceilings": "ceilings", "a": "kernels"})
+    monkeypatch.setattr(run, "has_profiles", lambda stem: False)
 
     def run_one(stem, suite, path):
         run.append(path, {"case": stem})

@@ -1,0 +1,87 @@
+"""The JSON rows that every benchmark writes. Imports nothing that is slow to import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+Row = dict[str, Any]
+
+
+class Measured(NamedTuple):
+    """What one implementation did: an amount (None if it failed), its peak bytes, or its error."""
+
+    value: float | None = None
+    peak_bytes: int | None = None
+    error: str | None = None
+
+    def times(self, factor: float) -> Measured:
+        """The same in another unit."""
+        return self._replace(value=None if self.value is None else self.value * factor)
+
+    def inverse(self, numerator: float) -> Measured:
+        """A rate: `numerator` over the amount."""
+        return self._replace(value=None if self.value is None else numerator / self.value)
+
+
+def make_row(
+    suite: str,
+    case: str,
+    shape: dict[str, Any],
+    dtype: torch.dtype | None,
+    metric: str | None,
+    unit: str | None,
+    ours: Measured,
+    floor: float | None = None,
+    copy_floor: float | None = None,
+    peers: dict[str, Measured] | None = None,
+) -> Row:
+    """One row. `floor`, the best that the machine allows, and `copy_floor`, the best that its copy
+    bandwidth alone allows, are in `unit`, as all values are; a unit that ends in /s is a rate, of
+    which more is better. Numbers are rounded to four digits."""
+    row = {
+        "suite": suite,
+        "case": case,
+        "shape": shape,
+        "dtype": None if dtype is None else dtype_name(dtype),
+        "metric": metric,
+        "value": _rounded(ours.value),
+        "unit": unit,
+        "floor": _rounded(floor),
+        "fraction_of_floor": _fraction(floor, ours.value, unit),
+        "fraction_of_copy": _fraction(copy_floor, ours.value, unit),
+        "peak_memory_bytes": ours.peak_bytes,
+        "peers": {name: _peer(peer, unit) for name, peer in (peers or {}).items()},
+    }
+    return row | ({} if ours.error is None else {"error": ours.error})
+
+
+def _peer(peer: Measured, unit: str | None) -> Row:
+    row = {"value": _rounded(peer.value), "unit": unit, "peak_memory_bytes": peer.peak_bytes}
+    return row | ({} if peer.error is None else {"error": peer.error})
+
+
+def _fraction(floor: float | None, value: float | None, unit: str | None) -> float | None:
+    if floor is None or not value:
+        return None
+    return rounded(value / floor if is_rate(unit) else floor / value)
+
+
+def is_rate(unit: str | None) -> bool:
+    """Whether more of this unit is better."""
+    return unit is not None and unit.endswith("/s")
+
+
+def rounded(number: float) -> float:
+    """Four significant digits: more is noise."""
+    return float(f"{number:.4g}")
+
+
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else rounded(number)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,217 @@
+"""The whole step: its floor by hand, both sides against each other, and the rows."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import _models, rollout, step
+from bench._case import WrongResult
+from bench._measure import Bench
+from bench._rows import Measured
+from bench._t2i_r1 import Nsc
+from iris_fast.advantage import group_advantages
+from iris_fast.models.attention import PackedAttention
+
+from test_bench_measure import CEILINGS  # isort: skip
+
+CPU = torch.device("cpu")
+TINY = _models.sizes(CPU)["tiny"]
+SIZE = step.Size(prompts=2, group=2, cot=4, batch=1)
+CONFIG = step.settings(SIZE, bf16=False)
+
+
+@pytest.fixture
+def tokens(monkeypatch):
+    monkeypatch.setattr(step, "tokens_of", lambda janus, config: step.Tokens(10, 4, 6, 16))
+
+
+def floor_of(copy, rate):
+    bench = Bench(CPU)
+    bench.copy_bytes_per_second, bench.flops_per_second = copy, {"float32": rate}
+    return step.floor_phases(bench, TINY, CONFIG, SIZE)
+
+
+def test_floor_of_bytes(tokens):
+    """Blocks 803840, text head 65536, image head 49536, embeddings 65536; 4096 bytes a key and
+    value. Live in a text step: 2 prompts of 10 and 2 tokens of 4 samples; in one of the image: 5
+    prompts of 6 (4 samples and what the unconditional ones share) and 8 tokens of 8 sequences."""
+    found = floor_of(1e9, math.inf)
+    text = 4 * ((803840 + 65536) * 4 + 4096 * (2 * 10 + 4 * 2))
+    image = 16 * ((803840 + 49536) * 4 + 4096 * (5 * 6 + 8 * 8))
+    assert found.rollout == pytest.approx((text + image) / 1e9)
+    assert found.training == pytest.approx((803840 + 65536 + 65536) * 36 / 1e9)
+
+
+def test_floor_of_operations(tokens):
+    found = floor_of(math.inf, 1e9)
+    prompts = 2 * 803840 * (2 * 10 + 5 * 6)
+    decoding = 4 * 2 * (803840 + 65536) * 4 + 16 * 2 * (803840 + 49536) * 8
+    assert found.rollout == pytest.approx((prompts + decoding) / 1e9)
+    heads = 8 * 65536 * 4 + 6 * 49536 * 16
+    attention = 8 * 4 * 128 * (13**2 + 21**2)
+    assert found.training == pytest.approx(4 * (8 * 803840 * 34 + heads + attention) / 1e9)
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Our first step, and how to make the peer that has not taken it yet."""
+    with step.distributed.start("cpu", 60.0) as ranks:
+        ours = step.Ours(TINY, CONFIG, ranks)
+        seen = ours.first_step()
+        del ours
+    return seen, seen.scored.rollout, lambda: step.Peer(TINY, CONFIG, CPU)
+
+
+def test_samples_are_as_long_as_the_floor_counts_them(both):
+    _, drawn, _ = both
+    counted = step.tokens_of(TINY, CONFIG)
+    for kept, length in (
+        (drawn.cot_prompt_ids, counted.asked),
+        (drawn.cot_ids, counted.text),
+        (drawn.image_prompt_ids, counted.prompt),
+        (drawn.codes_NI.tolist(), counted.image),
+    ):
+        assert {len(ids) for ids in kept} == {length}
+
+
+def test_the_peer_draws_as_many_tokens_from_the_same_prompts(both):
+    _, ours, make_peer = both
+    torch.manual_seed(0)
+    drawn = make_peer().rollout()
+    assert drawn.text_prompts.tolist() == ours.cot_prompt_ids
+    assert drawn.text.shape == (4, 4) and drawn.codes.shape == (4, 16)
+    assert drawn.image_prompts.shape == torch.tensor(ours.image_prompt_ids).shape
+    assert drawn.advantages.view(2, 2).sum(dim=1).tolist() == pytest.approx([0, 0], abs=1e-3)
+    assert drawn.advantages.abs().min() > 0.1
+
+
+def test_the_peer_finds_our_logprobs_and_our_gradient(both):
+    seen, _, make_peer = both
+    step.check(make_peer(), seen)
+
+
+def test_the_peer_rewards_what_we_reward(both):
+    """The NSC that its loop sums, of logits whose NSC is known."""
+    nsc = Nsc()
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])  # uniform, and 3/4 to 1/4
+    nsc(logits)
+    nsc(logits)
+    expected = math.log(2) + (math.log(0.75) + math.log(0.25)) / 2
+    assert nsc.total.tolist() == pytest.approx([0.0, 2 * expected])
+
+
+def test_the_peers_advantages_are_those_of_all_that_it_drew():
+    """Text and image NSC as our model finds them in its tokens."""
+    janus = _models.make_model(TINY, CPU, torch.float32)
+    peer = step.Peer(TINY, CONFIG, CPU)
+    torch.manual_seed(1)
+    drawn = peer.rollout()
+    ids = torch.cat([drawn.text_prompts, drawn.text], dim=1)
+    embeds = janus.embed_text(ids)
+    asked, images = drawn.text_prompts.shape[1], drawn.codes
+    text = nsc_of(janus, embeds[:, :-1], asked, janus.text_logits)
+    prompt = janus.embed_text(drawn.image_prompts)
+    embeds = torch.cat([prompt, janus.embed_image(images)], dim=1)
+    image = nsc_of(janus, embeds[:, :-1], prompt.shape[1], janus.image_logits)
+    advantages = group_advantages(text + image, SIZE.group, "group")
+    assert drawn.advantages.tolist() == pytest.approx(advantages.tolist(), abs=1e-3)
+
+
+def nsc_of(janus, embeds, start, head):
+    """[N] of rows [N, T, D], from the row that predicts token `start` on."""
+    samples, length, _ = embeds.shape
+    attention = PackedAttention([length] * samples, CPU)
+    positions = torch.arange(length).repeat(samples)
+    hidden = janus.decode(embeds.flatten(0, 1), positions, attention).unflatten(0, (samples, -1))
+    logits = head(hidden[:, start - 1 :]).double()
+    return (math.log(logits.shape[-1]) - logits.logsumexp(-1) + logits.mean(-1)).sum(-1)
+
+
+def test_both_draw_the_same_greedy_image():
+    janus = _models.make_model(TINY, CPU, torch.float32)
+    prompts = rollout.make_prompts(8, 0)
+    drawn = [make(janus)(prompts, 4, True) for make in (rollout.ours, rollout.eager_loop)]
+    assert torch.equal(*drawn)
+
+
+def test_our_step_ends_with_the_new_weights_in_the_sampler():
+    with step.distributed.start("cpu", 60.0) as ranks:
+        ours = step.Ours(TINY, CONFIG, ranks)
+        before = ours.models.sampler.janus.lm_head.weight.clone()
+        ours.train(ours.rollout())
+        after = ours.models.sampler.janus.lm_head.weight
+        assert not torch.equal(before, after)
+        assert torch.equal(after, step.full(ours.models.policy.lm_head.weight.detach()))
+        del ours
+
+
+@pytest.mark.parametrize("wrong", ["logprob", "norm", "gradient"])
+def test_a_peer_that_computes_something_else_is_not_timed(both, wrong):
+    seen, _, make_peer = both
+    if wrong == "logprob":
+        seen = seen._replace(logprobs=seen.logprobs * 1.001)
+    elif wrong == "norm":
+        seen = seen._replace(norm=2 * seen.norm)
+    else:  # other rewards than ours
+        scored = replace(seen.scored, advantage_N=-seen.scored.advantage_N)
+        seen = seen._replace(scored=scored)
+    with pytest.raises(WrongResult, match=wrong):
+        step.check(make_peer(), seen)
+
+
+def test_the_peer_samples_from_what_it_trained(both):
+    seen, _, make_peer = both
+    peer = make_peer()
+    before = peer.model.policy.lm_head.weight.detach().clone()
+    start = peer.model.reference.lm_head.weight.detach().clone()
+    step.check(peer, seen)
+    moved = (peer.model.policy.lm_head.weight - before).abs().max().item()
+    assert moved == pytest.approx(CONFIG.learning_rate, rel=0.2)  # Adam's first step
+    assert torch.equal(peer.model.reference.lm_head.weight, start)
+
+
+def test_rows_of_a_run(monkeypatch):
+    monkeypatch.setattr(step, "CPU_SIZE", SIZE)
+    monkeypatch.setattr(step, "RUNS", 1)
+    bench = Bench(CPU, CEILINGS)
+    rows = {row["metric"]: row for row in step.rows(bench)}
+    assert bench.failures == []
+    assert list(rows) == ["step", "rollout", "training", "images", "hours_for_800_steps"]
+    whole, hours = rows["step"], rows["hours_for_800_steps"]
+    assert whole["shape"] == {"model": "tiny", "P": 2, "G": 2, "cot": 4, "tokens": 16}
+    halves = rows["rollout"]["value"] + rows["training"]["value"]
+    assert whole["value"] == pytest.approx(halves, rel=2e-3)
+    assert hours["value"] == pytest.approx(whole["value"] * 800 / 3600, rel=2e-3)
+    assert rows["images"]["value"] == pytest.approx(4 / whole["value"], rel=2e-3)
+    for row in rows.values():
+        peer = row["peers"][step.PEER]
+        assert row["value"] > 0 and peer["value"] > 0 and "error" not in peer
+        assert row["fraction_of_floor"] == pytest.approx(whole["fraction_of_floor"], rel=2e-3) or (
+            row["metric"] in ("rollout", "training")
+        )
+
+
+def test_a_half_of_what_failed_has_no_number():
+    found = {"ours": Measured(2.0), step.PEER: Measured(error="out of memory")}
+    phases = {"ours": step.Phases(1.5, 0.5)}
+    rows = list(step.make_rows({}, CONFIG, found, phases, step.Phases(1.0, 0.25)))
+    assert [row["value"] for row in rows] == [2.0, 1.5, 0.5, 2.0, 0.4444]
+    assert [row["fraction_of_floor"] for row in rows] == [0.625, 0.6667, 0.5, 0.625, 0.625]
+    assert {row["peers"][step.PEER]["error"] for row in rows} == {"out of memory"}
+
+
+def test_ids_survive_the_tokenizer_of_numbers():
+    numbers = _models.Numbers(1000)
+    ids = [999, 0, 1, 2, 3, 17]
+    assert numbers.encode(numbers.decode(ids)) == [_models.BOS, *ids]
+    assert numbers.encode("a cube: 7<begin_of_image>") == [1, 5, 5, 7, 2]
+
+
+def test_a_peer_has_the_dtype_of_our_weights():
+    janus = _models.make_model(TINY, CPU, torch.bfloat16)
+    model = _models.in_transformers(janus)
+    trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    assert {p.dtype for p in trained} == {torch.bfloat16}
+    assert torch.equal(model.lm_head.weight, janus.lm_head.weight)
