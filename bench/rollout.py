@@ -25,6 +25,7 @@ from bench._rows import Measured, Row, make_row
 from bench._t2i_r1 import draw_image
 from iris_fast.config import SamplingConfig
 from iris_fast.models.janus import Janus
+from iris_fast.models.templates import unconditional_ids
 from iris_fast.rollout import Sampler
 
 SUITE = "rollout"
@@ -163,7 +164,9 @@ def ours(janus: Janus) -> Draw:
         config = SamplingConfig(cfg_weight=CFG_WEIGHT, rollout_engine="auto")
         sampler = Sampler(janus, tokenizer, config, tokens, greedy)
         with torch.no_grad():
-            return sampler._draw_codes(prompts, list(range(len(prompts))), lambda: None)[0]
+            unconditional = [unconditional_ids(ids, tokenizer) for ids in prompts]
+            numbers = list(range(len(prompts)))
+            return sampler._draw_codes(prompts, unconditional, numbers, lambda: None)[0]
 
     return draw
 

@@ -35,7 +35,7 @@ from bench._t2i_r1 import T2IR1, Drawn, image_logprobs, text_logprobs
 from iris_fast import distributed
 from iris_fast.batch import Prompt, Scored
 from iris_fast.config import TrainConfig
-from iris_fast.distributed import Ranks, copy_weights, full
+from iris_fast.distributed import Ranks, full
 from iris_fast.inputs import Inputs
 from iris_fast.models.janus import Janus, JanusConfig
 from iris_fast.models.layouts import JanusCheckpoint
@@ -43,7 +43,7 @@ from iris_fast.models.templates import TEMPLATES, fill_instruction, load_instruc
 from iris_fast.models.vq import VQModel
 from iris_fast.optimizer import make_optimizer
 from iris_fast.rewards import load_rewards, score
-from iris_fast.roles import assign
+from iris_fast.roles import assign, copy_weights
 from iris_fast.update import log_probs, prepare, update
 
 SUITE = "step"

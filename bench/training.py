@@ -9,6 +9,7 @@ has no gradient of the head, which stays frozen as in the trainer.
 Sequences are equally long here, so that peers without packing waste nothing on padding.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,9 @@ from bench._rows import Measured, Row, dtype_name, make_row
 from bench._t2i_r1 import image_logprobs
 from iris_fast.batch import PackedBatch, Rollout
 from iris_fast.models.attention import PackedAttention
+from iris_fast.models.compilation import compile_blocks
 from iris_fast.models.janus import Janus, JanusConfig
+from iris_fast.models.packed_attention import IMPLEMENTATIONS, choose, why_not
 from iris_fast.packing import pack
 from iris_fast.rollout import empty_trace
 
@@ -75,6 +78,7 @@ def make_policy(config: JanusConfig, device: torch.device) -> Janus:
     """Blocks are trained."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     janus = _models.make_model(config, device, dtype)
+    janus.attn_implementation = choose("auto", device, dtype, config.decoder.head_dim)
     janus.model.language_model.layers.requires_grad_(True)
     return janus
 
@@ -86,10 +90,11 @@ def measure(bench: Bench, model: str, config: JanusConfig, samples: int) -> Row:
     inputs = make_inputs(config, samples, bench.device)
 
     def measure_one(name: str) -> Measured:
-        return timed(bench, CANDIDATES[name](janus, inputs), inputs, janus)
+        return timed(bench, candidates[name](janus, inputs), inputs, janus)
 
+    candidates = CANDIDATES | other_ways(janus)
     results = bench.compare(
-        f"training {model}", {name: partial(measure_one, name) for name in CANDIDATES}
+        f"training {model}", {name: partial(measure_one, name) for name in candidates}
     )
     length = PROMPT_TOKENS + config.image_tokens - 1
     return make_row(
@@ -166,14 +171,37 @@ class Pass:
 # --- Ours and the peers ---------------------------------------------------------------------------
 
 
-def ours(janus: Janus, inputs: Inputs) -> Pass:
-    """The trainer's: packed, head rows through linear_token_stats."""
+def ours(
+    janus: Janus, inputs: Inputs, attention: str | None = None, compiled: bool = False
+) -> Pass:
+    """The trainer's: packed, head rows through linear_token_stats. With the attention that `auto`
+    stands for, or another."""
     packed = packed_batch(inputs)
+    if attention or compiled:
+        janus = copy.deepcopy(janus)
+        janus.attn_implementation = attention or janus.attn_implementation
+    if compiled:
+        compile_blocks(janus.model.language_model)
 
     def forward(_: Inputs) -> Tensor:
         return janus(packed)[1].logprob.view(inputs.codes.shape)
 
     return Pass(janus.model.language_model.layers, forward, inputs)
+
+
+def other_ways(janus: Janus) -> dict[str, Callable[[Janus, Inputs], Pass]]:
+    """Ours with each other attention that works here, and with compiled blocks: on a GPU, to
+    measure what `auto` and the default should be."""
+    weight, head_dim = janus.lm_head.weight, janus.config.decoder.head_dim
+    if not weight.is_cuda:
+        return {}
+    works = [n for n in IMPLEMENTATIONS if not why_not(n, weight.device, weight.dtype, head_dim)]
+    ways = {
+        f"ours, {name}": partial(ours, attention=name)
+        for name in works
+        if name != janus.attn_implementation
+    }
+    return ways | {"ours, compiled blocks": partial(ours, compiled=True)}
 
 
 def packed_batch(inputs: Inputs) -> PackedBatch:

@@ -212,9 +212,6 @@ def load_inputs(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource
     inputs = open_inputs(config, torch.float32)
     if ranks.device.type == "cuda":
         check_fits(estimate_run(config, inputs, ranks), config)
-    model = inputs.checkpoint.model
-    head_dim = model.config.decoder.head_dim
-    model.attn_implementation = choose_attention(config, ranks.device, head_dim)
     return assign(inputs, config, ranks), PromptSource(inputs.prompts, config.seed)
 
 

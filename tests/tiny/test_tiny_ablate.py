@@ -12,7 +12,16 @@ from small_runs import QUICK
 from iris_fast.errors import UserError
 from iris_fast.tiny import HELD_OUT_FILE, ablate
 from iris_fast.tiny.ablate import ARMS, Plan, Run
-from iris_fast.tiny.ablation_page import MEASURES, PAPER, comparison, draw, page, spread, verdict
+from iris_fast.tiny.ablation_page import (
+    MEASURES,
+    PAPER,
+    UNTRAINED,
+    comparison,
+    draw,
+    page,
+    spread,
+    verdict,
+)
 from iris_fast.tiny.world import KINDS
 
 
@@ -99,7 +108,8 @@ def test_every_arm_is_a_valid_run_and_differs_from_the_others(tmp_path):
     settings = [dataclasses.replace(run.config, output_dir=None, seed=0) for run in plan.runs()]
     assert len(settings) == 30
     assert len({str(config) for config in settings}) == len(ARMS)
-    assert set(PAPER) < set(ARMS)
+    assert {arm for _, arm in PAPER} < {UNTRAINED, *ARMS}
+    assert {measure for measure, _ in PAPER} < set(MEASURES)
 
 
 def test_the_command_lists_what_it_would_run(tmp_path):
@@ -133,7 +143,8 @@ def results(**accuracies: list[float]) -> dict:
 
 def test_differences_are_taken_seed_by_seed_and_judged_by_their_signs():
     shown = comparison(results(nsc=[0.5, 0.6, 0.7], sc=[0.4, 0.5, 0.6], direct=[0.6, 0.7]))
-    rows = {line.split(" | ")[0].strip("| "): line for line in shown.splitlines()}
+    lines = [line for line in shown.splitlines() if " accuracy " in line]
+    rows = {line.split(" | ")[0].strip("| "): line for line in lines}
     assert "| 0.100 ± 0.000 |" in rows["sc"]
     assert rows["sc"].endswith("| agrees |")
     assert "| -0.100 ± 0.000 |" in rows["direct"]
@@ -149,3 +160,11 @@ def test_arms_without_a_finished_run_leave_gaps():
     drawing = draw(without)
     ElementTree.fromstring(drawing)
     assert drawing.count("<circle") == len(MEASURES)
+
+
+def test_the_committed_page_and_figure_show_the_committed_results():
+    folder = HELD_OUT_FILE.parent / "ablation"
+    committed = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert page(committed) == (folder / "ablation.md").read_text(encoding="utf-8")
+    assert draw(committed) == (folder / "ablation.svg").read_text(encoding="utf-8")
+    assert all(len(arm["after"]) == 3 for arm in committed["arms"].values())
