@@ -64,7 +64,15 @@ setup(
     ],
     package_dir={"iris_kernels": "kernels/iris_kernels"},
     package_data={
-        "iris_fast": ["**/*.txt", "**/*.jsonl", "**/*.json", "**/*.jinja", "**/*.safetensors"]
+        "iris_fast": [
+            "**/*.txt",
+            "**/*.jsonl",
+            "**/*.json",
+            "**/*.jinja",
+            "**/*.safetensors",
+            "**/*.md",
+            "**/*.svg",
+        ]
     },
     install_requires=KERNELS,
     extras_require={
