@@ -37,7 +37,7 @@ def draw(stem: str, run: dict[str, Any], folder: Path) -> list[str]:
         (f"{stem}-images.svg", _over(images, "sequences", _value, "images")),
     ):
         if figure is not None:
-            figure.savefig(folder / name, metadata={"Date": None})
+            figure.savefig(folder / name, metadata={"Date": None}, bbox_inches="tight")
             names.append(name)
     return names
 
@@ -68,13 +68,14 @@ def _over(rows: list[Row], axis: str, measure: Any, label: str) -> Any:
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel, ((case, metric, _, rest), each) in zip(axes, panels.items(), strict=False):
         _panel(panel, sorted(each, key=lambda row: row["shape"][axis]), axis, measure)
-        panel.set_title(" ".join([case, metric, *(f"{k}={v}" for k, v in rest)]), fontsize=8)
+        words = [f"{case} {metric}", " ".join(f"{k}={v}" for k, v in rest)]
+        panel.set_title("\n".join(words), fontsize=8)
         unit = f", {each[0]['unit']}" if measure is _value else ""
         panel.set_ylabel(label + unit)
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
     legend = {line.get_label(): line for each in figure.axes for line in each.get_lines()}
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 2 * columns))
     return figure
 
 

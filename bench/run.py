@@ -14,6 +14,7 @@ import datetime
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -145,6 +146,10 @@ def run_one(stem: str, out: Path, profiling: bool) -> int:
     import torch
 
     from bench._measure import CEILINGS, Bench
+
+    # transformers imports torchao, which tells of each of its parts that does not load here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = [row for row in read(out)["rows"] if row["suite"] == CEILINGS]
