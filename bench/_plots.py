@@ -75,7 +75,12 @@ def _over(rows: list[Row], axis: str, measure: Any, label: str) -> Any:
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
     legend = {line.get_label(): line for each in figure.axes for line in each.get_lines()}
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 2 * columns))
+    figure.legend(
+        legend.values(),
+        legend.keys(),
+        loc="outside lower center",
+        ncols=min(len(legend), 2 * columns),
+    )
     return figure
 
 
