@@ -48,6 +48,9 @@ from ._row_math import (
 )
 from .token_stats import TokenStats
 
+# Torch path: drawing holds more buffers than the statistics do, some of them of 64 bits.
+DRAWN_ELEMENTS = CHUNK_ELEMENTS // 4
+
 
 class GuidedSample(NamedTuple):
     """Sampled tokens (int64) and their statistics under both distributions."""
@@ -246,7 +249,7 @@ def _sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, gre
     rows = cond.shape[0]
     token_ids = cond.new_empty(rows, dtype=torch.int64)
     conditional, guided = (cond.new_empty((4, rows), dtype=torch.float32) for _ in range(2))
-    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
+    chunk = max(1, DRAWN_ELEMENTS // vocab_size)
     buffers = [cond.new_empty((min(chunk, rows), vocab_size), dtype=torch.float32) for _ in "de"]
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))

@@ -279,7 +279,7 @@ def test_chunks_change_nothing(device, monkeypatch):
     module = importlib.import_module("iris_kernels.guided_sample")
     cond, uncond, uniform = case(30, 45000, torch.float32, device, "guided")
     whole = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2 * 45000)
+    monkeypatch.setattr(module, "DRAWN_ELEMENTS", 2 * 45000)
     cut = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
     assert torch.equal(whole.token_ids, cut.token_ids)
     for mine, other in zip(whole[1:], cut[1:], strict=True):
