@@ -322,6 +322,11 @@ class TrainConfig(SamplingConfig):
                 "train_image_head: with --use_peft true adapters alone are trained; drop one of "
                 "the two"
             )
+        if self.offload_reference:
+            raise UserError(
+                "offload_reference: with --use_peft true the reference is the policy without its "
+                "adapters, there is no copy to offload; drop one of the two"
+            )
 
     @property
     def prompts_per_step(self) -> int:

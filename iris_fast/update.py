@@ -18,6 +18,9 @@ from iris_fast.errors import UserError
 from iris_fast.loss import Loss, direct_loss, grpo_loss, token_weights, truncated_importance
 from iris_fast.packing import Guidance, pack
 
+# A model: statistics of a packed batch's text and image targets.
+Forward = Callable[[PackedBatch], tuple[TokenStats, TokenStats]]
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -79,7 +82,7 @@ class Pieces:
 def prepare(
     scored: Scored,
     policy: nn.Module,
-    reference: nn.Module | None,
+    reference: Forward | None,
     config: TrainConfig,
     ranks: Ranks,
     old_logprobs: list[Tensor] | None = None,
@@ -137,7 +140,7 @@ def prepare(
 
 
 @torch.no_grad()
-def log_probs(model: nn.Module, packed: PackedBatch) -> Tensor:
+def log_probs(model: Forward, packed: PackedBatch) -> Tensor:
     """Log-probs [M] of a packed batch's targets, without a graph."""
     text, image = model(packed)
     return torch.cat([text.logprob, image.logprob])

@@ -105,6 +105,7 @@ def test_an_export_is_the_plain_model_with_the_adapters_merged(here):
         ({"lora_target_modules": []}, "lora_target_modules"),
         ({"lora_r": 0}, "lora_r: 0"),
         ({"train_image_head": True}, "train_image_head: with --use_peft"),
+        ({"offload_reference": True}, "offload_reference: with --use_peft true the reference is"),
     ],
 )
 def test_what_cannot_be_made_is_refused(settings, message):

@@ -272,7 +272,7 @@ def test_batch_invariance(name, backend, device):
 
 
 def test_chunks_change_nothing(device, monkeypatch):
-    """The torch path takes 11 rows at a time here, or 2."""
+    """The torch path takes 5 rows at a time here, or 2."""
     import importlib
 
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
