@@ -20,8 +20,11 @@ TRAIN = [
     "pillow>=10",  # PNG
     "tqdm>=4.66",  # progress bars
     "torchao>=0.15",  # AdamW with 8-bit or bfloat16 moments
-    "peft>=0.18",  # LoRA
     "scipy>=1.12",  # ndimage.label: the tiny world's verifier finds things by connected regions
+]
+
+LORA = [
+    "peft>=0.18",  # the adapters of --use_peft; brings transformers along
 ]
 
 TEST = [
@@ -77,7 +80,8 @@ setup(
     install_requires=KERNELS,
     extras_require={
         "train": TRAIN,
-        "test": TRAIN + TEST,
+        "lora": LORA,
+        "test": TRAIN + LORA + TEST,
         "bench": BENCH,
         "attention": ATTENTION,
     },
