@@ -49,6 +49,12 @@ class Case:
         shape = " ".join(f"{k}={v}" for k, v in self.shape.items())
         return f"{self.case} {self.metric} {shape} {dtype_name(self.dtype)}"
 
+    def check_call(self, inputs: Any, call: Call) -> None:
+        """`check` on the result of a first call; WrongResult. One that overwrites its `inputs`,
+        those of seed 0, is judged by the same ones drawn again."""
+        result = call()
+        self.check(self.make_inputs(0) if hasattr(call, "restore") else inputs, result)
+
 
 def tensors(inputs: Any) -> Iterator[torch.Tensor]:
     """All tensors in nested tuples, lists and dicts."""

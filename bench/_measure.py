@@ -130,8 +130,7 @@ class Bench:
         """Calls on enough sets of inputs to outgrow the cache, the first checked and weighed."""
         first = case.make_inputs(0)
         call = case.candidates[name](first)
-        overwrites = hasattr(call, "restore")
-        case.check(case.make_inputs(0) if overwrites else first, call())
+        case.check_call(first, call)
         peak = self.clock.peak_bytes(call)
         calls = [call]
         for seed in range(1, self._sets(first)):

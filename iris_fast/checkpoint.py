@@ -292,7 +292,7 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = {"lora": None} | json.loads((path / "state.json").read_text())
         return {name: state[name] for name in STATE_FIELDS}
     except (OSError, ValueError, KeyError, TypeError) as mistake:
         raise UserError(

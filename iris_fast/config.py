@@ -161,7 +161,8 @@ class TrainConfig(SamplingConfig):
     sampled from."""
     policy_distribution: Literal["conditional", "guided"] = "conditional"
     """Which distribution is trained: the prompt's own (T2I-R1 and the paper), or the guided one
-    that was sampled from, at the temperature; that takes a second sequence for every image."""
+    that was sampled from, at the temperature and before top_k, top_p and min_p; that takes a second
+    sequence for every image."""
     metric_funcs: list[str] | None = None
     """Measured on every step's images and on the picture grids, logged and never rewarded: any of
     the rewards that look at images. Default: tiny_verifier, diversity and richness with the prompts
@@ -196,8 +197,8 @@ class TrainConfig(SamplingConfig):
     lora_target_modules: list[str] = field(default_factory=lambda: list(PROJECTIONS))
     """Which of the decoder's projections have adapters."""
     optim: Literal["adamw_torch", "adamw_torch_bf16", "adamw_torch_8bit"] = "adamw_torch"
-    """AdamW with float32, bfloat16 or 8-bit moments: 8, 4 or 2 bytes per trained parameter. The
-    latter two need torchao."""
+    """AdamW with float32 moments, with the first in bfloat16, or with 8-bit ones: 8, 6 or 2 bytes
+    per trained parameter (LoRA's mostly keep float32). The latter two need torchao."""
     learning_rate: float = 1e-6
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -286,6 +287,8 @@ class TrainConfig(SamplingConfig):
             self._check_direct()
         if self.use_peft:
             self._check_lora()
+        else:
+            self._check_no_lora()
         if self.resume_from_checkpoint and self.output_dir is None:
             raise UserError(
                 "resume_from_checkpoint: which run? add --output_dir with the folder to go on in"
@@ -327,6 +330,22 @@ class TrainConfig(SamplingConfig):
                 "offload_reference: with --use_peft true the reference is the policy without its "
                 "adapters, there is no copy to offload; drop one of the two"
             )
+
+    def _check_no_lora(self) -> None:
+        """Raise UserError where settings of adapters are given and none are asked for."""
+        for setting in dataclasses.fields(self):
+            if setting.name.startswith("lora_"):
+                unset = (
+                    setting.default_factory()
+                    if setting.name == "lora_target_modules"
+                    else (setting.default)
+                )
+                value = getattr(self, setting.name)
+                if value != unset:
+                    raise UserError(
+                        f"{setting.name}: {value} is of adapters, and none are trained; add "
+                        "--use_peft true, or leave it out"
+                    )
 
     @property
     def prompts_per_step(self) -> int:

@@ -20,7 +20,7 @@ from iris_fast.models.janus import Janus, JanusConfig
 GIB = 2**30
 HEAD_BYTES = 64 * 2**20  # what iris_kernels.linear_token_stats holds at the most
 # Of both moments of a parameter, scales included; the few that stay float32 are not counted apart.
-MOMENT_BYTES = {"adamw_torch": 8, "adamw_torch_bf16": 4, "adamw_torch_8bit": 2 * (1 + 4 / 64)}
+MOMENT_BYTES = {"adamw_torch": 8, "adamw_torch_bf16": 6, "adamw_torch_8bit": 2 * (1 + 4 / 64)}
 FREE_SHARE = 0.92  # of a GPU's memory; the rest is the allocator's slack and CUDA's own
 
 
@@ -139,7 +139,7 @@ def estimate(
         gpu=gpu,
         always_bytes={
             "policy": policy_bytes / world_size,
-            f"moments, {config.optim}": MOMENT_BYTES[config.optim] * trained / world_size,
+            f"moments, {config.optim}": _moment_bytes(config) * trained / world_size,
             "reference": item * total / world_size * on_gpu,
             "sampler's copy": item * total,
         },
@@ -155,6 +155,12 @@ def estimate(
             "training and reference passes": passes * flops / gpu.flops_per_s,
         },
     )
+
+
+def _moment_bytes(config: TrainConfig) -> float:
+    """Per trained parameter. Adapters are too narrow for 8 bits, but for a rank that 64 divides."""
+    narrow = config.use_peft and config.lora_r % 64
+    return MOMENT_BYTES["adamw_torch" if narrow else config.optim]
 
 
 def _adapter_parameters(config: TrainConfig, shapes: Janus) -> int:
@@ -179,10 +185,12 @@ def check_fits(found: Estimate, config: TrainConfig) -> None:
     if found.fits:
         return
     limit = FREE_SHARE * found.gpu.memory_bytes
-    moments, kept = found.always_bytes[f"moments, {config.optim}"], MOMENT_BYTES[config.optim]
+    moments, kept = found.always_bytes[f"moments, {config.optim}"], _moment_bytes(config)
     savings = {
         "add --offload_reference true": found.always_bytes["reference"],
-        "add --optim adamw_torch_8bit": moments * (1 - MOMENT_BYTES["adamw_torch_8bit"] / kept),
+        "add --optim adamw_torch_8bit": 0.0
+        if config.use_peft
+        else moments * (1 - MOMENT_BYTES["adamw_torch_8bit"] / kept),
     }
     enough = [
         name for name, saved in savings.items() if saved and found.peak_bytes - saved <= limit

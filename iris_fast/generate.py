@@ -23,7 +23,7 @@ from tqdm import tqdm
 from iris_fast import distributed
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, tell, writing
-from iris_fast.inputs import choose_attention, open_inputs
+from iris_fast.inputs import check_device, choose_attention, open_inputs
 from iris_fast.pictures import decode_images, save_png
 from iris_fast.rollout import Sampler
 
@@ -33,7 +33,7 @@ COLLECTIVE_TIMEOUT_S = 3600.0
 def generate(config: GenerateConfig) -> None:
     """Draw every prompt `num_images_per_prompt` times into `output_dir`; UserError as `train`."""
     with distributed.start(config.device, COLLECTIVE_TIMEOUT_S) as ranks:
-        choose_attention(config, ranks.device)
+        check_device(config, ranks.device)
         inputs = open_inputs(config, torch.bfloat16 if config.bf16 else torch.float32)
         count = config.num_images_per_prompt
         paths = [

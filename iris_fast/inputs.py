@@ -8,7 +8,7 @@ import torch
 
 from iris_fast.batch import Prompt
 from iris_fast.config import SamplingConfig
-from iris_fast.errors import UserError
+from iris_fast.errors import UserError, require
 from iris_fast.models.layouts import JanusCheckpoint, load_janus
 from iris_fast.models.packed_attention import choose
 from iris_fast.models.templates import (
@@ -20,6 +20,8 @@ from iris_fast.models.templates import (
 from iris_fast.pictures import check_image_tokens
 from iris_fast.prompts import check_against, read_prompts
 from iris_fast.tiny import PROMPTS_FILE, build_tiny
+
+FP8_CAPABILITY = (8, 9)  # older GPUs cannot convert e4m3
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,18 @@ def choose_attention(
     `head_dim` before anything is loaded: UserError for what no model would change."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     return choose(config.attn_implementation, device, dtype, head_dim)
+
+
+def check_device(config: SamplingConfig, device: torch.device) -> None:
+    """UserError, before anything is loaded, for what this device cannot do."""
+    choose_attention(config, device)
+    if config.kv_cache_dtype == "fp8" and device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        remedy = (
+            "it needs a GPU of compute capability 8.9 or later, this one has "
+            f"{found[0]}.{found[1]}: use --kv_cache_dtype auto"
+        )
+        require(found >= FP8_CAPABILITY, "kv_cache_dtype", "fp8", remedy)
 
 
 def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from iris_fast.config import TrainConfig
-from iris_fast.errors import optional
+from iris_fast.errors import optional, require
 
+LEAST_ROWS = 128
 BLOCK = 64  # values that share a scale: divides the rows of all Janus models, the tiny one's too
 
 
@@ -18,11 +19,13 @@ def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """AdamW over what is trained, `config.optim` says how its moments are kept:
 
         adamw_torch       float32, torch's own
-        adamw_torch_bf16  bfloat16
+        adamw_torch_bf16  the first in bfloat16, the second in float32: a step changes it by a part
+                          in a thousand, which bfloat16's 8 bits would round away
         adamw_torch_8bit  8 bits with a scale for every 64 values (arXiv 2110.02861), torchao's
 
-    Updates are computed in float32 whatever the moments are kept in. Vectors, and matrices whose
-    rows 64 does not divide, keep float32 moments instead of 8-bit ones. UserError without torchao.
+    Updates are computed in float32 whatever the moments are kept in. Vectors, and matrices of fewer
+    than 128 rows or whose rows 64 does not divide, keep float32 moments instead of 8-bit ones.
+    UserError without torchao.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     kind = torch.optim.AdamW if config.optim == "adamw_torch" else _compact(config.optim)
@@ -51,22 +54,24 @@ def _compact(name: str) -> type[torch.optim.Optimizer]:
 
         def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
             if name == "adamw_torch_bf16":
-                return torch.zeros_like(p, dtype=torch.bfloat16)
-            if not _fits_blocks(p):
+                return torch.zeros_like(p, dtype=torch.bfloat16 if signed else torch.float32)
+            if not fits_blocks(p.shape):
                 return torch.zeros_like(p)
             shape = p.to_local().shape if isinstance(p, DTensor) else p.shape
+            require(
+                shape[0] > 0, "optim", name, "a rank has no share of a matrix, and an 8-bit moment "
+                "cannot be empty: use --optim adamw_torch, or fewer ranks",
+            )  # fmt: skip
             moment = OptimState8bit.zeros(shape, signed, BLOCK, p.device, p.dtype)
             return _sharded_like(p, moment)
 
     return CompactAdamW
 
 
-def _fits_blocks(p: Tensor) -> bool:
-    """Whether rows are whole blocks, and every rank has a share: then a moment's scales are cut
-    among ranks as its values are, whatever the number of ranks."""
-    ranks = p.device_mesh.size() if isinstance(p, DTensor) else 1
-    rows = p.shape[0]
-    return p.ndim == 2 and p.shape[1] % BLOCK == 0 and rows > -(-rows // ranks) * (ranks - 1)
+def fits_blocks(shape: torch.Size) -> bool:
+    """Whether a parameter's moments can have 8 bits. Rows are whole blocks, so scales are cut among
+    ranks as values are; and this does not depend on the ranks, whose number may change."""
+    return len(shape) == 2 and shape[1] % BLOCK == 0 and shape[0] >= LEAST_ROWS
 
 
 def _sharded_like(p: Tensor, local: Tensor) -> Tensor:

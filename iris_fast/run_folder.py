@@ -174,10 +174,11 @@ def _compare(path: Path, config: TrainConfig) -> None:
         before = None
     if not isinstance(before, dict):
         raise UserError(f"resume_from_checkpoint: {path / 'config.yaml'} is damaged; restore it")
+    before = asdict(TrainConfig()) | before  # settings that are newer than the run
     for name, value in asdict(config).items():
-        if name not in MAY_CHANGE and _resolved(before.get(name)) != _resolved(value):
+        if name not in MAY_CHANGE and _resolved(before[name]) != _resolved(value):
             raise UserError(
-                f"resume_from_checkpoint: {path} was run with {name} {before.get(name)}, and now "
+                f"resume_from_checkpoint: {path} was run with {name} {before[name]}, and now "
                 f"{name} is {value}; give the same, or start a new run in another --output_dir"
             )
 

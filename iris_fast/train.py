@@ -28,7 +28,7 @@ from iris_fast.checkpoint import Progress
 from iris_fast.distributed import Interrupted, Ranks, StopSignal
 from iris_fast.errors import UserError, tell
 from iris_fast.estimate import Estimate, check_fits, estimate, this_gpu
-from iris_fast.inputs import Inputs, choose_attention, open_inputs
+from iris_fast.inputs import Inputs, check_device, open_inputs
 from iris_fast.log import Log, require_tracker, rollout_metrics
 from iris_fast.models.compilation import require_compiler
 from iris_fast.models.janus import Janus
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> None:
             return dry_run(config, ranks)
         folder = run_folder.choose(config, ranks)
         require_tracker(config.report_to)
-        choose_attention(config, ranks.device)
+        check_device(config, ranks.device)
         if config.torch_compile:
             require_compiler(ranks.device)
         rewards = load_rewards(config.reward_funcs)
@@ -102,6 +102,8 @@ def tell_end(step: int, folder: run_folder.RunFolder, config: TrainConfig) -> No
 
 def dry_run(config: TrainConfig, ranks: Ranks) -> None:
     """Print what the run will need; UserError if that does not fit."""
+    if ranks.device.type == "cuda":  # else the estimate is for other machines than this one
+        check_device(config, ranks.device)
     needs = estimate_run(config, open_inputs(config, torch.float32), ranks)
     if ranks.is_first:
         print(needs.table())

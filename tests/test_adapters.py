@@ -113,6 +113,12 @@ def test_what_cannot_be_made_is_refused(settings, message):
         TrainConfig(use_peft=True, **settings)
 
 
+@pytest.mark.parametrize("setting", [{"lora_r": 4}, {"lora_target_modules": ["q_proj"]}])
+def test_adapters_that_were_not_asked_for_are_not_left_out_silently(setting):
+    with pytest.raises(UserError, match="add --use_peft true"):
+        TrainConfig(**setting)
+
+
 def test_without_peft_it_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"use_peft: true needs peft.*pip install peft"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,24 @@ def test_resuming_a_finished_run_changes_nothing(finished_run, here):
     train(resumed)
     changed = {name for name, digest in tree(finished_run).items() if before[name] != digest}
     assert changed <= {".launch"}
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(here):
+    train(quick("run", max_steps=1))
+    config = here / "run" / "config.yaml"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("kv_cache_dtype")))
+    (state,) = (here / "run").glob("checkpoints/*/state.json")
+    fields = json.loads(state.read_text())
+    del fields["lora"]
+    state.write_text(json.dumps(fields))
+    manifest = json.loads((state.parent / "manifest.json").read_text())
+    data = state.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    manifest["files"]["state.json"] = {"bytes": len(data), "sha256": digest}
+    (state.parent / "manifest.json").write_text(json.dumps(manifest))
+    train(quick("run", max_steps=2, resume_from_checkpoint=True))
+    assert [row["step"] for row in metrics("run")] == [1, 2]
 
 
 def test_more_steps_go_on_from_the_end(here):
