@@ -33,6 +33,7 @@ class _Parser(jsonargparse.ArgumentParser):
             r"\2 is no list of \1",
             line,
         )
+        line = re.sub(r"Expected a list\. Got value: (.*)", r"\1 is no list of str", line)
         line = re.sub(r": ([^[]+) is no list of \w+$", r"\g<0>; write it as [\1]", line)
         line = re.sub(
             r"argument --(\w+): expected one argument",

@@ -253,6 +253,7 @@ def test_a_typo_is_answered_before_torch_is_imported(here, module):
         (["--cot"], "write --cot VALUE, a switch as --cot true"),
         (["--cot", "maybe"], "cot: maybe is neither true nor false"),
         (["--reward_funcs", "image_nsc"], "image_nsc is no list of str; write it as [image_nsc]"),
+        (["--lora_target_modules", "q_proj"], "q_proj is no list of str; write it as [q_proj]"),
         (
             ["--resume_from_checkpoint", "runs/a/checkpoints/step_1"],
             "write --resume_from_checkpoint true, and the run's folder as --output_dir",
