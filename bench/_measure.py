@@ -20,9 +20,9 @@ CEILINGS = "ceilings"  # the suite that measures the machine, before all others
 
 class Bench:
     """Measures cases on one device. `failures` holds in words what went wrong, `profiles` what
-    `profile` found, if `profiling`."""
+    `profile` found."""
 
-    def __init__(self, device: torch.device, ceilings: Iterable[Row] = (), profiling: bool = False):
+    def __init__(self, device: torch.device, ceilings: Iterable[Row] = ()):
         self.device = device
         self.clock = clock_for(device)
         self.failures: list[str] = []

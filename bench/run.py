@@ -24,7 +24,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from bench._rows import Measured, make_row
 
@@ -172,14 +172,6 @@ def run_one(stem: str, out: Path, profiling: bool) -> int:
     return int(bool(bench.failures))
 
 
-def leave(status: int) -> NoReturn:
-    """End the process as it is: taking the interpreter down aborts now and then where a process
-    group was (gloo's threads outlive it), and all rows are on disk."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 def _rows(stem: str, suite: str, bench: Any) -> Iterator[dict[str, Any]]:
     module = importlib.import_module(f"bench.{stem}")
     if hasattr(module, "rows"):
@@ -225,6 +217,8 @@ def main() -> int:
     parser.add_argument("--profiling", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
+        from iris_fast.distributed import leave  # imports torch: not for what starts the children
+
         leave(run_one(arguments.child, arguments.out, arguments.profiling))
 
     document = {"head": head(arguments.commit), "rows": []}

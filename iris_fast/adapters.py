@@ -73,32 +73,34 @@ def adapted_layers(policy: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in policy.named_modules() if hasattr(layer, "lora_A")}
 
 
+def merged_weight(layer: Any) -> Tensor:
+    """W + alpha / r * B A of one of peft's layers, whole, in float32."""
+    weights = (layer.get_base_layer(), layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
+    base, down, up = (full(part.weight.detach()) for part in weights)
+    return base.float() + layer.scaling[ADAPTER] * (up @ down)
+
+
 def whole_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and whole values (gathered if sharded) of the plain model that `policy` amounts to."""
     layers = adapted_layers(policy)
     for name, parameter in policy.named_parameters():
         if is_adapter(name):
             continue
-        value = full(parameter.detach())
         place, adapted, leaf = name.rpartition(BASE)
         if not adapted:
-            yield name, value
+            yield name, full(parameter.detach())
         elif leaf == "weight":
-            layer = layers[place]
-            down = full(layer.lora_A[ADAPTER].weight.detach())
-            up = full(layer.lora_B[ADAPTER].weight.detach())
-            yield f"{place}.{leaf}", value.float() + layer.scaling[ADAPTER] * (up @ down)
+            yield f"{place}.{leaf}", merged_weight(layers[place])
         else:
-            yield f"{place}.{leaf}", value
+            yield f"{place}.{leaf}", full(parameter.detach())
 
 
 @torch.no_grad()
 def merge(policy: nn.Module) -> None:
-    """Make an adapted model on one device a plain one: W + alpha / r * B A in place of W."""
-    values = dict(whole_weights(policy))
+    """Make an adapted model on one device a plain one, layer by layer."""
     for name, layer in adapted_layers(policy).items():
         plain = layer.get_base_layer()
-        plain.weight.copy_(values[f"{name}.weight"])
+        plain.weight.copy_(merged_weight(layer))
         policy.set_submodule(name, plain)
 
 

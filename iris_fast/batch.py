@@ -32,6 +32,18 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """A distribution of tokens: image logits uncond + cfg_weight * (cond - uncond), and text
+    logits, over the temperature. By default the prompt's own."""
+
+    cfg_weight: float = 1.0
+    temperature: float = 1.0
+
+
+CONDITIONAL = Guidance()
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Token sequences laid end to end, without padding, and the rows whose heads are needed.
 
@@ -49,8 +61,7 @@ class PackedBatch:
     image_rows: Tensor
     image_targets: Tensor
     unconditional_rows: Tensor  # int64, the row that guides each of `image_rows`; or none at all
-    cfg_weight: float = 1.0  # of the guidance, where there is any
-    temperature: float = 1.0  # of the distributions that the statistics are of
+    guidance: Guidance = CONDITIONAL  # the distributions that the statistics are of
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`."""

@@ -333,19 +333,13 @@ class TrainConfig(SamplingConfig):
 
     def _check_no_lora(self) -> None:
         """Raise UserError where settings of adapters are given and none are asked for."""
-        for setting in dataclasses.fields(self):
-            if setting.name.startswith("lora_"):
-                unset = (
-                    setting.default_factory()
-                    if setting.name == "lora_target_modules"
-                    else (setting.default)
-                )
-                value = getattr(self, setting.name)
-                if value != unset:
-                    raise UserError(
-                        f"{setting.name}: {value} is of adapters, and none are trained; add "
-                        "--use_peft true, or leave it out"
-                    )
+        kind = TrainConfig
+        usual = {"lora_r": kind.lora_r, "lora_alpha": kind.lora_alpha}
+        for name, value in (usual | {"lora_target_modules": list(PROJECTIONS)}).items():
+            require(
+                getattr(self, name) == value, name, getattr(self, name), "it is of adapters, and "
+                "none are trained: add --use_peft true, or leave it out",
+            )  # fmt: skip
 
     @property
     def prompts_per_step(self) -> int:

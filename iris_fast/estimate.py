@@ -186,11 +186,10 @@ def check_fits(found: Estimate, config: TrainConfig) -> None:
         return
     limit = FREE_SHARE * found.gpu.memory_bytes
     moments, kept = found.always_bytes[f"moments, {config.optim}"], _moment_bytes(config)
+    smallest = _moment_bytes(replace(config, optim="adamw_torch_8bit"))
     savings = {
         "add --offload_reference true": found.always_bytes["reference"],
-        "add --optim adamw_torch_8bit": 0.0
-        if config.use_peft
-        else moments * (1 - MOMENT_BYTES["adamw_torch_8bit"] / kept),
+        "add --optim adamw_torch_8bit": moments * max(0.0, 1 - smallest / kept),
     }
     enough = [
         name for name, saved in savings.items() if saved and found.peak_bytes - saved <= limit

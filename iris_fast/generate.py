@@ -23,7 +23,7 @@ from tqdm import tqdm
 from iris_fast import distributed
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, tell, writing
-from iris_fast.inputs import check_device, choose_attention, open_inputs
+from iris_fast.inputs import check_device, open_inputs, use_attention
 from iris_fast.pictures import decode_images, save_png
 from iris_fast.rollout import Sampler
 
@@ -45,8 +45,7 @@ def generate(config: GenerateConfig) -> None:
         opened = inputs.checkpoint
         model, vq = opened.model.to(ranks.device), opened.vq.to(ranks.device)
         model.requires_grad_(False).model.language_model.fuse()
-        head_dim = model.config.decoder.head_dim
-        model.attn_implementation = choose_attention(config, ranks.device, head_dim)
+        use_attention(model, config, ranks.device)
         sampler = Sampler(model, opened.tokenizer, config, inputs.image_tokens, config.greedy)
         mine = range(ranks.rank, len(paths), ranks.world_size)
         codes = torch.zeros(len(paths), inputs.image_tokens, dtype=torch.int64)

@@ -9,6 +9,7 @@ import torch
 from iris_fast.batch import Prompt
 from iris_fast.config import SamplingConfig
 from iris_fast.errors import UserError, require
+from iris_fast.models.janus import Janus
 from iris_fast.models.layouts import JanusCheckpoint, load_janus
 from iris_fast.models.packed_attention import choose
 from iris_fast.models.templates import (
@@ -45,6 +46,12 @@ def choose_attention(
     `head_dim` before anything is loaded: UserError for what no model would change."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     return choose(config.attn_implementation, device, dtype, head_dim)
+
+
+def use_attention(model: Janus, config: SamplingConfig, device: torch.device) -> None:
+    """Give `model` the attention that the settings mean on this device; UserError as `choose`."""
+    head_dim = model.config.decoder.head_dim
+    model.attn_implementation = choose_attention(config, device, head_dim)
 
 
 def check_device(config: SamplingConfig, device: torch.device) -> None:

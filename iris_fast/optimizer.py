@@ -108,9 +108,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Train
         cosine = 0.5 * (1 + torch.cos(torch.tensor((1 - left) * torch.pi, dtype=torch.float64)))
         share = {"linear": left, "cosine": cosine.item(), "constant": 1.0}[config.lr_scheduler_type]
     for group in optimizer.param_groups:
-        if isinstance(
-            group["lr"], Tensor
-        ):  # what a compiled step reads: a number would be burnt in
+        if isinstance(group["lr"], Tensor):
+            # A compiled step reads it: a number would be burnt in.
             group["lr"].fill_(config.learning_rate * share)
         else:
             group["lr"] = config.learning_rate * share

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from iris_fast.batch import PackedBatch, Rollout
+from iris_fast.batch import CONDITIONAL, Guidance, PackedBatch, Rollout
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """The distribution that was sampled from: logits uncond + cfg_weight * (cond - uncond), and
-    text logits, over the temperature."""
-
-    cfg_weight: float
-    temperature: float
-
-
-def pack(rollout: Rollout, guidance: Guidance | None = None) -> tuple[PackedBatch, Tensor]:
+def pack(rollout: Rollout, guidance: Guidance = CONDITIONAL) -> tuple[PackedBatch, Tensor]:
     """The packed batch of a rollout's text and image sequences, and `sample_M`.
 
     Each sample gives the sequences [CoT prompt, CoT] (if it has one) and [image prompt, codes],
     less the last token, which predicts nothing. M, the trained tokens, counts the text rows of all
     samples first, then the image rows; `sample_M` [M] int64 is the sample of each.
 
-    With `guidance` a sample also gives [unconditional prompt, codes], whose rows guide the image's.
+    Guided, a sample also gives [unconditional prompt, codes], whose rows guide the image's.
     """
     ids: list[int] = []
     is_image: list[bool] = []
@@ -49,7 +38,7 @@ def pack(rollout: Rollout, guidance: Guidance | None = None) -> tuple[PackedBatc
         if rollout.cot_ids[sample]:
             append("text", sample, rollout.cot_prompt_ids[sample], rollout.cot_ids[sample])
         append("image", sample, rollout.image_prompt_ids[sample], codes)
-        if guidance is not None and rollout.unconditional_prompt_ids[sample]:
+        if guidance.cfg_weight != 1:
             append("unconditional", sample, rollout.unconditional_prompt_ids[sample], codes)
     packed = PackedBatch(
         token_ids_T=torch.tensor(ids),
@@ -61,7 +50,6 @@ def pack(rollout: Rollout, guidance: Guidance | None = None) -> tuple[PackedBatc
         image_rows=torch.tensor(rows["image"], dtype=torch.int64),
         image_targets=torch.tensor(targets["image"], dtype=torch.int64),
         unconditional_rows=torch.tensor(rows["unconditional"], dtype=torch.int64),
-        cfg_weight=1.0 if guidance is None else guidance.cfg_weight,
-        temperature=1.0 if guidance is None else guidance.temperature,
+        guidance=guidance,
     )
     return packed, torch.tensor(samples["text"] + samples["image"])

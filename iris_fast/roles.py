@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from iris_fast import adapters, distributed
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
-from iris_fast.inputs import Inputs, choose_attention
+from iris_fast.inputs import Inputs, use_attention
 from iris_fast.models.compilation import compile_blocks
 from iris_fast.models.janus import Janus
 from iris_fast.models.vq import VQModel
@@ -38,8 +38,7 @@ def assign(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
     opened = inputs.checkpoint
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy, vq = opened.model, opened.vq.to(ranks.device)
-    head_dim = opened.config.decoder.head_dim
-    policy.attn_implementation = choose_attention(config, ranks.device, head_dim)
+    use_attention(policy, config, ranks.device)
     frozen = frozen_copy(policy, dtype, ranks.device)
     frozen.model.language_model.fuse()
     sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)

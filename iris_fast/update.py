@@ -11,12 +11,12 @@ import torch
 from iris_kernels import TokenStats
 from torch import Tensor, nn
 
-from iris_fast.batch import PackedBatch, Rollout, Scored
+from iris_fast.batch import CONDITIONAL, Guidance, PackedBatch, Rollout, Scored
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks, full, give_up_pass
 from iris_fast.errors import UserError
 from iris_fast.loss import Loss, direct_loss, grpo_loss, token_weights, truncated_importance
-from iris_fast.packing import Guidance, pack
+from iris_fast.packing import pack
 
 # A model: statistics of a packed batch's text and image targets.
 Forward = Callable[[PackedBatch], tuple[TokenStats, TokenStats]]
@@ -29,7 +29,6 @@ class MicroBatch:
     rollout: Rollout
     sample_M: Tensor  # which of the rollout's samples a token is of; on the CPU
     packed: PackedBatch
-    guidance: Guidance | None
     advantage_M: Tensor
     weight_M: Tensor
     rollout_logprob_M: Tensor  # the sampler's: for the mismatch that is logged, and tis
@@ -44,7 +43,7 @@ class MicroBatch:
         cut = []
         for chosen in torch.arange(len(self.rollout.prompts)).chunk(pieces):
             rollout = self.rollout.take(chosen.tolist())
-            packed, sample_M = pack(rollout, self.guidance)
+            packed, sample_M = pack(rollout, self.packed.guidance)
             kept_M = torch.isin(self.sample_M, chosen).to(self.advantage_M.device)
             values = {
                 name: None if value is None else value[kept_M]
@@ -97,7 +96,7 @@ def prepare(
     per_batch = samples // config.gradient_accumulation_steps
     tokens = int(rollout.text.mask.sum() + rollout.image.mask.sum())
     tokens_per_rank = ranks.total(tokens) / ranks.world_size
-    guidance = None
+    guidance = CONDITIONAL
     if config.policy_distribution == "guided":
         guidance = Guidance(config.cfg_weight, config.temperature)
     batches = []
@@ -115,8 +114,8 @@ def prepare(
             accumulation=config.gradient_accumulation_steps,
         )
         drawn = [part.text, part.image]
-        stats = [getattr(trace, config.policy_distribution).logprob for trace in drawn]
-        rollout_M = torch.cat([lp[t.mask] for lp, t in zip(stats, drawn, strict=True)])
+        trained = config.policy_distribution
+        rollout_M = torch.cat([getattr(trace, trained).logprob[trace.mask] for trace in drawn])
         packed = packed.to(device)
         old_M = None
         if old_logprobs is not None:
@@ -128,7 +127,6 @@ def prepare(
                 rollout=part,
                 sample_M=sample_M,
                 packed=packed,
-                guidance=guidance,
                 advantage_M=scored.advantage_N[chosen][sample_M].to(device),
                 weight_M=weight_M.to(device),
                 rollout_logprob_M=rollout_M.to(device),

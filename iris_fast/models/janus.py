@@ -148,9 +148,9 @@ class Janus(nn.Module):
         """Statistics of the text targets and of the image targets of a packed batch.
 
         Each field is fp32, shaped like `packed.text_targets` and `packed.image_targets`
-        (`iris_kernels.token_stats` defines them), of the distributions at `packed.temperature`;
-        either may be empty. Only the rows that predict something are projected by the heads, and
-        their logits are never held as a whole. Guidance mixes what the image head's last layer
+        (`iris_kernels.token_stats` defines them), of the distributions that `packed.guidance`
+        names; either may be empty. Only the rows that predict something are projected by the heads,
+        and their logits are never held as a whole. Guidance mixes what the image head's last layer
         takes instead of what it gives: that layer is affine and the weights of the mix add up to 1,
         so the logits are the same. All of it happens inside this one call, since that is when FSDP
         has the weights gathered.
@@ -164,7 +164,7 @@ class Janus(nn.Module):
             hidden_TD.index_select(0, packed.text_rows),
             self.lm_head.weight,
             packed.text_targets,
-            temperature=packed.temperature,
+            temperature=packed.guidance.temperature,
         )
         head = self.model.generation_head
         image = iris_kernels.linear_token_stats(
@@ -172,7 +172,7 @@ class Janus(nn.Module):
             head.vision_head.weight,
             packed.image_targets,
             head.vision_head.bias,
-            temperature=packed.temperature,
+            temperature=packed.guidance.temperature,
         )
         return text, image
 
@@ -182,7 +182,7 @@ class Janus(nn.Module):
         if not len(packed.unconditional_rows):
             return cond
         uncond = head.hidden(hidden_TD.index_select(0, packed.unconditional_rows)).float()
-        return (uncond + packed.cfg_weight * (cond.float() - uncond)).to(cond.dtype)
+        return (uncond + packed.guidance.cfg_weight * (cond.float() - uncond)).to(cond.dtype)
 
     def _embed_packed(self, packed: PackedBatch) -> Tensor:
         # Both embeddings run on all rows and `where` picks: the rows of one kind cannot be counted

@@ -12,7 +12,7 @@ from janus_reference import (
     packed_hidden,
 )
 
-from iris_fast.batch import PackedBatch
+from iris_fast.batch import Guidance, PackedBatch
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.layouts import load_janus
 from iris_fast.models.templates import get_template, image_prompt_ids
@@ -114,7 +114,7 @@ def random_pack(config, text_lengths, image_lengths, prompt=3, temperature=1.0) 
         image_rows=tensor(rows[True], dtype=torch.int64),
         image_targets=tensor(targets[True], dtype=torch.int64),
         unconditional_rows=tensor([], dtype=torch.int64),
-        temperature=temperature,
+        guidance=Guidance(temperature=temperature),
     )
 
 
