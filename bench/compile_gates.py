@@ -23,10 +23,15 @@ from pathlib import Path
 
 import torch
 import triton
+from iris_kernels._eight_bits import FP8
 from iris_kernels._row_math import Columns
 from iris_kernels._stats_triton import backward_triton, forward_triton
-from iris_kernels.decode_attention import FP8, decode_triton
+from iris_kernels.add_rms_norm import add_rms_norm_triton
+from iris_kernels.decode_attention import decode_triton
 from iris_kernels.guided_sample import sample_triton
+from iris_kernels.quantize_rows import quantize_rows_triton
+from iris_kernels.rope_append import rope_append_triton
+from iris_kernels.silu_mul import silu_mul_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -34,6 +39,7 @@ from triton.runtime.jit import JITFunction
 ARCHITECTURES = (80, 90, 100)
 VOCABULARIES = (16384, 102400, 151936)
 HEAD_WIDTHS = (64, 128)
+WIDTHS = ((2048, 5632), (4096, 11008))  # hidden and intermediate, of Janus-Pro-1B and 7B
 FP8_FROM = 89  # older GPUs have no e4m3
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -172,16 +178,37 @@ CASES: dict[str, Callable[[int, torch.dtype], None]] = {
 }
 
 
-def _decode(width: int, dtype: torch.dtype, kept: torch.dtype | None = None) -> None:
-    """64 sequences of 16 heads, with a shared prefix; caches in `kept`, or like the query."""
+def _cache(rows: int, length: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(rows, 16, length, width, dtype=dtype, device="meta")
 
-    def cache(rows: int, length: int) -> torch.Tensor:
-        return torch.empty(rows, 16, length, width, dtype=kept or dtype, device="meta")
 
+def _decode(width: int, dtype: torch.dtype, kept: torch.dtype) -> None:
+    """64 sequences of 16 heads, with a shared prefix; caches in `kept`."""
     query = torch.empty(64, 16, width, dtype=dtype, device="meta")
     lengths, index = _rows(2, 64, torch.int32)
-    prefix = (cache(9, 64), cache(9, 64), lengths, index)
-    decode_triton(query, cache(64, 576), cache(64, 576), lengths, prefix, width**-0.5)
+    own, shared = (
+        [_cache(rows, n, width, kept) for _ in range(2)] for rows, n in ((64, 576), (9, 64))
+    )
+    decode_triton(query, *own, lengths, (*shared, lengths, index), width**-0.5)
+
+
+def _append(width: int, dtype: torch.dtype, kept: torch.dtype) -> None:
+    """Query, key and value of 64 sequences out of one projection."""
+    fused = torch.empty(64, 48, width, dtype=dtype, device="meta")
+    tables = [torch.empty(64, width // 2, device="meta") for _ in range(2)]
+    caches = [_cache(64, 576, width, kept) for _ in range(2)]
+    rope_append_triton(*fused.split(16, dim=1), *tables, *caches, *_rows(1, 64, torch.int64))
+
+
+def _between_products(hidden: int, inner: int, dtype: torch.dtype) -> None:
+    stream, delta = (torch.empty(64, hidden, dtype=dtype, device="meta") for _ in range(2))
+    add_rms_norm_triton(stream, delta, *_rows(1, hidden, dtype), 1e-6)
+    silu_mul_triton(torch.empty(64, 2 * inner, dtype=dtype, device="meta"))
+
+
+def _quantize(hidden: int, inner: int) -> None:
+    for width in (hidden, inner):
+        quantize_rows_triton(torch.empty(64, width, dtype=torch.bfloat16, device="meta"))
 
 
 def _cases(vocabularies) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -191,13 +218,20 @@ def _cases(vocabularies) -> Iterator[tuple[str, Callable[[], None]]]:
             for V in vocabularies:
                 yield f"{name} V={V} {of_type}", partial(launch, V, dtype)
         for width in HEAD_WIDTHS:
-            yield f"decode_attention Dh={width} {of_type}", partial(_decode, width, dtype)
+            yield f"decode_attention Dh={width} {of_type}", partial(_decode, width, dtype, dtype)
+            yield f"rope_append Dh={width} {of_type}", partial(_append, width, dtype, dtype)
+        for sizes in WIDTHS:
+            launch = partial(_between_products, *sizes, dtype)
+            yield f"add_rms_norm, silu_mul D={sizes[0]} {of_type}", launch
 
 
 def _fp8_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    dtype = torch.bfloat16
     for width in HEAD_WIDTHS:
-        launch = partial(_decode, width, torch.bfloat16, FP8)
-        yield f"decode_attention Dh={width} bfloat16, fp8 cache", launch
+        yield f"decode_attention Dh={width} fp8 cache", partial(_decode, width, dtype, FP8)
+        yield f"rope_append Dh={width} fp8 cache", partial(_append, width, dtype, FP8)
+    for sizes in WIDTHS:
+        yield f"quantize_rows D={sizes[0]} and {sizes[1]}", partial(_quantize, *sizes)
 
 
 def gates(architectures=ARCHITECTURES, vocabularies=VOCABULARIES) -> Iterator[Gate]:

@@ -67,6 +67,10 @@ class SamplingConfig:
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """How keys and values are kept while drawing; fp8 (e4m3) takes half the memory and traffic of
     bfloat16, changes the tokens drawn, and needs --rollout_engine static."""
+    rollout_weight_dtype: Literal["auto", "fp8"] = "auto"
+    """How the decoder's projections are read while drawing; fp8 (e4m3, a scale a channel, and a
+    scale a row for what they are applied to) takes half the traffic of bfloat16 and holds a second
+    copy, changes the tokens drawn, and needs --rollout_engine static."""
     bf16: bool = False
     """Compute in bfloat16 (training keeps float32 master weights)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -78,10 +82,9 @@ class SamplingConfig:
             require(getattr(self, name, None) != "", name, "''", "give a value or leave it out")
         require_at_least(self, 1, "max_prompt_length", "max_completion_length")
         require_at_least(self, 0, "top_k", "temperature", "min_p")
-        if self.kv_cache_dtype == "fp8" and self.rollout_engine != "static":
-            raise UserError(
-                "kv_cache_dtype: fp8 needs the static engine; add --rollout_engine static"
-            )
+        for name in ("kv_cache_dtype", "rollout_weight_dtype"):
+            if getattr(self, name) == "fp8" and self.rollout_engine != "static":
+                raise UserError(f"{name}: fp8 needs the static engine; add --rollout_engine static")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number in (0, 1]; 1 is off")
         require(self.min_p <= 1, "min_p", self.min_p, "give a number in [0, 1]; 0 is off")
         require(math.isfinite(self.cfg_weight), "cfg_weight", self.cfg_weight, "give a number")

@@ -132,7 +132,9 @@ def estimate(
 
     # Unconditional rows share one prefix; on average half of the image is there.
     prompts = samples * (prompt_tokens + text)
-    steps_bytes = total * item + (prompts + rows * image / 2) * kv_token
+    eight_bit = block * decoder.num_layers if config.rollout_weight_dtype == "fp8" else 0
+    read = (total - eight_bit) * item + eight_bit
+    steps_bytes = read + (prompts + rows * image / 2) * kv_token
     flops = 2 * total * batch * tokens * config.gradient_accumulation_steps
     passes = 3 + config.gradient_checkpointing + bool(config.beta) + (config.num_iterations > 1)
     return Estimate(
@@ -141,7 +143,7 @@ def estimate(
             "policy": policy_bytes / world_size,
             f"moments, {config.optim}": _moment_bytes(config) * trained / world_size,
             "reference": item * total / world_size * on_gpu,
-            "sampler's copy": item * total,
+            "sampler's copy": item * total + eight_bit,
         },
         rollout_bytes={"KV cache": (prompts + rows * image) * kv_token},
         training_bytes={

@@ -44,7 +44,7 @@ def generate(config: GenerateConfig) -> None:
         refuse_to_overwrite(config, paths, ranks)
         opened = inputs.checkpoint
         model, vq = opened.model.to(ranks.device), opened.vq.to(ranks.device)
-        model.requires_grad_(False).model.language_model.fuse()
+        model.requires_grad_(False)
         use_attention(model, config, ranks.device)
         sampler = Sampler(model, opened.tokenizer, config, inputs.image_tokens, config.greedy)
         mine = range(ranks.rank, len(paths), ranks.world_size)

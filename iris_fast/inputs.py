@@ -22,7 +22,9 @@ from iris_fast.pictures import check_image_tokens
 from iris_fast.prompts import check_against, read_prompts
 from iris_fast.tiny import PROMPTS_FILE, build_tiny
 
+EIGHT_BITS = ("kv_cache_dtype", "rollout_weight_dtype")
 FP8_CAPABILITY = (8, 9)  # older GPUs cannot convert e4m3
+SCALED_PRODUCT_ON_CPU = (2, 13)  # the first torch that multiplies by row scales there
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,20 @@ def use_attention(model: Janus, config: SamplingConfig, device: torch.device) ->
 def check_device(config: SamplingConfig, device: torch.device) -> None:
     """UserError, before anything is loaded, for what this device cannot do."""
     choose_attention(config, device)
-    if config.kv_cache_dtype == "fp8" and device.type == "cuda":
-        found = torch.cuda.get_device_capability(device)
-        remedy = (
-            "it needs a GPU of compute capability 8.9 or later, this one has "
-            f"{found[0]}.{found[1]}: use --kv_cache_dtype auto"
-        )
-        require(found >= FP8_CAPABILITY, "kv_cache_dtype", "fp8", remedy)
+    for name in EIGHT_BITS:
+        if getattr(config, name) == "fp8" and device.type == "cuda":
+            found = torch.cuda.get_device_capability(device)
+            remedy = (
+                "it needs a GPU of compute capability 8.9 or later, this one has "
+                f"{found[0]}.{found[1]}: use --{name} auto"
+            )
+            require(found >= FP8_CAPABILITY, name, "fp8", remedy)
+    if config.rollout_weight_dtype == "fp8":
+        remedy = "on a GPU it multiplies in bfloat16: add --bf16 true"
+        require(config.bf16 or device.type == "cpu", "rollout_weight_dtype", "fp8", remedy)
+        remedy = f"on a CPU it needs torch 2.13, this is {torch.__version__}"
+        enough = device.type == "cuda" or torch.__version__ >= SCALED_PRODUCT_ON_CPU
+        require(enough, "rollout_weight_dtype", "fp8", remedy)
 
 
 def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:

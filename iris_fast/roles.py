@@ -40,7 +40,6 @@ def assign(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
     policy, vq = opened.model, opened.vq.to(ranks.device)
     use_attention(policy, config, ranks.device)
     frozen = frozen_copy(policy, dtype, ranks.device)
-    frozen.model.language_model.fuse()
     sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
     reference: Janus | adapters.Base | None = None
     lora = adapters.Lora.of(config)

@@ -20,6 +20,7 @@ from iris_fast.batch import Prompt, Rollout, Trace
 from iris_fast.config import SamplingConfig
 from iris_fast.engine import Record, run_steps
 from iris_fast.models.attention import KVCache, rows_and_positions
+from iris_fast.models.fused_decoder import FusedDecoder
 from iris_fast.models.janus import Janus
 from iris_fast.models.shared_cache import Beginnings, SharedKVCache
 from iris_fast.models.templates import (
@@ -71,6 +72,12 @@ class Sampler:
         """The chain-of-thought instruction, read once: a file edited later changes no run."""
         return load_instruction(self.config.cot_instruction)
 
+    @functools.cached_property
+    def fused(self) -> FusedDecoder:
+        """The static engine's decoder, of this model's weights and made once."""
+        decoder = self.janus.model.language_model
+        return FusedDecoder(decoder, self.config.rollout_weight_dtype)
+
     @torch.no_grad()
     def rollout(
         self,
@@ -82,6 +89,8 @@ class Sampler:
 
         `pause` is called from time to time, equally often on every rank, and may raise.
         """
+        if self.static:
+            self.fused.refresh()  # weights may have been written since
         template = TEMPLATES[self.config.template]
         cot_prompt_ids: list[list[int]] = [[] for _ in prompts]
         cot_ids: list[list[int]] = [[] for _ in prompts]
@@ -130,8 +139,7 @@ class Sampler:
         ended_N = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
 
         def step() -> None:
-            hidden_ND = self.janus.decode(embeds_ND, cache.positions_B, cache.decode())
-            cache.advance()
+            hidden_ND = self._decode(embeds_ND, cache)
             sampled = self._sample(self.janus.text_logits(hidden_ND), None, record.draws_N())
             record.write(sampled)
             ended_N.logical_or_(sampled.token_ids == self.tokenizer.eos_id)
@@ -164,8 +172,7 @@ class Sampler:
         embeds_BD, cache = self._start(rows, room=self.image_tokens)
 
         def step() -> None:
-            hidden_BD = self.janus.decode(embeds_BD, cache.positions_B, cache.decode())
-            cache.advance()
+            hidden_BD = self._decode(embeds_BD, cache)
             logits_BK = self.janus.image_logits(hidden_BD)
             cond, uncond = logits_BK.chunk(2) if guided else (logits_BK, None)
             sampled = self._sample(cond, uncond, record.draws_N())
@@ -195,6 +202,14 @@ class Sampler:
             top_p=config.top_p,
             min_p=config.min_p,
         )
+
+    def _decode(self, embeds_BD: Tensor, cache: Cache) -> Tensor:
+        """Final-norm hidden rows of every sequence's next token, which the cache then holds."""
+        if isinstance(cache, SharedKVCache):
+            return self.fused.step(embeds_BD, cache)
+        hidden_BD = self.janus.decode(embeds_BD, cache.positions_B, cache.decode())
+        cache.advance()
+        return hidden_BD
 
     def _start(self, sequences: list[list[int]], room: int) -> tuple[Tensor, Cache]:
         """Run all but the last token of each sequence. The last tokens' embeddings [B, D], with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import attention_fakes
@@ -9,19 +10,41 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from iris_kernels import TokenStats
+from iris_kernels import TokenStats, quantize_rows
 from small_runs import set_spread
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iris_fast.batch import Prompt, Rollout
 from iris_fast.config import SamplingConfig
 from iris_fast.engine import run_steps
 from iris_fast.errors import UserError
+from iris_fast.inputs import EIGHT_BITS, SCALED_PRODUCT_ON_CPU, check_device
+from iris_fast.models.attention import PackedAttention
+from iris_fast.models.fused_decoder import FusedDecoder, Product
 from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.shared_cache import Beginnings, SharedKVCache
 from iris_fast.rollout import Sampler
 from iris_fast.tiny import build_random_tiny
 
 PROMPTS = ["a red cube", "a red cube", "a blue ball left of a cone", "x", "a red cube", "x"]
+
+needs_scaled_products = pytest.mark.skipif(
+    not torch.cuda.is_available() and torch.__version__ < SCALED_PRODUCT_ON_CPU,
+    reason="products with row scales on a CPU need torch 2.13",
+)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are more than a view."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if not op.is_view:
+            self.found[str(op)] += 1
+        return op(*args, **(kwargs or {}))
 
 
 def lively(device: str = "cpu", dtype: torch.dtype = torch.float32) -> JanusCheckpoint:
@@ -45,7 +68,6 @@ def draw(opened: JanusCheckpoint, engine: str, **settings: Any) -> Rollout:
 def test_both_engines_draw_the_same(settings):
     opened = lively()
     plain = draw(opened, "plain", **settings)
-    opened.model.model.language_model.fuse()
     static = draw(opened, "static", **settings)
     assert static.cot_ids == plain.cot_ids
     assert static.codes_NI.tolist() == plain.codes_NI.tolist()
@@ -87,9 +109,51 @@ def test_keys_beyond_the_range_of_fp8_are_kept_at_its_end():
     assert drawn.image.guided.logprob.isfinite().all()
 
 
-def test_fp8_needs_the_static_engine():
-    with pytest.raises(UserError, match=r"kv_cache_dtype.*add --rollout_engine static"):
-        SamplingConfig(kv_cache_dtype="fp8")
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_fp8_needs_the_static_engine(name):
+    with pytest.raises(UserError, match=rf"{name}.*add --rollout_engine static"):
+        SamplingConfig(**{name: "fp8"})
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_fp8_on_a_gpu_without_it_is_refused(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    config = SamplingConfig(rollout_engine="static", bf16=True, **{name: "fp8"})
+    with pytest.raises(UserError, match=rf"{name}.*8\.9 or later, this one has 8\.6"):
+        check_device(config, torch.device("cuda"))
+
+
+def test_fp8_weights_on_a_gpu_need_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    config = SamplingConfig(rollout_engine="static", rollout_weight_dtype="fp8")
+    with pytest.raises(UserError, match=r"rollout_weight_dtype.*add --bf16 true"):
+        check_device(config, torch.device("cuda"))
+
+
+@needs_scaled_products
+def test_fp8_weights_draw_from_almost_the_same_distributions():
+    opened = lively()
+    exact = draw(opened, "static", cot=True)
+    eight = draw(opened, "static", cot=True, rollout_weight_dtype="fp8")
+    first = (exact.text.conditional.entropy - eight.text.conditional.entropy)[:, 0].abs()
+    assert 0 < first.max() < 0.2  # of about 3 nats, before the two draw different tokens
+
+
+@needs_scaled_products
+def test_fp8_weights_follow_those_they_are_made_of():
+    """A sampler that has drawn before draws as one that is made after the weights were written."""
+    used, fresh = (lively() for _ in range(2))
+    settings = {"rollout_engine": "static", "rollout_weight_dtype": "fp8"}
+    config = SamplingConfig(max_completion_length=7, **settings)
+    samplers = [Sampler(o.model, o.tokenizer, config, image_tokens=9) for o in (used, fresh)]
+    prompts, numbers = [Prompt(text) for text in PROMPTS], list(range(len(PROMPTS)))
+    before = samplers[0].rollout(prompts, numbers).codes_NI
+    for opened in (used, fresh):
+        generator = torch.Generator().manual_seed(3)
+        for weight in opened.model.model.language_model.layers.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    after = [sampler.rollout(prompts, numbers).codes_NI.tolist() for sampler in samplers]
+    assert after[0] == after[1] != before.tolist()
 
 
 def test_auto_is_plain_on_a_cpu():
@@ -152,21 +216,54 @@ def test_steps_end_when_told_to():
     assert run_steps(lambda: None, 4, torch.device("cpu"), False, lambda done: False) == 4
 
 
-# --- Fused products -------------------------------------------------------------------------------
+# --- The fused decoder ----------------------------------------------------------------------------
 
 
-def test_fused_products_follow_weights_written_in_place():
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_follows_weights_written_in_place(bias):
+    layers = [torch.nn.Linear(48, size, bias=bias).requires_grad_(False) for size in (32, 16)]
+    product, x = Product(*layers), torch.randn(5, 48)
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    together = torch.cat([layer(x) for layer in layers], dim=-1)
+    torch.testing.assert_close(product(x), together)
+
+
+@needs_scaled_products
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_fp8_product_is_that_of_what_is_kept(bias):
+    layer = torch.nn.Linear(48, 32, bias=bias).requires_grad_(False)
+    product, x = Product(layer, weight_dtype="fp8"), torch.randn(5, 48) * 9
+    layer.weight.copy_(torch.randn(32, 48))
+    product.refresh()
+    weight, rows = (q.values.float() * q.scales for q in map(quantize_rows, (layer.weight, x)))
+    expected = torch.nn.functional.linear(rows, weight, layer.bias)
+    torch.testing.assert_close(product(x), expected, rtol=1e-4, atol=1e-4)
+    error = (expected - layer(x)).norm() / layer(x).norm()
+    assert 0.005 < error < 0.05
+
+
+def test_sizes_that_fp8_products_cannot_take_are_refused():
+    with pytest.raises(ValueError, match=r"that 16 divides, these layers have \(8, 48\)"):
+        Product(torch.nn.Linear(48, 8), weight_dtype="fp8")
+
+
+def test_a_fused_step_is_the_modules_in_few_launches():
     opened = lively()
     decoder = opened.model.model.language_model
-    layer = decoder.layers[0]
-    x = torch.randn(5, decoder.config.hidden_size)
-    names = dict(decoder.named_parameters()).keys()
-    decoder.fuse()
-    assert dict(decoder.named_parameters()).keys() == names
-    for linear in (layer.self_attn.k_proj, layer.mlp.up_proj):
-        linear.weight.copy_(torch.randn_like(linear.weight))
-    torch.testing.assert_close(layer.self_attn._fused(x)[1], layer.self_attn.k_proj(x))
-    torch.testing.assert_close(layer.mlp._fused(x)[1], layer.mlp.up_proj(x))
+    cache = SharedKVCache(decoder.config, Beginnings.of([[1, 2, 3], [1, 2]]), room=2)
+    embeds = opened.model.embed_text(torch.tensor([1, 2, 3, 7, 8]))
+    decoder(embeds[:3], torch.arange(3), cache.prefill())
+    fused, launched = FusedDecoder(decoder), Counter()
+    with Launches(launched):
+        step = fused.step(embeds[3:], cache)
+    for b, length in enumerate((3, 2)):
+        rows = torch.cat([embeds[:length], embeds[3 + b : 4 + b]])
+        whole = decoder(rows, torch.arange(length + 1), PackedAttention([length + 1]))
+        torch.testing.assert_close(step[b], whole[-1], rtol=1e-5, atol=1e-5)
+    # Four products, attention, two norms, rotation and gate; a copy, a norm, positions and lengths.
+    assert launched.total() == 9 * decoder.config.num_layers + 7, launched
 
 
 # --- On a GPU -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import metrics, quick, tensors
+from torch.distributed.fsdp import FSDPModule
 
 from iris_fast import distributed
 from iris_fast.batch import Scored
@@ -98,6 +99,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(loss_type):
 # --- Out of memory --------------------------------------------------------------------------------
 
 
+GOES_ON = hasattr(FSDPModule, "reset_iter_state")
+
+
 class RunsOutOnce(torch.autograd.Function):
     """Nothing to do forward; the first backward pass ends here, after the blocks behind."""
 
@@ -132,6 +136,7 @@ def run_out_above(limit: int, step: Step, monkeypatch, pieces: Pieces) -> tuple[
         return step.update(batches, pieces), tried
 
 
+@pytest.mark.skipif(not GOES_ON, reason="going on after out of memory needs torch 2.13")
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkeypatch, loss_type):
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
@@ -152,6 +157,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkeypatch, l
         assert differs.float().mean() < 0.01, name
 
 
+@pytest.mark.skipif(not GOES_ON, reason="going on after out of memory needs torch 2.13")
 def test_gradients_of_a_backward_pass_that_ran_out_do_not_count():
     whole = gradients()
     with one_step() as step:
@@ -165,6 +171,7 @@ def test_gradients_of_a_backward_pass_that_ran_out_do_not_count():
     assert_same_gradients(found, whole)
 
 
+@pytest.mark.skipif(not GOES_ON, reason="going on after out of memory needs torch 2.13")
 def test_a_single_sample_that_does_not_fit_is_told(monkeypatch):
     with one_step() as step:
         before = step.weights()

@@ -76,29 +76,6 @@ def apply_rope(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + rotated * sin).to(x_THd.dtype)
 
 
-# x [T, D] -> the outputs of several linear layers
-Fused = Callable[[Tensor], tuple[Tensor, ...]]
-
-
-def lay_side_by_side(*layers: nn.Linear) -> Fused:
-    """Move the layers' weights into one allocation, and return the one product that applies all.
-
-    The layers stay what they are: their parameters become views of it, so weights written to them
-    in place are seen here. For frozen weights on their final device; moving the module afterwards
-    would part them.
-    """
-    sizes = [layer.out_features for layer in layers]
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    bias = None
-    if layers[0].bias is not None:
-        bias = torch.cat([layer.bias.detach() for layer in layers])
-        for layer, part in zip(layers, bias.split(sizes), strict=True):
-            layer.bias.data = part
-    for layer, part in zip(layers, weight.split(sizes), strict=True):
-        layer.weight.data = part
-    return lambda x_TD: F.linear(x_TD, weight, bias).split(sizes, dim=-1)
-
-
 @functools.cache
 def head_splitter(head_dim: int) -> Callable[[Tensor], Tensor]:
     """[T, H * d] -> [T, H, d].
@@ -121,20 +98,12 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_kv_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_heads * config.head_dim, width, bias=False)
-        self._fused: Fused | None = None
-
-    def fuse(self) -> None:
-        """From now on one product gives q, k and v."""
-        self._fused = lay_side_by_side(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: AttentionStrategy, index: int
     ) -> Tensor:
         """Context rows [T, D]."""
-        if self._fused is None:
-            parts = (project(x_TD) for project in (self.q_proj, self.k_proj, self.v_proj))
-        else:
-            parts = self._fused(x_TD)
+        parts = (project(x_TD) for project in (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = map(self._split_heads, parts)
         query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
         return self.o_proj(attention(index, query, key, value).flatten(-2))
@@ -149,19 +118,10 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self._fused: Fused | None = None
-
-    def fuse(self) -> None:
-        """From now on one product gives gate and up."""
-        self._fused = lay_side_by_side(self.gate_proj, self.up_proj)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Rows [T, D]."""
-        if self._fused is None:
-            gate, up = self.gate_proj(x_TD), self.up_proj(x_TD)
-        else:
-            gate, up = self._fused(x_TD)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
 class DecoderLayer(nn.Module):
@@ -196,12 +156,6 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def fuse(self) -> None:
-        """Fewer, larger products, for decoding with frozen weights: see `lay_side_by_side`."""
-        for layer in self.layers:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
 
     def forward(
         self, embeds_TD: Tensor, positions_T: Tensor, attention: AttentionStrategy

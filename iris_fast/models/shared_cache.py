@@ -4,7 +4,7 @@ The samples of a group share their prompt, and all unconditional rows begin BOS,
 differs is the last token and what follows it. Every step reads live entries only, through
 `iris_kernels.decode_attention`, and counts on the device: a captured CUDA graph serves all steps.
 
-Shapes: B sequences, P prefixes, J key/value heads, S slots, d head width.
+Shapes: B sequences, P prefixes, H query heads, J key/value heads, S slots, d head width.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from iris_kernels import decode_attention
+from iris_kernels import decode_attention, rope_append
 from torch import Tensor
 
 from iris_fast.models.attention import PackedAttention, rows_and_positions
-from iris_fast.models.decoder import AttentionStrategy, DecoderConfig
+from iris_fast.models.decoder import AttentionStrategy, DecoderConfig, rope_tables
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,9 @@ class SharedKVCache:
         cache = SharedKVCache(config, Beginnings.of(beginnings), room, dtype, device)
         decoder(prefix_embeds, positions, cache.prefill())      # cache.beginnings.prefixes, packed
         for _ in range(room):
-            decoder(token_embeds_BD, cache.positions_B, cache.decode())
-            cache.advance()
+            fused_decoder.step(token_embeds_BD, cache)      # it advances the cache
 
-    Neither `decode` nor `advance` touches the host: it is the caller who counts up to `room`.
+    Nothing in a step touches the host: it is the caller who counts up to `room`.
     """
 
     def __init__(
@@ -91,13 +90,12 @@ class SharedKVCache:
         self._prefix, self._own = slots(len(beginnings.prefixes), longest), slots(batch, room)
         self._index_B = torch.tensor(beginnings.index, device=device)
         self._seen_B = torch.tensor(beginnings.seen, device=device)
-        self._rows_B = torch.arange(batch, device=device)
+        positions_S = torch.arange(longest + room, device=device)
+        tables = rope_tables(positions_S, config.head_dim, config.rope_theta)
+        half = config.head_dim // 2  # both halves of a table are the same
+        self._rope = tuple(table[:, 0, :half].contiguous() for table in tables)
         self._own_B = torch.zeros(batch, dtype=torch.int64, device=device)
-
-    @property
-    def positions_B(self) -> Tensor:
-        """Position of each sequence's next token; int64, on the device."""
-        return self._seen_B + self._own_B
+        self._live_B = self._own_B + 1  # with the token under way
 
     def prefill(self) -> AttentionStrategy:
         """Strategy for the prefixes, packed in their order: causal inside each, all kept."""
@@ -114,27 +112,29 @@ class SharedKVCache:
 
         return attention
 
-    def decode(self) -> AttentionStrategy:
-        """Strategy for one new token a sequence: kept, then attending to all before it."""
-        live_B = self._own_B + 1
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each sequence's next position, [B, d / 2] fp32."""
+        position_B = self._seen_B + self._own_B
+        cos, sin = (table.index_select(0, position_B) for table in self._rope)
+        return cos, sin
 
-        def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self._own[layer_index]
-            prefix_keys, prefix_values = self._prefix[layer_index]
-            keys[self._rows_B, :, self._own_B] = self._kept(key)
-            values[self._rows_B, :, self._own_B] = self._kept(value)
-            return decode_attention(
-                query,
-                keys,
-                values,
-                live_B,
-                prefix_keys=prefix_keys,
-                prefix_values=prefix_values,
-                prefix_lengths=self._seen_B,
-                prefix_index=self._index_B,
-            )
-
-        return attention
+    def append_and_attend(
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Context [B, H, d] of one new token a sequence: its query and key turned by `rope`, key
+        and value kept, then attention to all before it."""
+        keys, values = self._own[layer_index]
+        prefix_keys, prefix_values = self._prefix[layer_index]
+        return decode_attention(
+            rope_append(query, key, value, *rope, keys, values, self._own_B),
+            keys,
+            values,
+            self._live_B,
+            prefix_keys=prefix_keys,
+            prefix_values=prefix_values,
+            prefix_lengths=self._seen_B,
+            prefix_index=self._index_B,
+        )
 
     def _kept(self, x_BJd: Tensor) -> Tensor:
         """In the cache's dtype; beyond the range of 8 bits its end, where a cast may give NaN."""
@@ -144,5 +144,6 @@ class SharedKVCache:
         return x_BJd.to(self._dtype)
 
     def advance(self) -> None:
-        """Count the tokens that a `decode` step has kept."""
+        """Count the tokens that a step has kept."""
         self._own_B += 1
+        self._live_B += 1

@@ -8,6 +8,7 @@ from torch import Tensor
 
 IGNORED = -100  # the token id that means "no token here", as in torch.nn.functional.cross_entropy
 CPU = torch.device("cpu")
+DECODING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -144,3 +145,22 @@ def check_range(name: str, value: float, right: bool, remedy: str) -> None:
     """Raise ValueError naming the `remedy` unless the value is `right`."""
     if not right:
         raise ValueError(f"{name} is {value}: pass {remedy}")
+
+
+def check_contiguous(
+    name: str, tensor: Tensor, shape: torch.Size | None = None, like: Tensor | None = None
+) -> None:
+    """Rows (..., D) without gaps in a dtype of decoding; of that `shape`, and the dtype and device
+    of `like`, where both are given."""
+    if tensor.dtype not in DECODING_DTYPES or tensor.dim() == 0 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, dtype {tensor.dtype}, strides "
+            f"{tensor.stride()}: pass (..., D) in float32, bfloat16 or float16, contiguous"
+        )
+    if like is None:
+        return
+    if (tensor.shape, tensor.dtype, tensor.device) != (shape, like.dtype, like.device):
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}: pass "
+            f"{like.dtype} of shape {tuple(shape)} on {like.device}"
+        )

@@ -19,11 +19,11 @@ from torch.cuda import get_device_capability as capability
 from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import jit, tl, triton, use_triton
+from ._eight_bits import FP8
 from ._ops import add_op_namespace_prefix
 from ._row_math import LOG2_E
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FP8 = torch.float8_e4m3fn  # 3 bits of mantissa, up to 448; Triton reads it from sm_89 on
 
 
 # --- Triton kernel --------------------------------------------------------------------------------

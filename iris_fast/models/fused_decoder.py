@@ -1,0 +1,124 @@
+"""A decoding step of few launches: `Decoder.forward` for one new token a sequence, fused.
+
+A layer is nine launches, four of them matrix products, where its modules take over forty; at the
+sizes of one token a sequence it is launches that the time goes into. The arithmetic and its
+roundings are those of the modules.
+
+With `weight_dtype="fp8"` the products read float8_e4m3fn copies of their weights, scaled by output
+channel, and get their inputs in 8 bits too, scaled by row: half the weights' traffic, and other
+logits.
+
+Shapes: B sequences, D hidden width, H query heads, J key/value heads, I MLP width, d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from iris_kernels import add_rms_norm, quantize_rows, silu_mul
+from torch import Tensor, nn
+from torch.nn.functional import ScalingType, scaled_mm
+
+from iris_fast.models.decoder import Decoder, DecoderLayer
+from iris_fast.models.shared_cache import SharedKVCache
+
+
+class Product:
+    """Linear layers that take the same input, as one matrix product.
+
+    Their weights move into one allocation. The layers stay what they are: their parameters become
+    views of it, so weights written to them in place are seen here. For frozen weights on their
+    final device; moving the module afterwards would part them.
+    """
+
+    def __init__(self, *layers: nn.Linear, weight_dtype: str = "auto") -> None:
+        """The layers' outputs follow one another in the product's."""
+        self.sizes = [layer.out_features for layer in layers]
+        self._weight = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, part in zip(layers, self._weight.split(self.sizes), strict=True):
+            layer.weight.data = part
+        self._bias = None
+        if layers[0].bias is not None:
+            self._bias = torch.cat([layer.bias.detach() for layer in layers])
+            for layer, part in zip(layers, self._bias.split(self.sizes), strict=True):
+                layer.bias.data = part
+        self._quantized = None
+        if weight_dtype == "fp8":
+            if any(size % 16 for size in self._weight.shape):
+                raise ValueError(
+                    f"weight_dtype: fp8 products take sizes that 16 divides, these layers have "
+                    f"{tuple(self._weight.shape)}: use auto"
+                )
+            self._quantized = quantize_rows(self._weight)
+
+    def refresh(self) -> None:
+        """Take over what was written to the weights, where they are kept in 8 bits: in place."""
+        if self._quantized is not None:
+            for kept, new in zip(self._quantized, quantize_rows(self._weight), strict=True):
+                kept.copy_(new)
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        """[B, all outputs] of [B, inputs], contiguous."""
+        if self._quantized is None:
+            return F.linear(x_BD, self._weight, self._bias)
+        weight, rows = self._quantized, quantize_rows(x_BD)
+        by_row = ScalingType.RowWise
+        return scaled_mm(
+            rows.values, weight.values.t(), rows.scales, by_row, weight.scales.t(), by_row,
+            bias=self._bias, output_dtype=x_BD.dtype,
+        )  # fmt: skip
+
+
+class FusedLayer:
+    """What one block of the decoder multiplies by."""
+
+    def __init__(self, layer: DecoderLayer, weight_dtype: str) -> None:
+        """Four products instead of seven."""
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = Product(
+            attention.q_proj, attention.k_proj, attention.v_proj, weight_dtype=weight_dtype
+        )
+        self.out = Product(attention.o_proj, weight_dtype=weight_dtype)
+        self.gate_up = Product(mlp.gate_proj, mlp.up_proj, weight_dtype=weight_dtype)
+        self.down = Product(mlp.down_proj, weight_dtype=weight_dtype)
+
+
+class FusedDecoder:
+    """A decoder with frozen weights, fused; see the top of the file. It holds the weights of the
+    decoder it is made of, not a copy, apart from those in 8 bits."""
+
+    def __init__(self, decoder: Decoder, weight_dtype: str = "auto") -> None:
+        """`weight_dtype`: auto is the weights' own; fp8."""
+        config = decoder.config
+        self._width, self._eps = config.head_dim, config.rms_norm_eps
+        self._layers = [FusedLayer(layer, weight_dtype) for layer in decoder.layers]
+        self._attention_norms = [layer.input_layernorm.weight for layer in decoder.layers]
+        self._mlp_norms = [layer.post_attention_layernorm.weight for layer in decoder.layers]
+        self._last_norm = decoder.norm.weight
+
+    def refresh(self) -> None:
+        """Take over weights that were written to the decoder; only those in 8 bits need it."""
+        for layer in self._layers:
+            for product in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                product.refresh()
+
+    def step(self, embeds_BD: Tensor, cache: SharedKVCache) -> Tensor:
+        """Final-norm hidden rows [B, D] of the next token of every sequence; the cache keeps and
+        counts it. Neither waits for the device nor counts on the host."""
+        stream_BD = embeds_BD.clone()
+        rope = cache.rope()
+        after = [*self._attention_norms[1:], self._last_norm]
+        normed_BD = self._add_norm(stream_BD, None, self._attention_norms[0])
+        for index, layer in enumerate(self._layers):
+            fused = layer.qkv(normed_BD).split(layer.qkv.sizes, dim=-1)
+            query, key, value = (part.unflatten(-1, (-1, self._width)) for part in fused)
+            context_BHd = cache.append_and_attend(index, query, key, value, rope)
+            delta_BD = layer.out(context_BHd.flatten(-2))
+            normed_BD = self._add_norm(stream_BD, delta_BD, self._mlp_norms[index])
+            delta_BD = layer.down(silu_mul(layer.gate_up(normed_BD)))
+            normed_BD = self._add_norm(stream_BD, delta_BD, after[index])
+        cache.advance()
+        return normed_BD
+
+    def _add_norm(self, stream_BD: Tensor, delta_BD: Tensor | None, weight_D: Tensor) -> Tensor:
+        return add_rms_norm(stream_BD, weight_D, eps=self._eps, delta=delta_BD)

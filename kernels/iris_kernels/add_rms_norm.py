@@ -1,0 +1,128 @@
+"""The residual stream's addition and the norm that follows it, in one pass over the row.
+
+    residual_i <- residual_i + delta_i
+    out_i = weight_i * residual_i / sqrt(mean_j residual_j^2 + eps)
+
+Sum, square and root are fp32; the sum is rounded to the dtype of `residual` before it is squared,
+and the quotient before it meets the weight, as the two operations would one after the other.
+
+Bytes moved for b-byte elements: 4 b D a row (both addends read, the sum and the norm written) and
+b D for the weight, in one launch where the plain operations take nine.
+
+Shapes: (..., D), D channels.
+"""
+
+import torch
+from torch import Tensor
+
+from ._backend import jit, tl, triton, use_triton
+from ._checks import check_contiguous
+from ._ops import add_op_namespace_prefix
+
+MOST_CHANNELS = 32768  # one program holds a row
+
+
+# --- Triton kernel --------------------------------------------------------------------------------
+
+
+@jit
+def _add_rms_norm_kernel(residual, delta, weight, out, eps, D, BLOCK: tl.constexpr):
+    d = tl.arange(0, BLOCK)
+    inside = d < D
+    row = tl.program_id(0).to(tl.int64) * D
+    x = tl.load(residual + row + d, mask=inside, other=0.0)
+    if delta is not None:
+        added = tl.load(delta + row + d, mask=inside, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) + added).to(x.dtype)
+        tl.store(residual + row + d, x, mask=inside)
+    wide = x.to(tl.float32)
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / D + eps)).to(x.dtype)
+    scaled = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) * normed.to(tl.float32)
+    tl.store(out + row + d, scaled.to(x.dtype), mask=inside)
+
+
+# --- Launcher -------------------------------------------------------------------------------------
+
+
+def add_rms_norm_triton(
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+) -> Tensor:
+    """One launch, a program a row, 8 elements a thread."""
+    D = residual.shape[-1]
+    out = torch.empty_like(residual)
+    block = triton.next_power_of_2(D)
+    _add_rms_norm_kernel[(out.numel() // D,)](
+        residual, delta, weight, out, eps, D,
+        BLOCK=block, num_warps=min(max(block // 256, 1), 16), enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+# --- The torch path -------------------------------------------------------------------------------
+
+
+def add_rms_norm_torch(
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+) -> Tensor:
+    """The same in torch's operations."""
+    if delta is not None:
+        residual += delta
+    wide = residual.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(residual.dtype)
+
+
+# --- Custom op ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(add_op_namespace_prefix("add_rms_norm"), mutates_args=("residual",))
+def _add_rms_norm_op(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    if not residual.numel():
+        return torch.empty_like(residual)
+    run = add_rms_norm_triton if use_triton(residual) else add_rms_norm_torch
+    return run(residual, delta, weight, eps)
+
+
+@_add_rms_norm_op.register_fake
+def _(residual, *_):
+    return torch.empty_like(residual)
+
+
+# --- Public ---------------------------------------------------------------------------------------
+
+
+def add_rms_norm(
+    residual: Tensor, weight: Tensor, *, eps: float, delta: Tensor | None = None
+) -> Tensor:
+    """RMSNorm of `residual`, to which `delta` is first added IN PLACE.
+
+    out = weight * residual / sqrt(mean(residual^2) + eps) over the last dimension, as in
+    transformers' LlamaRMSNorm. Rows do not depend on each other, bit for bit. Not differentiable.
+
+    Args:
+        residual: (..., D) float32, bfloat16 or float16, contiguous, D up to 32768. Overwritten with
+            the sum where `delta` is given.
+        weight: (D) of the same dtype.
+        eps: added to the mean square.
+        delta: what to add, shaped like `residual`; None adds nothing.
+
+    Returns:
+        The norm in the shape and dtype of `residual`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, strides, dtype or device.
+    """
+    check_contiguous("residual", residual)
+    if residual.shape[-1] > MOST_CHANNELS:
+        raise ValueError(
+            f"residual has {residual.shape[-1]} channels: pass {MOST_CHANNELS} or fewer"
+        )
+    check_contiguous("weight", weight, residual.shape[-1:], residual)
+    if delta is not None:
+        check_contiguous("delta", delta, residual.shape, residual)
+    return _add_rms_norm_op(residual, delta, weight, float(eps))
+
+
+def add_rms_norm_reference(residual: Tensor, weight: Tensor, eps: float, delta: Tensor) -> Tensor:
+    """The same in plain torch, without overwriting anything."""
+    return torch.nn.functional.rms_norm(residual + delta, weight.shape, weight, eps)

@@ -1,0 +1,123 @@
+"""add_rms_norm: the sum in place, the norm of the rounded sum, one row at a time."""
+
+import math
+
+import pytest
+import torch
+from iris_kernels import add_rms_norm
+from iris_kernels._ops import ops
+from iris_kernels.add_rms_norm import add_rms_norm_reference
+from kernel_oracle import EPS, assert_close, rounding
+
+# name: (shape, dtype)
+REGIMES = {
+    "janus_1b": ((3, 2048), torch.bfloat16),
+    "janus_7b": ((2, 4096), torch.float32),
+    "not_a_power_of_two": ((2, 3, 100), torch.float32),
+    "narrow": ((5, 16), torch.float16),
+    "one_channel": ((2, 1), torch.float32),
+    "one_row": ((48,), torch.bfloat16),
+}
+NORM_EPS = 1e-6
+
+
+def case(shape, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(size, generator=generator) for size in (shape, shape, shape[-1:])]
+    return [t.to(device, dtype) for t in drawn]  # residual, delta, weight
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_budget(regime, backend, device):
+    residual, delta, weight = case(*REGIMES[regime], device)
+    dtype = residual.dtype
+    given = residual.clone()
+    out = add_rms_norm(residual, weight, eps=NORM_EPS, delta=delta)
+    assert out.dtype == dtype and out.shape == given.shape
+    total = given.double() + delta.double()
+    assert_close("sum", residual, given + delta, total, rounding(dtype) * float(total.abs().max()))
+    # The norm is that of the sum as it was rounded; it is rounded once itself, and with the weight.
+    exact = (t.double() for t in (residual, weight))
+    truth = add_rms_norm_reference(*exact, NORM_EPS, torch.zeros_like(total))
+    eager = add_rms_norm_reference(residual, weight, NORM_EPS, torch.zeros_like(residual))
+    floor = (8 * EPS + 2 * rounding(dtype)) * float(truth.abs().max())
+    assert_close("norm", out, eager, truth, floor)
+
+
+def test_without_delta_nothing_is_overwritten(backend, device):
+    residual, _, weight = case((4, 48), torch.float32, device)
+    given = residual.clone()
+    out = add_rms_norm(residual, weight, eps=NORM_EPS)
+    assert torch.equal(residual, given)
+    expected = torch.nn.functional.rms_norm(given, (48,), weight, NORM_EPS)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-20, 1e15])
+def test_extreme_rows(size, backend, device):
+    """Zeros stay zeros; what is small beside eps stays so; squares of 1e15 are within fp32."""
+    residual, _, weight = case((2, 64), torch.float32, device)
+    residual *= size
+    out = add_rms_norm(residual, weight, eps=NORM_EPS)
+    wide = residual.double()
+    truth = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + NORM_EPS).sqrt()
+    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=0.0)
+
+
+def test_nan_stays_in_its_row(backend, device):
+    residual, delta, weight = case((3, 32), torch.float32, device)
+    delta[1, 5] = math.nan
+    out = add_rms_norm(residual, weight, eps=NORM_EPS, delta=delta)
+    assert out.isnan().any(dim=-1).tolist() == [False, True, False]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(backend, device):
+    residual, delta, weight = case((5, 96), torch.bfloat16, device)
+    alone = [
+        add_rms_norm(row.clone()[None], weight, eps=NORM_EPS, delta=added[None])[0]
+        for row, added in zip(residual, delta, strict=True)
+    ]
+    together = add_rms_norm(residual, weight, eps=NORM_EPS, delta=delta)
+    if backend == "triton":
+        assert torch.equal(torch.stack(alone), together)
+    torch.testing.assert_close(torch.stack(alone), together)
+
+
+def test_opcheck_and_fullgraph(backend, device):
+    residual, delta, weight = case((3, 32), torch.float32, device)
+    for added in (delta, None):
+        torch.library.opcheck(ops.add_rms_norm.default, (residual.clone(), added, weight, NORM_EPS))
+    torch._dynamo.reset()
+
+    def run(stream, added):
+        out = add_rms_norm(stream, weight, eps=NORM_EPS, delta=added * 2)
+        return out + 1, stream
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected = run(residual.clone(), delta)
+    for mine, theirs in zip(compiled(residual.clone(), delta), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_no_rows(backend, device):
+    residual, delta, weight = case((3, 32), torch.float32, device)
+    assert add_rms_norm(residual[:0], weight, eps=NORM_EPS, delta=delta[:0]).shape == (0, 32)
+
+
+X, W = torch.zeros(3, 8), torch.ones(8)
+MISTAKES = {
+    "residual has shape .* contiguous": (torch.zeros(3, 16)[:, ::2], W, None),
+    "residual .* dtype torch.float64": (X.double(), W.double(), None),
+    "residual has 32769 channels": (torch.zeros(1, 32769), torch.zeros(32769), None),
+    r"weight is torch.float32 of shape \(4,\)": (X, W[:4], None),
+    "weight is torch.bfloat16": (X, W.bfloat16(), None),
+    r"delta is torch.float32 of shape \(2, 8\)": (X, W, X[:2]),
+    "delta .* contiguous": (X, W, torch.zeros(8, 3).t()),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_mistakes_are_named(message):
+    residual, weight, delta = MISTAKES[message]
+    with pytest.raises(ValueError, match=message):
+        add_rms_norm(residual, weight, eps=NORM_EPS, delta=delta)
