@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from bench import decode_attention, guided_sample, linear_token_stats, token_stats
+from bench import (
+    add_rms_norm,
+    decode_attention,
+    guided_sample,
+    linear_token_stats,
+    quantize_rows,
+    rope_append,
+    silu_mul,
+    token_stats,
+)
 from bench._case import Absent, WrongResult
 from bench._clock import restore
 
@@ -159,3 +168,60 @@ def test_implementations_of_decode_attention_agree_and_a_wrong_one_is_refused():
     longer = inputs._replace(lengths=inputs.lengths + 1)
     with pytest.raises(WrongResult):
         decode_attention.check(inputs, decode_attention.ours(CPU)(longer)())
+
+
+BETWEEN_PRODUCTS = {
+    add_rms_norm: ("add_rms_norm forward R=64 D=2048 bfloat16", (4 * 64 + 1) * 2048 * 2),
+    silu_mul: ("silu_mul forward R=64 I=5632 bfloat16", 3 * 64 * 5632 * 2),
+    quantize_rows: ("quantize_rows forward R=64 D=5632 bfloat16", 64 * (3 * 5632 + 4)),
+    rope_append: (
+        "rope_append forward H=16 B=64 S=704 Dh=128 bfloat16",
+        2 * 64 * 3 * 16 * 128 * 2 + 64 * (2 * 64 * 4 + 8),  # in and out, then tables and slots
+    ),
+}
+
+
+@pytest.mark.parametrize("module", BETWEEN_PRODUCTS, ids=lambda module: module.__name__)
+def test_bytes_between_products(module):
+    name, moved = BETWEEN_PRODUCTS[module]
+    case = by_name(module, "cuda")[name]
+    assert case.bytes == moved
+    assert case.in_graph
+    assert next(iter(case.candidates)) == "ours"
+
+
+def small_inputs(module):
+    sizes = {rope_append: (3, 2), silu_mul: (3, 20)}.get(module, (3, 32))
+    return module.make_inputs(*sizes, torch.float32, CPU, seed=7)
+
+
+def result_of(module, name):
+    case = next(iter(module.cases(CPU)))
+    return case.candidates[name](small_inputs(module))()
+
+
+@pytest.mark.parametrize("name", ["ours", "eager"])
+@pytest.mark.parametrize("module", BETWEEN_PRODUCTS, ids=lambda module: module.__name__)
+def test_implementations_between_products_agree(module, name):
+    module.check(small_inputs(module), result_of(module, name))
+
+
+def test_wrong_results_between_products_are_refused():
+    norm, total = result_of(add_rms_norm, "ours")
+    for wrong, what in (((norm * 1.01, total), "norm"), ((norm, total * 1.01), "sum")):
+        with pytest.raises(WrongResult, match=what):
+            add_rms_norm.check(small_inputs(add_rms_norm), wrong)
+    with pytest.raises(WrongResult, match="product"):
+        silu_mul.check(small_inputs(silu_mul), result_of(silu_mul, "ours").flip(-1))
+    values, scales = result_of(quantize_rows, "ours")
+    with pytest.raises(WrongResult, match="scales"):
+        quantize_rows.check(small_inputs(quantize_rows), (values, scales * 1.01))
+    with pytest.raises(WrongResult, match="rows"):
+        quantize_rows.check(small_inputs(quantize_rows), (values.float() * 1.1, scales))
+    query, read = result_of(rope_append, "ours")
+    for place, what in enumerate(("query", "key", "value")):
+        wrong = [t * (1.01 if i == place else 1.0) for i, t in enumerate(read())]
+        with pytest.raises(WrongResult, match=what):
+            rope_append.check(
+                small_inputs(rope_append), (query, lambda wrong=wrong: rope_append.Result(*wrong))
+            )

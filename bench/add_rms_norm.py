@@ -1,0 +1,114 @@
+"""add_rms_norm: what a block gives added to the residual stream [R, D], and the norm that follows.
+
+Shapes of a decoding step of Janus-Pro-1B and 7B. Least bytes: both addends read, sum and norm
+written, the weight once. At these sizes a launch takes longer than the bytes do; on a GPU timed
+inside a CUDA graph, as a decoding loop runs it.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from iris_kernels import add_rms_norm
+from torch import Tensor
+
+from bench import _peers
+from bench._case import Call, Case, check_close
+
+SUITE = "kernels"
+EPS = 1e-6
+GPU_GRID = ((16, 64, 256), (2048, 4096), torch.bfloat16)
+CPU_GRID = ((64,), (2048,), torch.float32)
+
+
+class Inputs(NamedTuple):
+    """Residual stream and addend [R, D], weight [D]."""
+
+    residual: Tensor
+    delta: Tensor
+    weight: Tensor
+
+
+# (residual, delta, weight) -> (norm, sum)
+Compute = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    rows, widths, dtype = GPU_GRID if device.type == "cuda" else CPU_GRID
+    for R, D in product(rows, widths):
+        yield Case(
+            case="add_rms_norm",
+            shape={"R": R, "D": D},
+            dtype=dtype,
+            metric="forward",
+            unit="us",
+            bytes=(4 * R + 1) * D * dtype.itemsize,
+            flops=0,
+            make_inputs=partial(make_inputs, R, D, dtype, device),
+            candidates={name: partial(_prepare, load, device) for name, load in CANDIDATES.items()},
+            check=check,
+            in_graph=True,
+        )
+
+
+def make_inputs(R: int, D: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+    return Inputs(draw(R, D), draw(R, D), draw(D))
+
+
+def _prepare(load: Callable[[torch.device], Compute], device: torch.device, inputs: Inputs) -> Call:
+    """On a residual stream of its own, since a call may add to it in place."""
+    compute, residual = load(device), inputs.residual.clone()
+    return lambda: compute(residual, inputs.delta, inputs.weight)
+
+
+def ours(device: torch.device) -> Compute:
+    def compute(residual: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(residual, weight, eps=EPS, delta=delta), residual
+
+    return compute
+
+
+def plain(residual: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As transformers' Llama does it."""
+    total = residual + delta
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+    return weight * normed.to(total.dtype), total
+
+
+def eager(device: torch.device) -> Compute:
+    return plain
+
+
+def compiled(device: torch.device) -> Compute:
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    return torch.compile(plain, mode=mode, dynamic=False)
+
+
+def liger(device: torch.device) -> Compute:
+    """Its fused addition and norm, forward only; the roundings are Llama's too."""
+    forward = _peers.load("liger_kernel.ops.fused_add_rms_norm", device)
+    function = forward.fused_add_rms_norm_forward
+
+    def compute(residual: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return function(delta, residual, weight, EPS, 0.0, "llama")[:2]
+
+    return compute
+
+
+CANDIDATES = {"ours": ours, "eager": eager, "torch.compile": compiled, "liger": liger}
+
+
+def check(inputs: Inputs, result: tuple[Tensor, Tensor]) -> None:
+    norm, total = result
+    reference = inputs.residual.double() + inputs.delta.double()
+    check_close("sum", total, reference)
+    scale = (reference.square().mean(-1, keepdim=True) + EPS).sqrt()
+    check_close("norm", norm, inputs.weight.double() * reference / scale)
