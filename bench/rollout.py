@@ -6,7 +6,8 @@ live on average, prompts too, of conditional and unconditional rows. Weights are
 
 With `cot` 128, prompts are that much longer and no two are equal, as after a chain of thought;
 without, they come in groups of 8 equal ones. Peers run at two sizes only, once after a warm-up of
-a few tokens: they take minutes at the others.
+a few tokens: they take minutes at the others. There ours is also measured with keys and values, and
+the projections' weights, in 8 bits: they draw from other distributions, whose entropy is compared.
 """
 
 import statistics
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from bench import _models
-from bench._case import WrongResult
+from bench._case import WrongResult, check_close
 from bench._measure import Bench
 from bench._models import BOS, IMAGE_START, PAD, Numbers
 from bench._rows import Measured, Row, make_row
 from bench._t2i_r1 import draw_image
+from iris_fast.batch import Trace
 from iris_fast.config import SamplingConfig
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import unconditional_ids
@@ -33,6 +35,13 @@ PROMPT_TOKENS, COT_TOKENS, GROUP = 64, 128, 8
 CFG_WEIGHT = 5.0
 CHECKED_TOKENS = 3
 RUNS = 3
+PROFILED, PROFILED_TOKENS = ("eager loop", "transformers static"), 16
+EIGHT_BITS = {
+    "ours, fp8 cache": {"kv_cache_dtype": "fp8"},
+    "ours, fp8 weights": {"rollout_weight_dtype": "fp8"},
+    "ours, fp8 cache and weights": {"kv_cache_dtype": "fp8", "rollout_weight_dtype": "fp8"},
+}
+ENTROPY_SLACK = 0.02  # relative, in the norm over the first tokens
 
 GPU_SEQUENCES, GPU_COMPARED = (2, 16, 64, 128, 256), (16, 64)
 CPU_SEQUENCES, CPU_COMPARED = (2, 16), (16,)
@@ -55,15 +64,21 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 def profiles(bench: Bench) -> None:
-    """Our calls where they are compared with others'."""
+    """Our calls where they are compared with others', and the first tokens of two others'."""
     gpu = bench.device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     for model, config in _models.sizes(bench.device).items():
         janus = _models.make_model(config, bench.device, dtype)
         for sequences in GPU_COMPARED if gpu else CPU_COMPARED:
-            draw = partial(ours(janus), make_prompts(sequences, 0), config.image_tokens, False)
-            bench.profile(f"{SUITE}/{model} sequences={sequences} cot=0", draw)
-        del janus, draw
+            prompts, what = make_prompts(sequences, 0), f"{model} sequences={sequences} cot=0"
+            draw = ours(janus)
+            call = partial(draw, prompts, config.image_tokens, False)
+            bench.profile(f"{SUITE}/{what}", call)
+            tokens = min(PROFILED_TOKENS, config.image_tokens)
+            for name in PROFILED:
+                call = partial(PEERS[name](janus), prompts, tokens, False)
+                bench.profile(f"{SUITE}/{name}, {tokens} tokens, {what}", call)
+        del janus, draw, call
         bench.release()
 
 
@@ -90,11 +105,14 @@ def measure(
     def measure_one(name: str) -> Measured:
         if name == "ours":
             return timed(bench, ours(janus), prompts, tokens, RUNS)
+        if name in EIGHT_BITS:
+            check_entropy(name, janus, prompts)
+            return timed(bench, ours(janus, **EIGHT_BITS[name]), prompts, tokens, RUNS)
         draw = PEERS[name](janus)
         check(name, draw(prompts, CHECKED_TOKENS, True), expected, dtype)
         return timed(bench, draw, prompts, tokens, 1)
 
-    names = ["ours", *(PEERS if compared else ())]
+    names = ["ours", *((*EIGHT_BITS, *PEERS) if compared else ())]
     peers = bench.compare(
         f"rollout {model} {sequences}", {name: partial(measure_one, name) for name in names}
     )
@@ -153,22 +171,40 @@ def check(name: str, codes: Tensor, expected: Tensor, dtype: torch.dtype) -> Non
         raise WrongResult(f"{name} drew other greedy tokens: {same.mean():.0%} agree")
 
 
+def check_entropy(name: str, janus: Janus, prompts: list[list[int]]) -> None:
+    """The first tokens' entropy in 8 bits is near that of our other ways; WrongResult otherwise."""
+    exact, eight = (
+        trace.conditional.entropy[:, 0]
+        for _, trace in (
+            draw_image_tokens(janus, prompts, 1, True, settings)
+            for settings in ({"rollout_engine": "static"}, EIGHT_BITS[name])
+        )
+    )
+    check_close(f"entropy, {name}", eight, exact, ENTROPY_SLACK)
+
+
 # --- Ours and the peers ---------------------------------------------------------------------------
 
 
-def ours(janus: Janus) -> Draw:
-    """The trainer's rollout, image phase."""
+def ours(janus: Janus, **settings: str) -> Draw:
+    """The trainer's rollout, image phase, with other settings than its own if they are given."""
+    return lambda prompts, tokens, greedy: draw_image_tokens(
+        janus, prompts, tokens, greedy, settings
+    )[0]
+
+
+@torch.no_grad()
+def draw_image_tokens(
+    janus: Janus, prompts: list[list[int]], tokens: int, greedy: bool, settings: dict[str, str]
+) -> tuple[Tensor, Trace]:
+    """Codes [prompts, tokens] and their statistics."""
+    if settings:
+        settings = {"rollout_engine": "static"} | settings
     tokenizer = Numbers(janus.config.decoder.vocab_size)
-
-    def draw(prompts: list[list[int]], tokens: int, greedy: bool) -> Tensor:
-        config = SamplingConfig(cfg_weight=CFG_WEIGHT, rollout_engine="auto")
-        sampler = Sampler(janus, tokenizer, config, tokens, greedy)
-        with torch.no_grad():
-            unconditional = [unconditional_ids(ids, tokenizer) for ids in prompts]
-            numbers = list(range(len(prompts)))
-            return sampler._draw_codes(prompts, unconditional, numbers, lambda: None)[0]
-
-    return draw
+    config = SamplingConfig(cfg_weight=CFG_WEIGHT, **settings)
+    sampler = Sampler(janus, tokenizer, config, tokens, greedy)
+    unconditional = [unconditional_ids(ids, tokenizer) for ids in prompts]
+    return sampler._draw_codes(prompts, unconditional, list(range(len(prompts))), lambda: None)
 
 
 def eager_loop(janus: Janus) -> Draw:

@@ -58,20 +58,20 @@ def rows(bench: Bench) -> Iterator[Row]:
 
 
 def profiles(bench: Bench) -> None:
-    """Our pass of each model."""
+    """Our pass of each model, and transformers'."""
     counts = GPU_SAMPLES if bench.device.type == "cuda" else CPU_SAMPLES
     for model, config in _models.sizes(bench.device).items():
-        run = ours(
-            make_policy(config, bench.device), make_inputs(config, counts[model], bench.device)
-        )
+        for name in ("ours", "transformers"):
+            inputs = make_inputs(config, counts[model], bench.device)
+            run = CANDIDATES[name](make_policy(config, bench.device), inputs)
 
-        def whole(run: Pass = run) -> None:
-            run.forget()
-            run()
+            def whole(run: Pass = run) -> None:
+                run.forget()
+                run()
 
-        bench.profile(f"{SUITE}/{model} N={counts[model]}", whole)
-        del run, whole
-        bench.release()
+            bench.profile(f"{SUITE}/{name}, {model} N={counts[model]}", whole)
+            del run, whole
+            bench.release()
 
 
 def make_policy(config: JanusConfig, device: torch.device) -> Janus:

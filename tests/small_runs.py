@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from iris_kernels import TokenStats
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from iris_fast.batch import Trace
 from iris_fast.config import TrainConfig
+from iris_fast.inputs import SCALED_PRODUCT_ON_CPU
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.layouts import JanusCheckpoint
 
@@ -34,6 +36,11 @@ QUICK: dict[str, Any] = {
 }
 # What may differ between two runs that are the same.
 MEASURED = ("rollout_s", "train_s", "images_per_s", "peak_memory_bytes")
+
+needs_scaled_products = pytest.mark.skipif(
+    not torch.cuda.is_available() and torch.__version__ < SCALED_PRODUCT_ON_CPU,
+    reason="products with row scales on a CPU need torch 2.13",
+)
 
 
 def quick(output_dir: Path | str, **changes: Any) -> TrainConfig:

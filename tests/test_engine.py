@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from iris_kernels import TokenStats, quantize_rows
-from small_runs import set_spread
+from small_runs import needs_scaled_products, set_spread
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iris_fast.batch import Prompt, Rollout
 from iris_fast.config import SamplingConfig
 from iris_fast.engine import run_steps
 from iris_fast.errors import UserError
-from iris_fast.inputs import EIGHT_BITS, SCALED_PRODUCT_ON_CPU, check_device
+from iris_fast.inputs import EIGHT_BITS, check_device
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.fused_decoder import FusedDecoder, Product
 from iris_fast.models.layouts import JanusCheckpoint
@@ -27,11 +27,6 @@ from iris_fast.rollout import Sampler
 from iris_fast.tiny import build_random_tiny
 
 PROMPTS = ["a red cube", "a red cube", "a blue ball left of a cone", "x", "a red cube", "x"]
-
-needs_scaled_products = pytest.mark.skipif(
-    not torch.cuda.is_available() and torch.__version__ < SCALED_PRODUCT_ON_CPU,
-    reason="products with row scales on a CPU need torch 2.13",
-)
 
 
 class Launches(TorchDispatchMode):
@@ -228,6 +223,19 @@ def test_a_product_follows_weights_written_in_place(bias):
             parameter.copy_(torch.randn_like(parameter))
     together = torch.cat([layer(x) for layer in layers], dim=-1)
     torch.testing.assert_close(product(x), together)
+
+
+def test_a_second_product_leaves_the_first_right():
+    """Two samplers of one model, say."""
+    layers = [torch.nn.Linear(48, size, bias=True).requires_grad_(False) for size in (32, 16)]
+    first, second, x = Product(*layers), Product(*layers), torch.randn(5, 48)
+    alone = Product(layers[0])
+    layers[0].weight.copy_(torch.randn(32, 48))
+    layers[1].bias.copy_(torch.randn(16))
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    for product in (first, second):
+        torch.testing.assert_close(product(x), expected)
+    torch.testing.assert_close(alone(x), expected[:, :32])
 
 
 @needs_scaled_products

@@ -23,25 +23,42 @@ from iris_fast.models.decoder import Decoder, DecoderLayer
 from iris_fast.models.shared_cache import SharedKVCache
 
 
+def lay_side_by_side(parameters: list[nn.Parameter]) -> Tensor:
+    """Move parameters into one allocation, of which they become views, and return it.
+
+    Where they lie so already nothing moves: what was laid out before stays right.
+    """
+    first, size = parameters[0].detach(), sum(len(p) for p in parameters)
+    offsets = [first.storage_offset()]
+    for parameter in parameters[:-1]:
+        offsets.append(offsets[-1] + parameter.numel())
+    if all(
+        p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and p.storage_offset() == offset
+        and p.is_contiguous()
+        for p, offset in zip(parameters, offsets, strict=True)
+    ):
+        return first.as_strided((size, *first.shape[1:]), first.stride())
+    together = torch.cat([parameter.detach() for parameter in parameters])
+    parts = together.split([len(parameter) for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part
+    return together
+
+
 class Product:
     """Linear layers that take the same input, as one matrix product.
 
-    Their weights move into one allocation. The layers stay what they are: their parameters become
-    views of it, so weights written to them in place are seen here. For frozen weights on their
-    final device; moving the module afterwards would part them.
+    The layers stay what they are, and weights written to them in place are seen here. For frozen
+    weights on their final device; moving the module afterwards would part them.
     """
 
     def __init__(self, *layers: nn.Linear, weight_dtype: str = "auto") -> None:
         """The layers' outputs follow one another in the product's."""
         self.sizes = [layer.out_features for layer in layers]
-        self._weight = torch.cat([layer.weight.detach() for layer in layers])
-        for layer, part in zip(layers, self._weight.split(self.sizes), strict=True):
-            layer.weight.data = part
-        self._bias = None
-        if layers[0].bias is not None:
-            self._bias = torch.cat([layer.bias.detach() for layer in layers])
-            for layer, part in zip(layers, self._bias.split(self.sizes), strict=True):
-                layer.bias.data = part
+        self._weight = lay_side_by_side([layer.weight for layer in layers])
+        biased = layers[0].bias is not None
+        self._bias = lay_side_by_side([layer.bias for layer in layers]) if biased else None
         self._quantized = None
         if weight_dtype == "fp8":
             if any(size % 16 for size in self._weight.shape):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_runs import needs_scaled_products
 
 from bench import _models, rollout, step
 from bench._case import WrongResult
@@ -134,6 +135,18 @@ def test_both_draw_the_same_greedy_image():
     prompts = rollout.make_prompts(8, 0)
     drawn = [make(janus)(prompts, 4, True) for make in (rollout.ours, rollout.eager_loop)]
     assert torch.equal(*drawn)
+
+
+@needs_scaled_products
+def test_8_bit_rollouts_draw_from_nearly_the_same_distribution(monkeypatch):
+    janus = _models.make_model(TINY, CPU, torch.float32)
+    prompts = rollout.make_prompts(8, 0)
+    for name in rollout.EIGHT_BITS:
+        rollout.check_entropy(name, janus, prompts)
+        monkeypatch.setattr(rollout, "ENTROPY_SLACK", 1e-7)  # and not from the same
+        with pytest.raises(WrongResult, match=name):
+            rollout.check_entropy(name, janus, prompts)
+        monkeypatch.undo()
 
 
 def test_our_step_ends_with_the_new_weights_in_the_sampler():
