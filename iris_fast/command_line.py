@@ -7,8 +7,9 @@ import difflib
 import re
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import jsonargparse
 import yaml
@@ -31,6 +32,11 @@ class _Parser(jsonargparse.ArgumentParser):
         line = re.sub(
             r"Does not validate .*Subtypes: \[list\[(\w+)\].*Given value: (.*)",
             r"\2 is no list of \1",
+            line,
+        )
+        line = re.sub(
+            r"Does not validate .*Subtypes: \[(\w+), NoneType\].*Given value: (.*)",
+            r"\2 is no \1",
             line,
         )
         line = re.sub(r"Expected a list\. Got value: (.*)", r"\1 is no list of str", line)
@@ -71,6 +77,13 @@ def _files_first(arguments: list[str]) -> list[str]:
     return files + flags
 
 
+def _config_files(arguments: list[str]) -> list[str]:
+    """The --config files that exist; others are the parser's to report."""
+    named = [argument.partition("=")[2] for argument in arguments if argument[:9] == "--config="]
+    named += [value for flag, value in pairwise(arguments) if flag == "--config"]
+    return [path for path in named if Path(path).is_file()]
+
+
 def _named_preset(arguments: list[str]) -> Any:
     """The preset that flags or, failing them, a --config file name; defaults depend on it."""
     chosen: Any = TrainConfig.preset
@@ -103,6 +116,24 @@ def _read_settings(path: str) -> dict[str, Any]:
     return settings
 
 
+def _check_file(path: str, config_class: type[Config]) -> None:
+    """UserError for what a --config file can hold and a flag cannot: keys that are no names, values
+    that are left out, and mappings."""
+    optional = {name for name, hint in get_type_hints(config_class).items() if _takes_none(hint)}
+    for name, value in _read_settings(path).items():
+        if not isinstance(name, str):
+            raise UserError(f"config: {path}: {name!r} is no setting's name; --help lists them")
+        if value is None and name not in optional:
+            raise UserError(f"{name}: {path} gives it no value; give one, or delete the line")
+        nested = value if isinstance(value, list) else [value]
+        if any(isinstance(each, dict | list) for each in nested):
+            raise UserError(f"{name}: {path} gives it a mapping or a list of lists; give a value")
+
+
+def _takes_none(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
 def parse(config_class: type[Config], program: str, arguments: list[str]) -> Config:
     """The checked settings that `arguments` (without the program's name) ask for.
 
@@ -112,6 +143,8 @@ def parse(config_class: type[Config], program: str, arguments: list[str]) -> Con
     parser.add_argument("--config", action="config", help="YAML file of settings.")
     parser.add_class_arguments(config_class)
     arguments = _files_first(arguments)
+    for path in _config_files(arguments):
+        _check_file(path, config_class)
     if config_class is TrainConfig:
         preset = _named_preset(arguments)
         if isinstance(preset, str) and preset in PRESETS:  # others are the parser's to report

@@ -40,6 +40,20 @@ def writing(setting: str, path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def replacing(setting: str, path: Path) -> Iterator[Path]:
+    """A neighbour of `path` for the `with` block to write, which then takes its place: a reader
+    never meets half a file, and nothing is left of one that fails. UserError as `writing`."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(setting, path):
+            yield partial
+            partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+@contextlib.contextmanager
 def optional(package: str, setting: str, otherwise: str) -> Iterator[None]:
     """For imports of a `package` that only one `setting` asks for: UserError where it is missing.
     Its warnings meanwhile, such as of parts that do not load here and that nothing uses, are muted.

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from iris_fast.batch import Scored, Trace
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError, writing
+from iris_fast.errors import UserError, replacing, writing
 from iris_fast.run_folder import RunFolder
 
 KL_SPIKE_FACTOR = 10.0
@@ -126,10 +126,9 @@ class Log:
         self.history = read_metrics(folder.metrics, up_to=step)
         self._path = folder.metrics
         lines = [json.dumps(row) + "\n" for row in self.history]
-        with writing("output_dir", self._path):
-            partial = folder.path / ".metrics.jsonl.partial"
+        with replacing("output_dir", self._path) as partial:
             partial.write_text("".join(lines))
-            partial.replace(self._path)
+        with writing("output_dir", self._path):
             self._file = self._path.open("a", buffering=1)
         self._bar = tqdm(
             total=config.max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
@@ -172,15 +171,22 @@ class Log:
 
 
 def read_metrics(path: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl up to a step; a last line cut short by a crash is left out."""
+    """Rows of a metrics.jsonl up to a step; a last line cut short by a crash is left out. UserError
+    for any other line that is no row."""
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
+    rows, lines = [], path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break
+        except ValueError:  # not JSON, or not text
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            if number == len(lines):
+                break
+            raise UserError(
+                f"output_dir: {path} line {number} is no step's metrics; mend or delete the line"
+            )
         if row["step"] <= up_to:
             rows.append(row)
     return rows

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from iris_fast.errors import UserError, writing
+from iris_fast.errors import UserError, replacing
 from iris_fast.models.vq import VQModel, to_uint8
 
 GAP_PIXELS = 4
@@ -74,10 +74,7 @@ def strips(sheet: Image.Image, rows: int, columns: int) -> list[Image.Image]:
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Write to a neighbour and rename, so that a reader never meets half a file. UserError if the
-    disk does not take it."""
-    with writing("output_dir", path):
+    """Write it, in a new folder if need be. UserError if the disk does not take it."""
+    with replacing("output_dir", path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
         picture.save(partial, format="PNG")
-        partial.replace(path)

@@ -29,6 +29,8 @@ def read_prompts(source: str) -> list[Prompt]:
         prompts = _from_file(path)
     elif path.is_file():
         raise UserError(f"prompts: {source}: unknown kind of file; give a .txt or .jsonl file")
+    elif path.exists() and not path.is_dir():
+        raise UserError(f"prompts: {source}: not a regular file; give a .txt or .jsonl file")
     elif path.is_dir() or _may_be_hub_id(path):
         prompts = _from_dataset(source)
     else:
@@ -136,7 +138,8 @@ def _from_dataset(source: str) -> list[Prompt]:
 def _checked(text: str, where: str) -> str:
     """The prompt without surrounding white space; UserError if nothing or something odd is left."""
     text = text.strip()
-    if not text:
+    # Nothing to read is nothing: spaces of all kinds, joiners and marks of direction.
+    if all(unicodedata.category(character) in ("Cf", "Zs", "Zl", "Zp") for character in text):
         raise UserError(f"prompts: {where}: empty prompt; write one or delete the line")
     for character in text:
         if unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t":

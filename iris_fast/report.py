@@ -13,7 +13,7 @@ from PIL import Image
 
 from iris_fast import __version__
 from iris_fast.curves import Point, curve
-from iris_fast.errors import writing
+from iris_fast.errors import replacing
 from iris_fast.log import read_metrics
 from iris_fast.pictures import strips
 from iris_fast.provenance import command, commit, hardware
@@ -99,10 +99,8 @@ def write_report(folder: RunFolder) -> None:
             f"</main><script>{FILTER if grids else ''}</script></body></html>",
         ]
     )
-    with writing("output_dir", folder.report):
-        partial = folder.path / ".report.html.partial"
+    with replacing("output_dir", folder.report) as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(folder.report)
 
 
 def _what_was_run(settings: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ import yaml
 
 from iris_fast.config import TrainConfig, to_yaml
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError, writing
+from iris_fast.errors import UserError, replacing, writing
 
 LAUNCH = ".launch"
 # Settings that a resumed run may change; the others would make it a different run.
@@ -151,11 +151,10 @@ def _lock(folder: RunFolder) -> Iterator[None]:
 def _fill(folder: RunFolder, config: TrainConfig) -> None:
     folder.samples.mkdir(exist_ok=True)
     folder.checkpoints.mkdir(exist_ok=True)
-    partial = folder.path / ".config.yaml.partial"
     # Without the flag, so that --config config.yaml starts the same run anew.
     settings = to_yaml(replace(config, resume_from_checkpoint=False))
-    partial.write_text(settings, encoding="utf-8")
-    partial.replace(folder.path / "config.yaml")
+    with replacing("output_dir", folder.path / "config.yaml") as partial:
+        partial.write_text(settings, encoding="utf-8")
 
 
 def _numbered(preset: str) -> Path:

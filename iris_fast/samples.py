@@ -12,7 +12,7 @@ from pathlib import Path
 
 from iris_fast.batch import Prompt, Rollout
 from iris_fast.config import TrainConfig
-from iris_fast.errors import writing
+from iris_fast.errors import replacing
 from iris_fast.models.vq import VQModel
 from iris_fast.pictures import decode_images, grid, save_png
 from iris_fast.rewards import measure
@@ -66,10 +66,8 @@ def draw_samples(
     rows = [images[start : start + SAMPLES_PER_PROMPT] for start in starts]
     path = folder / f"step_{step:05d}.png"
     save_png(grid(rows, samples.prompts), path)
-    with writing("output_dir", path):
-        partial = path.with_name(f".{path.stem}.json.partial")
+    with replacing("output_dir", path.with_suffix(".json")) as partial:
         partial.write_text(json.dumps(asdict(samples)), encoding="utf-8")
-        partial.replace(path.with_suffix(".json"))
     return samples
 
 

@@ -181,7 +181,8 @@ def update(
     if not math.isfinite(grad_norm):
         raise UserError(
             f"the gradient norm is {grad_norm}: training has diverged; the weights of the last "
-            "checkpoint are sound; go on from there with a lower --learning_rate"
+            "checkpoint, if there is one, are sound; go on from there, or start anew, with a lower "
+            "--learning_rate"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

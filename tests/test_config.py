@@ -158,6 +158,12 @@ def test_a_name_like_no_other_is_pointed_to_help():
         (["--config", "broken.yaml"], "config: broken.yaml is not YAML .*line 2"),
         (["--config", "binary.yaml"], "config: binary.yaml is not YAML"),
         (["--config", "preset.yaml"], "preset: .*tiny"),
+        (["--config", "null.yaml"], "reward_reduction: null.yaml gives it no value; give one"),
+        (["--config=null.yaml"], "reward_reduction: null.yaml gives it no value; give one"),
+        (["--config", "number.yaml"], "config: number.yaml: 1 is no setting's name"),
+        (["--config", "nested.yaml"], "seed: nested.yaml gives it a mapping"),
+        (["--config", "anchor.yaml"], "reward_funcs: anchor.yaml gives it a mapping or a list"),
+        (["--epsilon_high", "nan"], "epsilon_high: nan is no float"),
     ],
 )
 def test_a_value_that_does_not_fit_is_told_by_name(here, arguments, message):
@@ -166,6 +172,10 @@ def test_a_value_that_does_not_fit_is_told_by_name(here, arguments, message):
     Path("broken.yaml").write_text("seed: 1\nmax_steps: [3\n")
     Path("binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     Path("preset.yaml").write_text("preset: [tiny]\n")
+    Path("null.yaml").write_text("seed: 1\nreward_reduction:\n")
+    Path("number.yaml").write_text("1: 2\n")
+    Path("nested.yaml").write_text("seed: {a: 1}\n")
+    Path("anchor.yaml").write_text("reward_funcs: &here [*here]\n")
     with pytest.raises(UserError, match=message) as refusal:
         train_config(*arguments)
     assert "\n" not in str(refusal.value)
@@ -189,6 +199,20 @@ def test_greedy_generation_may_have_temperature_0_and_training_not():
         parse(GenerateConfig, "g", ["--save_codes", "codes.npy"])
     with pytest.raises(UserError, match="batch_size: 0"):
         parse(GenerateConfig, "g", ["--batch_size", "0"])
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, GenerateConfig])
+def test_a_line_without_a_value_is_taken_by_no_setting_that_needs_one(here, config_class):
+    """But by those that may be None, as a config.yaml holds them."""
+    for field in dataclasses.fields(config_class):
+        Path("null.yaml").write_text(f"{field.name}: null\n")
+        if "None" in str(field.type):
+            assert parse(config_class, "p", ["--config", "null.yaml"]) == parse(
+                config_class, "p", []
+            )
+        else:
+            with pytest.raises(UserError, match=f"^{field.name}: null.yaml gives it no value"):
+                parse(config_class, "p", ["--config", "null.yaml"])
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

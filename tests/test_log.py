@@ -188,6 +188,18 @@ def test_a_line_cut_by_a_crash_is_dropped(folder, ranks, end):
     assert [row["step"] for row in read_metrics(folder.metrics)] == [1, 2]
 
 
+@pytest.mark.parametrize("line", ["5", '{"a": 1}', '{"step": "1"}', "half", b"\xff\xfe"])
+def test_a_damaged_line_among_others_is_told_and_nothing_written(folder, ranks, line):
+    write_steps(folder, ranks, 2)
+    first, second = folder.metrics.read_bytes().splitlines()
+    wrong = line if isinstance(line, bytes) else line.encode()
+    folder.metrics.write_bytes(b"\n".join([first, wrong, second, b""]))
+    before = folder.metrics.read_bytes()
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is no step's metrics; mend"):
+        open_log(folder, ranks, step=2)
+    assert folder.metrics.read_bytes() == before
+
+
 def test_a_fresh_run_has_no_rows(folder):
     assert read_metrics(folder.metrics) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def test_emoji_and_other_scripts_are_prompts(write):
         ("p.txt", "a\n   \t\nb\n", "p.txt line 2: empty prompt"),
         ("p.txt", "a\nb\nc \x07 d\n", r"p.txt line 3: control character U\+0007"),
         ("p.txt", "a\nb \x1b[31mred\n", r"p.txt line 2: control character U\+001B"),
+        ("p.txt", "a\n\u200b\nb\n", "p.txt line 2: empty prompt"),
+        ("p.txt", "a\n\u2060 \ufeff\u202e\n", "p.txt line 2: empty prompt"),
         ("p.txt", b"a\nb\n\xff\xfe\x00\n", "p.txt line 3: not UTF-8"),
         ("p.txt", "a cube\n".encode("utf-16"), "p.txt line 1: not UTF-8"),
         ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00", "p.txt line 1: not UTF-8"),
@@ -103,6 +106,12 @@ def test_what_is_no_prompt_is_refused_with_its_line(write, name, content, messag
 def test_a_missing_file_is_told_at_once(here, name):
     with pytest.raises(UserError, match=f"{name}: no such file"):
         read_prompts(name)
+
+
+def test_a_pipe_is_told_at_once(here):
+    os.mkfifo(here / "p.txt")
+    with pytest.raises(UserError, match=r"p\.txt: not a regular file; give a"):
+        read_prompts("p.txt")
 
 
 def test_a_mistyped_file_in_a_folder_that_exists_is_no_hub_id(here):

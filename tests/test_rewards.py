@@ -143,6 +143,19 @@ def nothing(prompts, images):
 def words(prompts, images):
     return ["good"] * len(prompts)
 
+def raises(prompts, images):
+    raise KeyError("colour")
+
+def leaves(prompts, images):
+    raise SystemExit(0)
+
+def huge(prompts, images):
+    return [0.0, 1e300, 0.0, 0.0]
+
+def empties(prompts, images):
+    images.clear()
+    return [0.0] * len(prompts)
+
 class Scorer:
     def __call__(self, prompts, images):
         return (i for i in range(len(prompts)))
@@ -206,10 +219,13 @@ def test_any_callable_and_any_iterable_will_do(call):
     ("function", "message"),
     [
         ("three", "gave 3 numbers for 4 images; return one for each"),
-        ("nan", "gave nan for the prompt 'a cube'; return a finite number"),
-        ("infinite", "gave -inf for the prompt 'a ball'"),
+        ("nan", r"gave nan \(in float32\) for the prompt 'a cube'; return a finite number"),
+        ("infinite", r"gave -inf \(in float32\) for the prompt 'a ball'"),
         ("nothing", "gave no list of numbers"),
         ("words", "gave no list of numbers.*good"),
+        ("raises", r"raised KeyError: 'colour' \(.*\.py:\d+\); mend the function"),
+        ("leaves", r"raised SystemExit: 0 \(.*\.py:\d+\)"),
+        ("huge", r"gave inf \(in float32\) for the prompt 'a cube'; return a finite number"),
         ("unknown_field", "fields color, n: missing a required argument: 'colour'"),
         ("absent", "has no function 'absent'"),
         ("constant", "has no function 'constant'"),
@@ -218,6 +234,22 @@ def test_any_callable_and_any_iterable_will_do(call):
 def test_what_is_no_reward_is_told_by_name(call, my_rewards, function, message):
     with pytest.raises(UserError, match=f"^reward_funcs: {my_rewards}:{function}.*{message}"):
         call(function)
+
+
+def test_a_function_that_empties_its_list_takes_nothing_from_the_next(my_rewards, rollout, ranks):
+    images = [Image.new("RGB", (2, 2), (shade, 0, 0)) for shade in range(4)]
+    names = [f"{my_rewards}:empties", f"{my_rewards}:size"]
+    scored(rollout, ranks, names, lambda: images)
+    assert sys.modules[my_rewards].calls[-1][1] == images
+
+
+@pytest.mark.parametrize("line", ["undefined_name", "raise SystemExit(0)", "1 / 0"])
+def test_a_module_that_cannot_be_imported_is_told(here, monkeypatch, line):
+    name = f"broken_{abs(hash(line))}"
+    (here / f"{name}.py").write_text(f"import os\n{line}\n")
+    monkeypatch.syspath_prepend(here)
+    with pytest.raises(UserError, match=rf"importing {name} raised .*{name}\.py:2\); mend"):
+        load_rewards([f"{name}:f"])
 
 
 @pytest.mark.parametrize(

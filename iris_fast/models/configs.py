@@ -7,6 +7,7 @@ tells is taken from there. What no shape tells (numbers of heads) is taken from 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,7 +36,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"no config.json in {folder}: it is not a checkpoint folder")
     raw = read_json(path)
     model_type = raw.get("model_type")
-    if model_type not in LAYOUTS:
+    if not isinstance(model_type, str) or model_type not in LAYOUTS:
         raise UserError(
             f"{path}: model_type is {model_type!r}, expected 'multi_modality' (original Janus) "
             "or 'janus' (transformers): give a Janus or Janus-Pro checkpoint"
@@ -65,14 +66,20 @@ class _Block:
     def number(self, key: str, default: float) -> float:
         value = self.data.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
+        ):
             raise UserError(f"{self.where}.{key} is {value!r}: expected a positive number")
         return float(value)
 
 
 def _size(shapes: Shapes, name: str, dim: int, folder: Path) -> int:
     if name not in shapes or len(shapes[name]) <= dim:
-        raise UserError(f"{folder} has no tensor {name!r} (or not of the right rank): incomplete")
+        raise UserError(
+            f"{folder} has no tensor {name!r} (or not of the right rank): download it again"
+        )
     return shapes[name][dim]
 
 
@@ -95,7 +102,10 @@ def build_config(
     """
     where = folder / "config.json"
     original = layout == "original"
-    text = _Block(raw, where, "language_config" if original else "text_config")
+    decoder = "language_config" if original else "text_config"
+    if not isinstance(raw.get(decoder), dict):  # sizes would be guessed, and heads guessed wrong
+        raise UserError(f"{where} has no {decoder}: put back the checkpoint's own config.json")
+    text = _Block(raw, where, decoder)
     vision = _Block(raw, where, "vision_config")
     pictures = _Block(raw, where, "vision_config", "params") if original else vision
     codes = (
@@ -132,7 +142,10 @@ def _decoder_config(block: _Block, shapes: Shapes, folder: Path) -> DecoderConfi
     kv_heads = block.integer("num_key_value_heads", max(keys // head_dim, 1))
     if heads % kv_heads:
         raise UserError(f"{block.where}: {heads} heads are no multiple of {kv_heads} kv heads")
-    rope = block.data.get("rope_parameters") or block.data.get("rope_scaling") or {}
+    rope_key = "rope_parameters" if block.data.get("rope_parameters") else "rope_scaling"
+    rope = block.data.get(rope_key) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{block.where}.{rope_key} is {rope!r}: expected an object")
     supported = {
         "hidden_act": block.data.get("hidden_act", "silu") == "silu",
         "attention_bias": not block.data.get("attention_bias"),
@@ -142,7 +155,9 @@ def _decoder_config(block: _Block, shapes: Shapes, folder: Path) -> DecoderConfi
     for key, fine in supported.items():
         if not fine:
             raise UserError(f"{block.where}.{key}: this variant of the decoder is not supported")
-    theta = rope.get("rope_theta") or block.number("rope_theta", 10000.0)
+    theta = block
+    if rope.get("rope_theta") is not None:
+        theta = _Block(block.data, folder / "config.json", rope_key)
     return DecoderConfig(
         vocab_size=block.integer(
             "vocab_size", _size(shapes, prefix + "embed_tokens.weight", 0, folder)
@@ -158,7 +173,7 @@ def _decoder_config(block: _Block, shapes: Shapes, folder: Path) -> DecoderConfi
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=block.number("rms_norm_eps", 1e-6),
-        rope_theta=float(theta),
+        rope_theta=theta.number("rope_theta", 10000.0),
         max_positions=block.integer("max_position_embeddings", 2048),
     )
 

@@ -124,6 +124,12 @@ def _tensors(
         raise ValueError(f"model_state is not the policy's: {odd[:3]} missing or unknown")
     tensors = dict(state)
     tensors |= {f"model.vqmodel.{k}": v for k, v in checkpoint.vq.state_dict().items()}
+    for name, tensor in checkpoint.untouched.items():  # the others were looked at when opened
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"tensor {name}, which is carried along and not run, holds NaN or infinity: start "
+                "from an intact copy of the checkpoint"
+            )
     tensors |= checkpoint.untouched
     if layout == "original":
         tensors = to_original(tensors)

@@ -43,7 +43,8 @@ TEMPLATES = {
     for template in (
         Template("janus-pro", "<|User|>", "<|Assistant|>"),
         Template("janus-1.3b", "User", "Assistant"),
-        # What T2I-R1 trained Janus-Pro with: the older model's roles, and a system sentence.
+        # As T2I-R1 trained Janus-Pro: the older model's roles, and a system sentence before the
+        # chain of thought. The sentence is ours, and so is the instruction.
         Template(
             "t2i-r1",
             "User",

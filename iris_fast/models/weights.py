@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file. UserError if it cannot be read as one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} cannot be read as JSON ({error}): download or export it again"
         ) from error
@@ -57,8 +58,10 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
         raise UserError(f"{index} has no weight_map: download it again")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(map(str, weight_map.values()))):
-        if Path(shard).name != shard:
-            raise UserError(f"{index} points outside its folder, to {shard!r}: not read")
+        if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):
+            raise UserError(
+                f"{index} names {shard!r}, which is no weight file in its folder: not read"
+            )
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard} is missing, {index.name} lists it: download it")
         tensors |= _read_file(folder / shard)
@@ -84,6 +87,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
+    if path.stat().st_size and not zipfile.is_zipfile(path):
+        raise UserError(
+            f"{path} is damaged, or a plain pickle as of before torch 1.6, which can run code and "
+            "is not opened: download it again, or convert it to safetensors on a machine that you "
+            "can lose"
+        )
     try:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

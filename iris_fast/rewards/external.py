@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,10 @@ def load(name: str, setting: str = "reward_funcs") -> Callable[..., Any]:
             f"{setting}: {name}: {mistake}; write module:function, with the module importable "
             "from the current folder"
         ) from None
+    except (Exception, SystemExit) as mistake:  # whatever the user's own code does
+        raise UserError(
+            f"{setting}: {name}: importing {module_name} raised {_told(mistake)}; mend the module"
+        ) from mistake
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{setting}: {name}: {module_name} has no function {function_name!r}")
@@ -54,9 +59,15 @@ def call(
 ) -> Tensor:
     """[N] float32; UserError unless the function gives one finite number for each sample."""
     fields = wanted_fields(name, function, prompts, setting)
-    given = function([prompt.text for prompt in prompts], images, **fields)
     try:
-        values = [float(value) for value in given]
+        # Lists of its own: the next function is given the same images whatever this one does.
+        given = function([prompt.text for prompt in prompts], list(images), **fields)
+    except (Exception, SystemExit) as mistake:  # whatever the user's own code does
+        raise UserError(
+            f"{setting}: {name} raised {_told(mistake)}; mend the function"
+        ) from mistake
+    try:
+        values = torch.tensor([float(value) for value in given], dtype=torch.float32)
     except (TypeError, ValueError) as mistake:
         raise UserError(
             f"{setting}: {name} gave no list of numbers ({mistake}); return one number for each "
@@ -67,13 +78,19 @@ def call(
             f"{setting}: {name} gave {len(values)} numbers for {len(prompts)} images; return "
             "one for each"
         )
-    for value, prompt in zip(values, prompts, strict=True):
+    for value, prompt in zip(values.tolist(), prompts, strict=True):
         if not math.isfinite(value):
             raise UserError(
-                f"{setting}: {name} gave {value} for the prompt {prompt.text[:60]!r}; return a "
-                "finite number"
+                f"{setting}: {name} gave {value} (in float32) for the prompt "
+                f"{prompt.text[:60]!r}; return a finite number"
             )
-    return torch.tensor(values)
+    return values
+
+
+def _told(mistake: BaseException) -> str:
+    """An exception of foreign code in one line: type, message, and where it was raised."""
+    *_, frame = traceback.extract_tb(mistake.__traceback__)
+    return f"{type(mistake).__name__}: {mistake} ({frame.filename}:{frame.lineno})"
 
 
 def wanted_fields(

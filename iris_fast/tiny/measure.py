@@ -25,7 +25,7 @@ from PIL.Image import Image
 from iris_fast.batch import Prompt
 from iris_fast.checkpoint import load_policy_weights, newest
 from iris_fast.config import GenerateConfig
-from iris_fast.errors import UserError, tell
+from iris_fast.errors import UserError, replacing, tell
 from iris_fast.inputs import open_model
 from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.vq import VQModel
@@ -173,9 +173,8 @@ def main() -> None:
         known[settings] = {"images": len(prompts) * arguments.samples} | {
             name: round(value, 4) for name, value in found.items()
         }
-        partial = arguments.json.with_name(f".{arguments.json.name}.partial")
-        partial.write_text(json.dumps(known, indent=2) + "\n")
-        partial.replace(arguments.json)
+        with replacing("json", arguments.json) as partial:
+            partial.write_text(json.dumps(known, indent=2) + "\n")
     if arguments.grid:
         grid(rows, [prompt.text for prompt in prompts]).save(arguments.grid)
 

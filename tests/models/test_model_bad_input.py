@@ -145,6 +145,7 @@ def test_pickle_with_code_is_not_run(original, form):
     message = refused(original)
     assert "pytorch_model.bin" in message
     assert not trace.exists()
+    assert "can run code" in message
     if form == "zip":
         assert "holds more than tensors" in message
         torch.load(path, weights_only=False)  # the trap does work when it is let
@@ -186,11 +187,12 @@ def test_bad_index(sharded, weight_map):
     assert "has no weight_map" in refused(sharded)
 
 
-def test_index_that_points_outside(sharded):
+@pytest.mark.parametrize("name", ["../other.safetensors", "..", "", "config.json"])
+def test_index_that_points_outside_or_to_no_weights(sharded, name):
     save_file({"lm_head.weight": torch.zeros(1)}, sharded.parent / "other.safetensors")
     index = sharded / "model.safetensors.index.json"
-    edit_json(index, weight_map={"lm_head.weight": "../other.safetensors"})
-    assert "points outside its folder" in refused(sharded)
+    edit_json(index, weight_map={"lm_head.weight": name})
+    assert f"names {name!r}, which is no weight file in its folder: not read" in refused(sharded)
 
 
 def test_missing_tensors_are_named(folder):
@@ -243,6 +245,45 @@ def test_nonsense_size(hf, value):
     message = refused(hf)
     assert "text_config.num_attention_heads" in message
     assert repr(value) in message
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, "big"], ids=repr)
+def test_numbers_that_are_none(hf, key, value):
+    edit_json(hf / "config.json", text_config__rope_parameters={}, **{f"text_config__{key}": value})
+    assert f"text_config.{key} is {value!r}: expected a positive number" in refused(hf)
+
+
+@pytest.mark.parametrize("value", [float("nan"), "big"], ids=repr)
+def test_a_rope_theta_among_the_rope_parameters(hf, value):
+    edit_json(hf / "config.json", text_config__rope_parameters={"rope_theta": value})
+    assert f"rope_parameters.rope_theta is {value!r}: expected a positive" in refused(hf)
+
+
+def test_rope_parameters_of_another_kind(hf):
+    edit_json(hf / "config.json", text_config__rope_parameters="x")
+    assert "text_config.rope_parameters is 'x': expected an object" in refused(hf)
+
+
+@pytest.mark.parametrize("value", [["janus"], {}, 3], ids=repr)
+def test_a_model_type_of_another_kind(folder, value):
+    edit_json(folder / "config.json", model_type=value)
+    assert f"model_type is {value!r}" in refused(folder)
+
+
+def test_deeply_nested_json(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+    assert "config.json cannot be read as JSON" in refused(folder)
+
+
+def test_a_config_without_the_decoder_s_sizes(folder):
+    """Single sizes may be the library's defaults, not all of them: heads follow from no shape."""
+    config = json.loads((folder / "config.json").read_text())
+    (name,) = {"text_config", "language_config"} & config.keys()
+    edit_json(folder / "config.json", **{name: None})
+    assert f"config.json has no {name}" in refused(folder)
+    edit_json(folder / "config.json", **{name: [1]})
+    assert f"config.json has no {name}" in refused(folder)
 
 
 def test_heads_that_do_not_divide(hf):
@@ -348,6 +389,16 @@ def test_export_refuses_to_overwrite(tiny, tmp_path):
     assert [p.name for p in target.iterdir()] == ["keep"]
     with pytest.raises(UserError, match="choose transformers or original"):
         export_janus(tiny, tmp_path / "other", layout="hf")
+
+
+def test_export_of_what_is_not_finite_though_never_run(hf, tmp_path):
+    def change(tensors):
+        tensors["model.vision_model.post_layernorm.bias"][3] = float("nan")
+
+    edit_weights(hf, change)
+    with pytest.raises(UserError, match=r"vision_model\.post_layernorm\.bias.*NaN"):
+        export_janus(load_janus(hf), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_onto_a_file_s_child(tiny, tmp_path):
