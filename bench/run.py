@@ -15,7 +15,6 @@ import importlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import re
 import shutil
@@ -54,10 +53,11 @@ def head(commit: str | None) -> dict[str, Any]:
     import torch
 
     from bench import _peers
+    from iris_fast.provenance import cpu_name
 
     gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name() if gpu else cpu_name(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "driver": _driver() if gpu else None,
@@ -75,11 +75,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
 
 
 def _driver() -> str | None:

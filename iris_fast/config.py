@@ -350,8 +350,8 @@ class TrainConfig(SamplingConfig):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
-# The paper's hyperparameters; what it leaves open is T2I-R1's, but for a shorter chain of thought. 8
-# prompts x G 8 on one GPU.
+# The paper's hyperparameters; what it leaves open is T2I-R1's, but for a shorter chain of thought.
+# 8 prompts x G 8 on one GPU.
 PAPER = {"cot": True, "bf16": True, "max_steps": 800, "beta": 0.01, "learning_rate": 1e-6}
 PRESETS: dict[str, dict[str, Any]] = {
     # Under three minutes on two CPU cores. The rate was chosen on seed 1 with an earlier state of

@@ -47,14 +47,15 @@ def hardware() -> str:
     counted = f"{processes} process{'es' if processes > 1 else ''}"
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {counted}, CUDA {torch.version.cuda}"
-    return f"{_cpu_name()}, {os.cpu_count()} cores, {counted}"
+    return f"{cpu_name()}, {counted}"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor and its number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def command(settings: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import gc
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -135,6 +136,8 @@ def _run(
     sys.path.insert(0, cwd)
     sys.argv = [module, *arguments]
     gc.freeze()  # see conftest.py
+    # A shell's background jobs, the tests perhaps among them, are started deaf to Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
     torch.set_num_threads(1)

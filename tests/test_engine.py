@@ -299,9 +299,14 @@ def test_a_replayed_graph_in_bfloat16_differs_by_near_ties_only():
 
 
 @pytest.mark.gpu
-def test_a_replayed_graph_reads_an_fp8_cache_as_single_steps_do(monkeypatch):
-    opened = lively("cuda")
-    captured = draw(opened, "static", kv_cache_dtype="fp8")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("kv_cache_dtype", torch.float32), ("rollout_weight_dtype", torch.bfloat16)],
+    ids=["cache", "weights"],
+)
+def test_a_replayed_graph_in_8_bits_draws_what_single_steps_draw(name, dtype, monkeypatch):
+    opened = lively("cuda", dtype)
+    captured = draw(opened, "static", **{name: "fp8"})
     monkeypatch.setattr(Sampler, "captured", False)
-    single = draw(opened, "static", kv_cache_dtype="fp8")
+    single = draw(opened, "static", **{name: "fp8"})
     assert captured.codes_NI.tolist() == single.codes_NI.tolist()
