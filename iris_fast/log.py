@@ -13,6 +13,7 @@ import math
 import netrc
 import os
 import statistics
+import sys
 import urllib.parse
 from dataclasses import asdict
 from pathlib import Path
@@ -145,19 +146,26 @@ class Log:
         with writing("output_dir", self._path):
             self._file.write(json.dumps(metrics) + "\n")
         self.history.append(metrics)
-        self._bar.write(console_line(metrics))
+        self.say(console_line(metrics))
         for name, warning in metrics["warnings"].items():
             if name not in shown:
-                self._bar.write(f"  warning: {warning}")
+                self.say(f"  warning: {warning}")
         self._bar.update()
         if self.tracker:
             numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
             self.tracker.log(numbers, step=metrics["step"])
 
     def say(self, line: str) -> None:
-        """A line on the console, above the progress bar."""
-        if self._active:
+        """A line on the console, above the progress bar. A run does not end with its console, such
+        as a pipe whose reader has gone: it says so once, and goes on."""
+        if not self._active:
+            return
+        try:
             self._bar.write(line)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+            print(f"standard output was closed; the run goes on, see {self._path}", file=sys.stderr)
 
     def close(self) -> None:
         """Flush everything."""

@@ -173,3 +173,14 @@ def test_the_process_ends_with_the_run_whatever_threads_are_left(here):
     assert (process.returncode, err) == (0, "")
     assert "finished at step 1" in out
     assert (here / "handler").exists()
+
+
+def test_a_run_goes_on_when_its_console_is_gone(here):
+    process = launch("iris_fast.train", *flags(max_steps=3, output_dir="run"), cwd=here)
+    process.stdout.close()
+    assert process.wait(120) == 0
+    with process.stderr as err:
+        assert "standard output was closed; the run goes on, see run/metrics.jsonl" in err.read()
+    assert len(metrics("run")) == 3
+    assert checkpoints("run") == ["step_00003"]
+    assert (here / "run" / "report.html").exists()
