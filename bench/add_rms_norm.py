@@ -19,7 +19,7 @@ from bench._case import Call, Case, check_close
 
 SUITE = "kernels"
 EPS = 1e-6
-GPU_GRID = ((16, 64, 256), (2048, 4096), torch.bfloat16)
+GPU_GRID = ((64, 256), (2048, 4096), torch.bfloat16)
 CPU_GRID = ((64,), (2048,), torch.float32)
 
 

@@ -20,7 +20,7 @@ from bench._case import Call, Case, check_close
 SUITE = "kernels"
 SLOTS, WIDTH = 704, 128
 THETA = 10000.0
-GPU_GRID = ((16, 32), (16, 64, 256), torch.bfloat16)
+GPU_GRID = ((16, 32), (64, 256), torch.bfloat16)
 CPU_GRID = ((16,), (64,), torch.float32)
 
 

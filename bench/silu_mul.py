@@ -17,7 +17,7 @@ from bench import _peers
 from bench._case import Call, Case, check_close
 
 SUITE = "kernels"
-GPU_GRID = ((16, 64, 256), (5632, 11008), torch.bfloat16)
+GPU_GRID = ((64, 256), (5632, 11008), torch.bfloat16)
 CPU_GRID = ((64,), (5632,), torch.float32)
 
 
