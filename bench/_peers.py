@@ -3,7 +3,9 @@
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -40,3 +42,10 @@ def load(module: str, device: torch.device, *, needs_gpu: bool = True) -> Module
     if needs_gpu and device.type != "cuda":
         raise Absent(f"{package} needs a GPU")
     return importlib.import_module(module)
+
+
+def compiled(function: Callable, device: torch.device, **options: Any) -> Callable:
+    """`function` by torch.compile at its best on this device, one graph a shape."""
+    torch._dynamo.config.recompile_limit = 64  # or the later shapes would run uncompiled
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
+    return torch.compile(function, mode=mode, dynamic=False, **options)

@@ -88,8 +88,7 @@ def eager(device: torch.device) -> Compute:
 
 
 def compiled(device: torch.device) -> Compute:
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    return torch.compile(plain, mode=mode, dynamic=False)
+    return _peers.compiled(plain, device)
 
 
 def liger(device: torch.device) -> Compute:

@@ -13,6 +13,7 @@ import torch
 from iris_kernels import guided_sample
 from torch import Tensor
 
+from bench import _peers
 from bench._case import Call, Case, WrongResult, check_close
 
 SUITE = "kernels"
@@ -96,8 +97,7 @@ def eager(inputs: Inputs) -> Call:
 
 
 def compiled(inputs: Inputs) -> Call:
-    mode = "max-autotune-no-cudagraphs" if inputs.cond.is_cuda else "default"
-    function = torch.compile(plain, mode=mode, dynamic=False)
+    function = _peers.compiled(plain, inputs.cond.device)
     return lambda: function(*inputs)
 
 

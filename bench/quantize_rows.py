@@ -13,6 +13,7 @@ import torch
 from iris_kernels import quantize_rows
 from torch import Tensor
 
+from bench import _peers
 from bench._case import Call, Case, check_close
 
 SUITE = "kernels"
@@ -68,8 +69,7 @@ def eager(device: torch.device) -> Compute:
 
 
 def compiled(device: torch.device) -> Compute:
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    return torch.compile(plain, mode=mode, dynamic=False)
+    return _peers.compiled(plain, device)
 
 
 CANDIDATES = {"ours": ours, "eager": eager, "torch.compile": compiled}

@@ -15,6 +15,7 @@ import torch
 from iris_kernels import rope_append
 from torch import Tensor
 
+from bench import _peers
 from bench._case import Call, Case, check_close
 
 SUITE = "kernels"
@@ -112,8 +113,7 @@ def eager(device: torch.device) -> Callable[..., Tensor]:
 
 
 def compiled(device: torch.device) -> Callable[..., Tensor]:
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    return torch.compile(plain, mode=mode, dynamic=False)
+    return _peers.compiled(plain, device)
 
 
 CANDIDATES = {"ours": ours, "eager": eager, "torch.compile": compiled}

@@ -58,8 +58,7 @@ def eager(device: torch.device, inputs: Tensor) -> Call:
 
 
 def compiled(device: torch.device, inputs: Tensor) -> Call:
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    function = torch.compile(plain, mode=mode, dynamic=False)
+    function = _peers.compiled(plain, device)
     return lambda: function(inputs)
 
 

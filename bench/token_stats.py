@@ -171,9 +171,7 @@ def compiled(device: torch.device) -> Compute:
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False  # else a backward cannot be timed twice
-    torch._dynamo.config.recompile_limit = 64  # one graph a shape, none of them dynamic
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
-    return torch.compile(plain, mode=mode, dynamic=False, fullgraph=True)
+    return _peers.compiled(plain, device, fullgraph=True)
 
 
 def trl(device: torch.device) -> Compute:
