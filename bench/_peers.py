@@ -20,15 +20,25 @@ PEERS = {
     "xformers": "xformers",
 }
 
+GENERATE = "image generation of transformers 5.17"
+
 
 def absent() -> list[str]:
-    """The peers that are not installed."""
-    return [name for name, module in PEERS.items() if importlib.util.find_spec(module) is None]
+    """The peers that are not installed, or do not work as they are."""
+    missing = [name for name, module in PEERS.items() if importlib.util.find_spec(module) is None]
+    return missing + ([GENERATE] if generate_is_broken() else [])
 
 
 def versions() -> dict[str, str]:
-    """The versions of those that are."""
+    """The versions of those that are there."""
     return {name: importlib.metadata.version(name) for name in PEERS if name not in absent()}
+
+
+def generate_is_broken() -> bool:
+    """Whether this is a transformers whose Janus calls a function of the library without one of its
+    arguments; it is mended in 5.18."""
+    installed = importlib.util.find_spec("transformers") is not None
+    return installed and importlib.metadata.version("transformers").startswith("5.17.")
 
 
 def load(module: str, device: torch.device, *, needs_gpu: bool = True) -> ModuleType:

@@ -9,6 +9,7 @@ from torch.autograd import DeviceType
 
 from bench import _profile, rollout, step, training
 from bench._measure import Bench
+from bench._peers import generate_is_broken
 from bench._profile import Span, Total
 
 
@@ -73,7 +74,9 @@ def test_a_bench_keeps_a_warm_call_and_tells_what_fails():
     assert bench.failures == ["profile step/y: RuntimeError: no profiler"]
 
 
-@pytest.mark.parametrize(("suite", "calls"), [(rollout, 3), (training, 2), (step, 1)])
+@pytest.mark.parametrize(
+    ("suite", "calls"), [(rollout, 2 if generate_is_broken() else 3), (training, 2), (step, 1)]
+)
 def test_suites_that_profile_whole_calls(suite, calls, monkeypatch):
     monkeypatch.setattr(step, "CPU_SIZE", step.Size(prompts=2, group=2, cot=2, batch=1))
     bench = Bench(torch.device("cpu"))
