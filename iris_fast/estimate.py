@@ -161,7 +161,7 @@ def estimate(
 
 def _moment_bytes(config: TrainConfig) -> float:
     """Per trained parameter. Adapters are too narrow for 8 bits, but for a rank that 64 divides."""
-    narrow = config.use_peft and config.lora_r % 64
+    narrow = config.optim == "adamw_torch_8bit" and config.use_peft and config.lora_r % 64
     return MOMENT_BYTES["adamw_torch" if narrow else config.optim]
 
 

@@ -16,6 +16,7 @@ from iris_fast.estimate import (
     GIB,
     H200,
     MOMENT_BYTES,
+    Estimate,
     check_fits,
     estimate,
     layer_activation_elements,
@@ -135,6 +136,32 @@ def test_moments_are_counted_as_the_optimizer_makes_them(optim):
     tables = 2 * 4 * 256 if optim == "adamw_torch_8bit" else 0
     expected = MOMENT_BYTES[optim] * layer.weight.numel() + tables
     assert state_bytes(optimizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("optim", "each"), [("adamw_torch", 8), ("adamw_torch_bf16", 6), ("adamw_torch_8bit", 8)]
+)
+def test_moments_of_narrow_adapters(optim, each):
+    """torchao keeps matrices of fewer columns than a block of 8-bit moments in float32."""
+    found = estimate(preset("janus-pro-1b", use_peft=True, optim=optim), JANUS_1B, 1, H200, 64)
+    gradients = found.training_bytes["gradients, float32"]
+    assert found.always_bytes[f"moments, {optim}"] == each * gradients / 4
+
+
+def test_8_bit_rollouts_hold_and_read_what_they_do():
+    def rollout(**settings) -> Estimate:
+        settings |= {"rollout_engine": "static"}
+        return estimate(preset("janus-pro-1b", **settings), JANUS_1B, 1, H200, 64)
+
+    plain = rollout()
+    cache, weights = rollout(kv_cache_dtype="fp8"), rollout(rollout_weight_dtype="fp8")
+    projections = 24 * (4 * 2048**2 + 3 * 2048 * 5632)
+    norms = 24 * 2 * 2048  # they stay as they are, and are counted with the blocks
+    more = weights.always_bytes["sampler's copy"] - plain.always_bytes["sampler's copy"]
+    assert projections <= more <= projections + norms
+    assert cache.rollout_bytes["KV cache"] == plain.rollout_bytes["KV cache"] / 2
+    for found in (cache, weights):
+        assert found.seconds["rollout"] < plain.seconds["rollout"]
 
 
 def test_what_does_not_fit_names_what_to_change():
