@@ -119,19 +119,15 @@ def _read_settings(path: str) -> dict[str, Any]:
 def _check_file(path: str, config_class: type[Config]) -> None:
     """UserError for what a --config file can hold and a flag cannot: keys that are no names, values
     that are left out, and mappings."""
-    optional = {name for name, hint in get_type_hints(config_class).items() if _takes_none(hint)}
+    hints = get_type_hints(config_class)
     for name, value in _read_settings(path).items():
         if not isinstance(name, str):
             raise UserError(f"config: {path}: {name!r} is no setting's name; --help lists them")
-        if value is None and name not in optional:
+        if value is None and type(None) not in get_args(hints.get(name, None | str)):
             raise UserError(f"{name}: {path} gives it no value; give one, or delete the line")
         nested = value if isinstance(value, list) else [value]
         if any(isinstance(each, dict | list) for each in nested):
             raise UserError(f"{name}: {path} gives it a mapping or a list of lists; give a value")
-
-
-def _takes_none(hint: Any) -> bool:
-    return type(None) in get_args(hint)
 
 
 def parse(config_class: type[Config], program: str, arguments: list[str]) -> Config:

@@ -24,6 +24,7 @@ from iris_fast.tiny import PROMPTS_FILE, build_tiny
 
 EIGHT_BITS = ("kv_cache_dtype", "rollout_weight_dtype")
 FP8_CAPABILITY = (8, 9)  # older GPUs cannot convert e4m3
+PRODUCT_SIZES = 16  # torch's scaled products take multiples
 SCALED_PRODUCT_ON_CPU = (2, 13)  # the first torch that multiplies by row scales there
 
 
@@ -68,11 +69,15 @@ def check_device(config: SamplingConfig, device: torch.device) -> None:
             )
             require(found >= FP8_CAPABILITY, name, "fp8", remedy)
     if config.rollout_weight_dtype == "fp8":
-        remedy = "on a GPU it multiplies in bfloat16: add --bf16 true"
-        require(config.bf16 or device.type == "cpu", "rollout_weight_dtype", "fp8", remedy)
-        remedy = f"on a CPU it needs torch 2.13, this is {torch.__version__}"
-        enough = device.type == "cuda" or torch.__version__ >= SCALED_PRODUCT_ON_CPU
-        require(enough, "rollout_weight_dtype", "fp8", remedy)
+        if device.type == "cuda" and not config.bf16:
+            raise UserError(
+                "rollout_weight_dtype: fp8 multiplies in bfloat16 on a GPU; add --bf16 true"
+            )
+        if device.type == "cpu" and torch.__version__ < SCALED_PRODUCT_ON_CPU:
+            raise UserError(
+                "rollout_weight_dtype: fp8 on a CPU needs torch 2.13, this is "
+                f"{torch.__version__}; use auto"
+            )
 
 
 def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:
@@ -85,7 +90,26 @@ def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:
     longest = check_against(checkpoint.tokenizer, prompts, config.max_prompt_length, source)
     tokens = check_image_tokens(config.image_token_num_per_image, checkpoint.config.image_tokens)
     check_positions(config, checkpoint, longest.text, instruction, tokens)
+    if config.rollout_weight_dtype == "fp8":
+        check_products(checkpoint)
     return Inputs(checkpoint, prompts, tokens)
+
+
+def check_products(checkpoint: JanusCheckpoint) -> None:
+    """UserError for sizes that products in 8 bits do not take."""
+    sizes = checkpoint.config.decoder
+    inputs_and_outputs = {
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "heads times their width": sizes.num_heads * sizes.head_dim,
+        "key/value heads times their width": sizes.num_kv_heads * sizes.head_dim,
+    }
+    for name, size in inputs_and_outputs.items():
+        if size % PRODUCT_SIZES:
+            raise UserError(
+                f"rollout_weight_dtype: fp8 takes sizes that {PRODUCT_SIZES} divides, and this "
+                f"model's {name} is {size}; use auto"
+            )
 
 
 def check_positions(

@@ -160,6 +160,7 @@ def test_a_name_like_no_other_is_pointed_to_help():
         (["--config", "preset.yaml"], "preset: .*tiny"),
         (["--config", "null.yaml"], "reward_reduction: null.yaml gives it no value; give one"),
         (["--config=null.yaml"], "reward_reduction: null.yaml gives it no value; give one"),
+        (["--config", "mistyped.yaml"], "max_step: .*did you mean max_steps"),
         (["--config", "number.yaml"], "config: number.yaml: 1 is no setting's name"),
         (["--config", "nested.yaml"], "seed: nested.yaml gives it a mapping"),
         (["--config", "anchor.yaml"], "reward_funcs: anchor.yaml gives it a mapping or a list"),
@@ -173,6 +174,7 @@ def test_a_value_that_does_not_fit_is_told_by_name(here, arguments, message):
     Path("binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     Path("preset.yaml").write_text("preset: [tiny]\n")
     Path("null.yaml").write_text("seed: 1\nreward_reduction:\n")
+    Path("mistyped.yaml").write_text("max_step:\nseed: 1\n")
     Path("number.yaml").write_text("1: 2\n")
     Path("nested.yaml").write_text("seed: {a: 1}\n")
     Path("anchor.yaml").write_text("reward_funcs: &here [*here]\n")

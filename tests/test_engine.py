@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -18,9 +20,10 @@ from iris_fast.batch import Prompt, Rollout
 from iris_fast.config import SamplingConfig
 from iris_fast.engine import run_steps
 from iris_fast.errors import UserError
-from iris_fast.inputs import EIGHT_BITS, check_device
+from iris_fast.inputs import EIGHT_BITS, check_device, check_products
 from iris_fast.models.attention import PackedAttention
-from iris_fast.models.fused_decoder import FusedDecoder, Product
+from iris_fast.models.decoder import RMSNorm
+from iris_fast.models.fused_decoder import FusedDecoder, Product, lay_side_by_side
 from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.shared_cache import Beginnings, SharedKVCache
 from iris_fast.rollout import Sampler
@@ -45,6 +48,10 @@ class Launches(TorchDispatchMode):
 def lively(device: str = "cpu", dtype: torch.dtype = torch.float32) -> JanusCheckpoint:
     checkpoint = build_random_tiny(seed=5)
     set_spread(checkpoint, text=2.5, image=0.6)
+    generator = torch.Generator().manual_seed(11)
+    for module in checkpoint.model.modules():
+        if isinstance(module, RMSNorm):  # one is like another only while all are ones
+            module.weight.data += 0.3 * torch.randn(module.weight.shape, generator=generator)
     checkpoint.model.requires_grad_(False).to(device, dtype)
     return checkpoint
 
@@ -252,6 +259,87 @@ def test_an_fp8_product_is_that_of_what_is_kept(bias):
     assert 0.005 < error < 0.05
 
 
+def other_order(weight: torch.Tensor) -> list[torch.Tensor]:
+    return [weight[16:], weight[:16]]
+
+
+def with_a_gap(weight: torch.Tensor) -> list[torch.Tensor]:
+    return [weight[:8], weight[16:]]
+
+
+def transposed(weight: torch.Tensor) -> list[torch.Tensor]:
+    return [part.t() for part in weight.split([16, 16])]
+
+
+def wider(weight: torch.Tensor) -> list[torch.Tensor]:
+    return [part[:, :5] for part in weight.split([16, 16])]
+
+
+@pytest.mark.parametrize("views", [other_order, with_a_gap, transposed, wider])
+def test_weights_that_share_memory_otherwise_are_laid_out_anew(views):
+    parameters = [torch.nn.Parameter(v, False) for v in views(torch.randn(32, 16))]
+    values = torch.cat([p.clone() for p in parameters])
+    together = lay_side_by_side(parameters)
+    assert torch.equal(together, values)
+    parameters[1].fill_(7.0)
+    assert torch.equal(together, torch.cat(parameters))
+    assert lay_side_by_side(parameters).data_ptr() == together.data_ptr()
+
+
+def to_double_and_back(sampler: Sampler) -> Sampler:
+    sampler.janus.double().float()
+    return sampler
+
+
+def assigned(sampler: Sampler) -> Sampler:
+    state = {name: value.clone() for name, value in sampler.janus.state_dict().items()}
+    sampler.janus.load_state_dict(state, assign=True)
+    sampler.janus.requires_grad_(False)
+    return sampler
+
+
+@pytest.mark.parametrize("replace_tensors", [to_double_and_back, assigned, copy.deepcopy])
+@pytest.mark.parametrize("dtype", ["auto", pytest.param("fp8", marks=needs_scaled_products)])
+def test_a_sampler_follows_weights_whose_tensors_were_replaced(replace_tensors, dtype):
+    opened, fresh = lively(), lively()
+    settings = {"rollout_engine": "static", "rollout_weight_dtype": dtype}
+    config = SamplingConfig(**settings)
+    used = Sampler(opened.model, opened.tokenizer, config, image_tokens=4)
+    prompts, numbers = [Prompt("a red cube")] * 4, list(range(4))
+    used.rollout(prompts, numbers)
+    used = replace_tensors(used)
+    for model in (used.janus, fresh.model):
+        generator = torch.Generator().manual_seed(3)
+        for weight in model.model.language_model.parameters():
+            weight += 0.05 * torch.randn(weight.shape, generator=generator)
+    expected = Sampler(fresh.model, fresh.tokenizer, config, image_tokens=4)
+    found, wanted = (s.rollout(prompts, numbers).image.guided for s in (used, expected))
+    torch.testing.assert_close(found.logprob, wanted.logprob, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 128])
+def test_an_fp8_product_on_a_gpu(rows):
+    layers = [torch.nn.Linear(64, size).requires_grad_(False) for size in (32, 48)]
+    layers = [layer.to("cuda", torch.bfloat16) for layer in layers]
+    x = torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16)
+    found = Product(*layers, weight_dtype="fp8")(x)
+    together = torch.cat([layer.weight for layer in layers])
+    weight, given = (q.values.float() * q.scales for q in map(quantize_rows, (together, x)))
+    bias = torch.cat([layer.bias for layer in layers]).float()
+    expected = torch.nn.functional.linear(given, weight, bias)
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_model_that_fp8_products_cannot_take_is_refused():
+    opened = build_random_tiny()
+    check_products(opened)
+    sizes = dataclasses.replace(opened.config.decoder, intermediate_size=72)
+    odd = dataclasses.replace(opened, config=dataclasses.replace(opened.config, decoder=sizes))
+    with pytest.raises(UserError, match=r"rollout_weight_dtype.*intermediate_size is 72; use auto"):
+        check_products(odd)
+
+
 def test_sizes_that_fp8_products_cannot_take_are_refused():
     with pytest.raises(ValueError, match=r"that 16 divides, these layers have \(8, 48\)"):
         Product(torch.nn.Linear(48, 8), weight_dtype="fp8")
@@ -262,6 +350,8 @@ def test_a_fused_step_is_the_modules_in_few_launches():
     decoder = opened.model.model.language_model
     cache = SharedKVCache(decoder.config, Beginnings.of([[1, 2, 3], [1, 2]]), room=2)
     embeds = opened.model.embed_text(torch.tensor([1, 2, 3, 7, 8]))
+    for number, norm in enumerate(m for m in decoder.modules() if isinstance(m, RMSNorm)):
+        norm.eps = 0.01 * (1 + number)
     decoder(embeds[:3], torch.arange(3), cache.prefill())
     fused, launched = FusedDecoder(decoder), Counter()
     with Launches(launched):

@@ -144,7 +144,7 @@ def words(prompts, images):
     return ["good"] * len(prompts)
 
 def raises(prompts, images):
-    raise KeyError("colour")
+    raise RuntimeError("no\\n  colour")
 
 def leaves(prompts, images):
     raise SystemExit(0)
@@ -223,7 +223,7 @@ def test_any_callable_and_any_iterable_will_do(call):
         ("infinite", r"gave -inf \(in float32\) for the prompt 'a ball'"),
         ("nothing", "gave no list of numbers"),
         ("words", "gave no list of numbers.*good"),
-        ("raises", r"raised KeyError: 'colour' \(.*\.py:\d+\); mend the function"),
+        ("raises", r"raised RuntimeError: no colour \(.*\.py:\d+\); mend the function"),
         ("leaves", r"raised SystemExit: 0 \(.*\.py:\d+\)"),
         ("huge", r"gave inf \(in float32\) for the prompt 'a cube'; return a finite number"),
         ("unknown_field", "fields color, n: missing a required argument: 'colour'"),

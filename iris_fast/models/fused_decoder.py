@@ -19,7 +19,7 @@ from iris_kernels import add_rms_norm, quantize_rows, silu_mul
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
-from iris_fast.models.decoder import Decoder, DecoderLayer
+from iris_fast.models.decoder import Decoder, DecoderLayer, RMSNorm
 from iris_fast.models.shared_cache import SharedKVCache
 
 
@@ -47,32 +47,36 @@ def lay_side_by_side(parameters: list[nn.Parameter]) -> Tensor:
 
 
 class Product:
-    """Linear layers that take the same input, as one matrix product.
+    """Linear layers that take the same input, as one matrix product, for frozen weights.
 
-    The layers stay what they are, and weights written to them in place are seen here. For frozen
-    weights on their final device; moving the module afterwards would part them.
+    The layers stay what they are, and weights written to them in place are seen here.
     """
 
     def __init__(self, *layers: nn.Linear, weight_dtype: str = "auto") -> None:
         """The layers' outputs follow one another in the product's."""
+        self._layers = layers
         self.sizes = [layer.out_features for layer in layers]
-        self._weight = lay_side_by_side([layer.weight for layer in layers])
-        biased = layers[0].bias is not None
-        self._bias = lay_side_by_side([layer.bias for layer in layers]) if biased else None
-        self._quantized = None
-        if weight_dtype == "fp8":
-            if any(size % 16 for size in self._weight.shape):
-                raise ValueError(
-                    f"weight_dtype: fp8 products take sizes that 16 divides, these layers have "
-                    f"{tuple(self._weight.shape)}: use auto"
-                )
-            self._quantized = quantize_rows(self._weight)
+        self._eight_bits, self._quantized = weight_dtype == "fp8", None
+        if self._eight_bits and (sum(self.sizes) % 16 or layers[0].in_features % 16):
+            raise ValueError(
+                "weight_dtype: fp8 products take sizes that 16 divides, these layers have "
+                f"{(sum(self.sizes), layers[0].in_features)}: use auto"
+            )
+        self.refresh()
 
     def refresh(self) -> None:
-        """Take over what was written to the weights, where they are kept in 8 bits: in place."""
-        if self._quantized is not None:
-            for kept, new in zip(self._quantized, quantize_rows(self._weight), strict=True):
-                kept.copy_(new)
+        """Take over the layers' weights: where they were replaced since, laid out again; where they
+        are kept in 8 bits, those written anew."""
+        self._weight = lay_side_by_side([layer.weight for layer in self._layers])
+        biased = self._layers[0].bias is not None
+        self._bias = lay_side_by_side([layer.bias for layer in self._layers]) if biased else None
+        if not self._eight_bits:
+            return
+        quantized = quantize_rows(self._weight)
+        if self._quantized is None or self._quantized.values.device != self._weight.device:
+            self._quantized = quantized
+        for kept, new in zip(self._quantized, quantized, strict=True):
+            kept.copy_(new)
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         """[B, all outputs] of [B, inputs], contiguous."""
@@ -87,11 +91,12 @@ class Product:
 
 
 class FusedLayer:
-    """What one block of the decoder multiplies by."""
+    """A block of the decoder, with four products instead of seven."""
 
     def __init__(self, layer: DecoderLayer, weight_dtype: str) -> None:
-        """Four products instead of seven."""
+        """Over the weights of `layer`."""
         attention, mlp = layer.self_attn, layer.mlp
+        self.layer = layer
         self.qkv = Product(
             attention.q_proj, attention.k_proj, attention.v_proj, weight_dtype=weight_dtype
         )
@@ -106,15 +111,12 @@ class FusedDecoder:
 
     def __init__(self, decoder: Decoder, weight_dtype: str = "auto") -> None:
         """`weight_dtype`: auto is the weights' own; fp8."""
-        config = decoder.config
-        self._width, self._eps = config.head_dim, config.rms_norm_eps
+        self._decoder = decoder
         self._layers = [FusedLayer(layer, weight_dtype) for layer in decoder.layers]
-        self._attention_norms = [layer.input_layernorm.weight for layer in decoder.layers]
-        self._mlp_norms = [layer.post_attention_layernorm.weight for layer in decoder.layers]
-        self._last_norm = decoder.norm.weight
 
     def refresh(self) -> None:
-        """Take over weights that were written to the decoder; only those in 8 bits need it."""
+        """Take over weights that were written to the decoder, or replaced, since the last call;
+        those written in place and not kept in 8 bits are seen without."""
         for layer in self._layers:
             for product in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 product.refresh()
@@ -122,20 +124,19 @@ class FusedDecoder:
     def step(self, embeds_BD: Tensor, cache: SharedKVCache) -> Tensor:
         """Final-norm hidden rows [B, D] of the next token of every sequence; the cache keeps and
         counts it. Neither waits for the device nor counts on the host."""
-        stream_BD = embeds_BD.clone()
-        rope = cache.rope()
-        after = [*self._attention_norms[1:], self._last_norm]
-        normed_BD = self._add_norm(stream_BD, None, self._attention_norms[0])
-        for index, layer in enumerate(self._layers):
-            fused = layer.qkv(normed_BD).split(layer.qkv.sizes, dim=-1)
-            query, key, value = (part.unflatten(-1, (-1, self._width)) for part in fused)
-            context_BHd = cache.append_and_attend(index, query, key, value, rope)
-            delta_BD = layer.out(context_BHd.flatten(-2))
-            normed_BD = self._add_norm(stream_BD, delta_BD, self._mlp_norms[index])
-            delta_BD = layer.down(silu_mul(layer.gate_up(normed_BD)))
-            normed_BD = self._add_norm(stream_BD, delta_BD, after[index])
-        cache.advance()
-        return normed_BD
+        config, stream_BD, rope = self._decoder.config, embeds_BD.clone(), cache.rope()
 
-    def _add_norm(self, stream_BD: Tensor, delta_BD: Tensor | None, weight_D: Tensor) -> Tensor:
-        return add_rms_norm(stream_BD, weight_D, eps=self._eps, delta=delta_BD)
+        def add_norm(norm: RMSNorm, delta_BD: Tensor | None) -> Tensor:
+            return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta_BD)
+
+        delta_BD = None
+        for index, fused in enumerate(self._layers):
+            normed_BD = add_norm(fused.layer.input_layernorm, delta_BD)
+            parts = fused.qkv(normed_BD).split(fused.qkv.sizes, dim=-1)
+            query, key, value = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
+            context_BHd = cache.append_and_attend(index, query, key, value, rope)
+            delta_BD = fused.out(context_BHd.flatten(-2))
+            normed_BD = add_norm(fused.layer.post_attention_layernorm, delta_BD)
+            delta_BD = fused.down(silu_mul(fused.gate_up(normed_BD)))
+        cache.advance()
+        return add_norm(self._decoder.norm, delta_BD)

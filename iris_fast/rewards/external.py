@@ -90,7 +90,8 @@ def call(
 def _told(mistake: BaseException) -> str:
     """An exception of foreign code in one line: type, message, and where it was raised."""
     *_, frame = traceback.extract_tb(mistake.__traceback__)
-    return f"{type(mistake).__name__}: {mistake} ({frame.filename}:{frame.lineno})"
+    message = " ".join(str(mistake).split())
+    return f"{type(mistake).__name__}: {message} ({frame.filename}:{frame.lineno})"
 
 
 def wanted_fields(

@@ -2,7 +2,7 @@
 
     scales_r = max_i |x_ri| / 448        values_ri = x_ri / scales_r in float8_e4m3fn
 
-448 is the largest float8_e4m3fn. A row of zeros has the scale 1.
+448 is the largest float8_e4m3fn. A row of zeros, or of less than float32 can scale, has scale 1.
 
 Bytes moved for b-byte elements: (b + 1) D a row, in one launch where the plain operations take
 seven.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ._backend import jit, tl, triton, use_triton
 from ._checks import check_contiguous
-from ._eight_bits import FP8, LARGEST, within
+from ._eight_bits import FP8, LARGEST
 from ._ops import add_op_namespace_prefix
 
 MOST_CHANNELS = 32768  # one program holds a row
@@ -39,12 +39,11 @@ def _quantize_rows_kernel(x, values, scales, D, LARGEST: tl.constexpr, BLOCK: tl
     d = tl.arange(0, BLOCK)
     inside = d < D
     wide = tl.load(x + r * D + d, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(wide), axis=0)
-    scale = tl.where(largest == 0.0, 1.0, largest / LARGEST)
+    scale = tl.div_rn(tl.max(tl.abs(wide), axis=0), 1.0 * LARGEST)
+    scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scales + r, scale)
-    # The quotient of the largest may be rounded past the range, which would be NaN.
-    bounded = within(wide / scale, LARGEST)
-    tl.store(values + r * D + d, bounded.to(values.dtype.element_ty), mask=inside)
+    # The largest quotient is LARGEST to a rounding, and what rounds to LARGEST reaches farther.
+    tl.store(values + r * D + d, tl.div_rn(wide, scale).to(values.dtype.element_ty), mask=inside)
 
 
 # --- Launcher -------------------------------------------------------------------------------------
@@ -69,9 +68,9 @@ def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same in torch's operations."""
     wide = x.float()
-    largest = wide.abs().amax(dim=-1, keepdim=True)
-    scales = torch.where(largest == 0, 1.0, largest / LARGEST)
-    return (wide / scales).clamp(-LARGEST, LARGEST).to(FP8), scales
+    scales = wide.abs().amax(dim=-1, keepdim=True) / LARGEST
+    scales = torch.where(scales == 0, 1.0, scales)
+    return (wide / scales).to(FP8), scales
 
 
 # --- Custom op ------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def _rope_append_kernel(
     HALF: tl.constexpr, WIDTH: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one sequence: of its query, then of its key, then of its value."""
-    block = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)  # the axis without a limit of 65535
+    block = tl.program_id(1)
     i = tl.arange(0, WIDTH)
     inside = i < HALF
     c = tl.load(cos + b * table_b + i, mask=inside, other=0.0)[None, :]
@@ -97,7 +97,7 @@ def rope_append_triton(query, key, value, cos, sin, key_cache, value_cache, slot
     rotated = query.new_empty(B, H, width)
     strides = [stride for t in (query, key, value) for stride in t.stride()[:2]]
     strides += [stride for t in (key_cache, value_cache) for stride in t.stride()[:3]]
-    _rope_append_kernel[(query_blocks + 2 * key_blocks, B)](
+    _rope_append_kernel[(B, query_blocks + 2 * key_blocks)](
         query, key, value, cos, sin, slots, rotated, key_cache, value_cache,
         H, kv_heads, key_cache.shape[2], *strides, cos.stride(0),
         QUERY_BLOCKS=query_blocks, KEY_BLOCKS=key_blocks, HEADS=heads, HALF=width // 2,
@@ -120,11 +120,11 @@ def rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots
         parts = (first * cos - second * sin, second * cos + first * sin)
         return torch.cat(parts, dim=-1).to(x.dtype)
 
-    rows = torch.arange(len(slots), device=slots.device)
+    rows = ((slots >= 0) & (slots < key_cache.shape[2])).nonzero()[:, 0]
     for cache, new in ((key_cache, rotate(key)), (value_cache, value)):
         if cache.dtype == FP8:
             new = new.clamp(-LARGEST, LARGEST)
-        cache[rows, :, slots] = new.to(cache.dtype)
+        cache[rows, :, slots[rows]] = new[rows].to(cache.dtype)
     return rotate(query)
 
 

@@ -25,8 +25,8 @@ BLOCK = 2048
 
 @jit
 def _silu_mul_kernel(gate_up, out, I, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)  # the axis without a limit of 65535
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < I
     gate = tl.load(gate_up + row * 2 * I + i, mask=inside, other=0.0)
     up = tl.load(gate_up + row * 2 * I + I + i, mask=inside, other=0.0)
@@ -43,7 +43,7 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     """One launch, 8 elements of each half a thread."""
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    grid = (-(-width // BLOCK), out.numel() // width)
+    grid = (out.numel() // width, -(-width // BLOCK))
     _silu_mul_kernel[grid](gate_up, out, width, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True)
     return out
 

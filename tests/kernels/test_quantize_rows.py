@@ -31,6 +31,7 @@ def representable(shape, dtype, device, seed=0):
     generator = torch.Generator().manual_seed(seed)
     values = (torch.randn(shape, generator=generator) * 60).clamp(-LARGEST, LARGEST).to(FP8).float()
     values[:, 0] = LARGEST
+    values[1::2] *= -1  # the largest can be a negative one
     scales = 2.0 ** torch.randint(-9, 4, (shape[0], 1), generator=generator)
     return values.to(device), scales.to(device), (values * scales).to(device, dtype)
 
@@ -60,10 +61,11 @@ def test_rounding_error(regime, backend, device):
 
 
 def test_zeros_and_extremes(backend, device):
-    x = torch.zeros(3, 32, device=device)
-    x[1], x[2, 7] = 2.0**-100, 448 * 2.0**100
+    x = torch.zeros(4, 32, device=device)
+    x[1], x[2, 7], x[3, 5] = 2.0**-100, 448 * 2.0**100, 1e-44
     values, scales = quantize_rows(x)
     assert scales[0] == 1 and (values[0].float() == 0).all()
+    assert scales[3] == 1 and values[3].float().isfinite().all()
     assert (values[1].float() == LARGEST).all()
     assert values[2].float().tolist() == [LARGEST if i == 7 else 0.0 for i in range(32)]
 

@@ -93,13 +93,19 @@ def test_parts_of_one_projection_and_caches_in_another_order(backend, device):
     for i, part in enumerate((query, key, value)):
         fused[:, 3 * i : 3 * i + 3] = part
     parts = [fused[:, i : i + 3] for i in (0, 3, 6)]
-    held = [torch.full((2, 5, 4, 16), math.nan, device=device) for _ in range(2)]
+    tables = []
+    for table in (cos, sin):
+        wider = torch.full((2, 11), math.nan, device=device)
+        wider[:, :8] = table
+        tables.append(wider[:, :8])
+    # Key and value caches of different strides.
+    held = [torch.full((2, 5, heads, 16), math.nan, device=device) for heads in (4, 6)]
     others = [t[:, :, :3].transpose(1, 2) for t in held]
-    found = rope_append(*parts, cos, sin, *others, slots.int())
+    found = rope_append(*parts, *tables, *others, slots.int())
     assert torch.equal(found, expected)
     for mine, theirs in zip(others, (key_cache, value_cache), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
-    assert all(t[:, :, 3].isnan().all() for t in held)
+    assert all(t[:, :, 3:].isnan().all() for t in held)
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours(backend, device):
