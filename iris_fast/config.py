@@ -16,6 +16,7 @@ import yaml
 from iris_fast.errors import UserError, require
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EIGHT_BITS = ("kv_cache_dtype", "rollout_weight_dtype")  # settings that may be fp8
 DIFFERENTIABLE = ("image_nsc", "text_nsc", "image_entropy", "text_entropy")
 
 
@@ -82,7 +83,7 @@ class SamplingConfig:
             require(getattr(self, name, None) != "", name, "''", "give a value or leave it out")
         require_at_least(self, 1, "max_prompt_length", "max_completion_length")
         require_at_least(self, 0, "top_k", "temperature", "min_p")
-        for name in ("kv_cache_dtype", "rollout_weight_dtype"):
+        for name in EIGHT_BITS:
             if getattr(self, name) == "fp8" and self.rollout_engine != "static":
                 raise UserError(f"{name}: fp8 needs the static engine; add --rollout_engine static")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "give a number in (0, 1]; 1 is off")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from iris_fast.batch import Prompt
-from iris_fast.config import SamplingConfig
+from iris_fast.config import EIGHT_BITS, SamplingConfig
 from iris_fast.errors import UserError, require
 from iris_fast.models.janus import Janus
 from iris_fast.models.layouts import JanusCheckpoint, load_janus
@@ -22,7 +22,6 @@ from iris_fast.pictures import check_image_tokens
 from iris_fast.prompts import check_against, read_prompts
 from iris_fast.tiny import PROMPTS_FILE, build_tiny
 
-EIGHT_BITS = ("kv_cache_dtype", "rollout_weight_dtype")
 FP8_CAPABILITY = (8, 9)  # older GPUs cannot convert e4m3
 PRODUCT_SIZES = 16  # torch's scaled products take multiples
 SCALED_PRODUCT_ON_CPU = (2, 13)  # the first torch that multiplies by row scales there

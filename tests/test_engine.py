@@ -17,10 +17,10 @@ from small_runs import needs_scaled_products, set_spread
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iris_fast.batch import Prompt, Rollout
-from iris_fast.config import SamplingConfig
+from iris_fast.config import EIGHT_BITS, SamplingConfig
 from iris_fast.engine import run_steps
 from iris_fast.errors import UserError
-from iris_fast.inputs import EIGHT_BITS, check_device, check_products
+from iris_fast.inputs import check_device, check_products
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import RMSNorm
 from iris_fast.models.fused_decoder import FusedDecoder, Product, lay_side_by_side

@@ -175,7 +175,7 @@ BETWEEN_PRODUCTS = {
     silu_mul: ("silu_mul forward R=64 I=5632 bfloat16", 3 * 64 * 5632 * 2),
     quantize_rows: ("quantize_rows forward R=64 D=5632 bfloat16", 64 * (3 * 5632 + 4)),
     rope_append: (
-        "rope_append forward H=16 B=64 S=704 Dh=128 bfloat16",
+        "rope_append forward H=16 B=64 S=8 Dh=128 bfloat16",
         2 * 64 * 3 * 16 * 128 * 2 + 64 * (2 * 64 * 4 + 8),  # in and out, then tables and slots
     ),
 }
