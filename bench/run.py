@@ -85,7 +85,10 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit, with "-dirty" where tracked files differ from it; None outside a repository."""
+    """The commit, with "-dirty" where tracked files differ from it; None outside a repository or
+    without git."""
+    if not shutil.which("git"):
+        return None
     git = [
         "git",
         "-C",

@@ -2,13 +2,15 @@
 
 Operations: 6 a parameter and token in the decoder's blocks, 6 a parameter and image token in the
 head, and 6 L^2 D a block for the causal attention of a sequence of L tokens. `fraction_of_floor` is
-the MFU against the bf16 matmul rate that was measured in the same run, not against a data sheet's.
+the MFU: of time and tokens against the bf16 matmul rate that was measured in the same run, of the
+row called MFU against the 989 TFLOP/s of an H100's or H200's data sheet.
 Weights and gradients are in the compute dtype; no optimizer. All train the blocks alone: the floor
 has no gradient of the head, which stays frozen as in the trainer.
 
 Sequences are equally long here, so that peers without packing waste nothing on padding.
 """
 
+import contextlib
 import copy
 import statistics
 import time
@@ -18,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.models.llama import modeling_llama
 
 from bench import _models, _peers
 from bench._case import check_close
@@ -35,6 +38,7 @@ from iris_fast.rollout import empty_trace
 SUITE = "training"
 PROMPT_TOKENS = 64
 WARM_UPS, RUNS = 2, 5
+DATA_SHEET = 989e12  # bf16 operations a second, dense
 GPU_SAMPLES, CPU_SAMPLES = {"1B": 32, "7B": 8}, {"tiny": 8}
 
 
@@ -53,7 +57,7 @@ Forward = Callable[[Inputs], Tensor]
 def rows(bench: Bench) -> Iterator[Row]:
     gpu = bench.device.type == "cuda"
     for model, config in _models.sizes(bench.device).items():
-        yield measure(bench, model, config, (GPU_SAMPLES if gpu else CPU_SAMPLES)[model])
+        yield from measure(bench, model, config, (GPU_SAMPLES if gpu else CPU_SAMPLES)[model])
         bench.release()
 
 
@@ -83,31 +87,37 @@ def make_policy(config: JanusConfig, device: torch.device) -> Janus:
     return janus
 
 
-def measure(bench: Bench, model: str, config: JanusConfig, samples: int) -> Row:
-    """The row of one model."""
+def measure(bench: Bench, model: str, config: JanusConfig, samples: int) -> Iterator[Row]:
+    """The rows of one model: the time of a pass, its tokens a second, and on a GPU its operations a
+    second beside what the data sheet of an H100 or H200 promises."""
     janus = make_policy(config, bench.device)
     dtype = janus.lm_head.weight.dtype
     inputs = make_inputs(config, samples, bench.device)
 
     def measure_one(name: str) -> Measured:
-        return timed(bench, candidates[name](janus, inputs), inputs, janus)
+        with unpatched():
+            return timed(bench, candidates[name](janus, inputs), inputs, janus)
 
     candidates = CANDIDATES | other_ways(janus)
     results = bench.compare(
         f"training {model}", {name: partial(measure_one, name) for name in candidates}
     )
     length = PROMPT_TOKENS + config.image_tokens - 1
-    return make_row(
-        SUITE,
-        "training pass",
-        {"model": model, "N": samples, "L": length},
-        dtype,
-        "forward+backward",
-        "ms",
-        results.pop("ours").times(1e3),
-        floor=1e3 * flops(janus, samples) / bench.flops_per_second[dtype_name(dtype)],
-        peers={name: result.times(1e3) for name, result in results.items()},
-    )
+    operations, tokens = flops(janus, samples), samples * length
+    least = operations / bench.flops_per_second[dtype_name(dtype)]
+    conversions: list[tuple[str, str, float, Callable[[Measured], Measured]]] = [
+        ("forward+backward", "ms", 1e3 * least, lambda found: found.times(1e3)),
+        ("tokens", "tokens/s", tokens / least, lambda found: found.inverse(tokens)),
+    ]
+    if bench.device.type == "cuda":
+        rate = ("MFU", "TFLOP/s", DATA_SHEET / 1e12, lambda found: found.inverse(operations / 1e12))
+        conversions.append(rate)
+    for metric, unit, floor, convert in conversions:
+        found = {name: convert(result) for name, result in results.items()}
+        yield make_row(
+            SUITE, "training pass", {"model": model, "N": samples, "L": length}, dtype, metric,
+            unit, found.pop("ours"), floor=floor, peers=found,
+        )  # fmt: skip
 
 
 def timed(bench: Bench, run: "Pass", inputs: Inputs, janus: Janus) -> Measured:
@@ -221,6 +231,18 @@ def packed_batch(inputs: Inputs) -> PackedBatch:
         image=empty_trace(count),
     )
     return pack(rollout)[0].to(inputs.prompts.device)
+
+
+@contextlib.contextmanager
+def unpatched() -> Iterator[None]:
+    """Whatever is done to transformers' Llama in the `with` block ends with it: Liger replaces
+    names of that module, for every model that is built or run afterwards."""
+    names = vars(modeling_llama)
+    before = dict(names)
+    try:
+        yield
+    finally:
+        names.update(before)
 
 
 def transformers(janus: Janus, inputs: Inputs, liger: bool = False) -> Pass:

@@ -107,5 +107,6 @@ def test_without_torchao_the_default_works_and_the_others_say_what_to_do(monkeyp
 @pytest.mark.gpu
 @pytest.mark.parametrize("optim", ["adamw_torch_bf16", "adamw_torch_8bit"])
 def test_the_compiled_step_of_a_gpu_follows_the_schedule_as_single_steps_do(optim):
+    pytest.importorskip("torchao")
     (ours, _), (theirs, _) = train(optim, "cuda"), train(optim, "cpu")
     torch.testing.assert_close(ours.weight.cpu(), theirs.weight, rtol=1e-3, atol=1e-3)

@@ -141,33 +141,46 @@ def _gradient_tile(head, saved, upstream, rows, columns) -> Tensor:
 
 def _backward(head: _Head, saved, upstream, d_hidden, d_weight, d_bias) -> None:
     """Add to those gradients [R, D], [V, D], [V] that are not None; they come as zeros."""
-    R, D = head.hidden.shape
-    V, on_cpu = head.weight.shape[0], head.hidden.is_cpu
     full = head.hidden.dtype == compute_dtype(head.hidden)
     if d_hidden is not None or d_bias is not None or (full and d_weight is not None):
-        C, B = tile_shape(R, V, D, on_cpu)
-        for rows in _spans(R, C):
-            h = head.hidden[slice(*rows)]
-            d_h = None if d_hidden is None else _sum_for(d_hidden[slice(*rows)], full)
-            for columns in _spans(V, B):
-                block = slice(*columns)
-                g = _gradient_tile(head, saved, upstream, rows, columns)
-                if d_h is not None:
-                    add_product(d_h, g, head.weight[block])
-                if d_weight is not None and full:
-                    add_product(d_weight[block], g.t(), h)
-                if d_bias is not None:
-                    d_bias[block] += g.sum(0, dtype=d_bias.dtype)
-            if d_h is not None and not full:
-                d_hidden[slice(*rows)] = d_h
+        _backward_by_rows(head, saved, upstream, d_hidden, d_weight if full else None, d_bias)
     if d_weight is not None and not full:
-        C, B = tile_shape(R, V, D, on_cpu, sum_columns=True)
+        _backward_by_columns(head, saved, upstream, d_weight)
+
+
+def _backward_by_rows(head: _Head, saved, upstream, d_hidden, d_weight, d_bias) -> None:
+    """All gradients, a row of tiles at a time; that of the weight only where it can be added up in
+    its own dtype."""
+    (R, D), V = head.hidden.shape, head.weight.shape[0]
+    full = head.hidden.dtype == compute_dtype(head.hidden)
+    C, B = tile_shape(R, V, D, head.hidden.is_cpu)
+    for rows in _spans(R, C):
+        h = head.hidden[slice(*rows)]
+        d_h = None if d_hidden is None else _sum_for(d_hidden[slice(*rows)], full)
         for columns in _spans(V, B):
-            d_w = _sum_for(d_weight[slice(*columns)], full)
-            for rows in _spans(R, C):
-                g = _gradient_tile(head, saved, upstream, rows, columns)
-                add_product(d_w, g.t(), head.hidden[slice(*rows)])
-            d_weight[slice(*columns)] = d_w
+            block = slice(*columns)
+            g = _gradient_tile(head, saved, upstream, rows, columns)
+            if d_h is not None:
+                add_product(d_h, g, head.weight[block])
+            if d_weight is not None:
+                add_product(d_weight[block], g.t(), h)
+            if d_bias is not None:
+                d_bias[block] += g.sum(0, dtype=d_bias.dtype)
+        if d_h is not None and not full:
+            d_hidden[slice(*rows)] = d_h
+
+
+def _backward_by_columns(head: _Head, saved, upstream, d_weight) -> None:
+    """The weight's gradient in half precision, added up in fp32 a block of columns at a time. The
+    tiles are computed anew: by rows it would take an fp32 sum as large as the weight."""
+    (R, D), V = head.hidden.shape, head.weight.shape[0]
+    C, B = tile_shape(R, V, D, head.hidden.is_cpu, sum_columns=True)
+    for columns in _spans(V, B):
+        d_w = _sum_for(d_weight[slice(*columns)], full=False)
+        for rows in _spans(R, C):
+            g = _gradient_tile(head, saved, upstream, rows, columns)
+            add_product(d_w, g.t(), head.hidden[slice(*rows)])
+        d_weight[slice(*columns)] = d_w
 
 
 def _sum_for(gradient: Tensor, full: bool) -> Tensor:

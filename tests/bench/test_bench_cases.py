@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bench import (
+    _models,
     add_rms_norm,
     decode_attention,
     guided_sample,
@@ -12,9 +13,12 @@ from bench import (
     rope_append,
     silu_mul,
     token_stats,
+    training,
 )
 from bench._case import Absent, WrongResult
 from bench._clock import restore
+from bench._measure import Bench
+from bench._rows import Measured
 
 CPU = torch.device("cpu")
 
@@ -225,3 +229,36 @@ def test_wrong_results_between_products_are_refused():
             rope_append.check(
                 small_inputs(rope_append), (query, lambda wrong=wrong: rope_append.Result(*wrong))
             )
+
+
+def test_a_training_pass_is_told_as_time_tokens_and_operations(monkeypatch):
+    """2 ms for 8 sequences of 79 tokens; on a GPU also beside its data sheet."""
+    bench = Bench(CPU, [{"case": "matmul", "dtype": "float32", "value": 1.0}])
+    monkeypatch.setattr(training, "flops", lambda *_: 10**9)
+    monkeypatch.setattr(bench, "compare", lambda *_: {"ours": Measured(2e-3)})
+    config = _models.sizes(CPU)["tiny"]
+
+    def rows():
+        return {row["metric"]: row for row in training.measure(bench, "tiny", config, 8)}
+
+    found = rows()
+    assert list(found) == ["forward+backward", "tokens"]
+    assert (found["forward+backward"]["value"], found["forward+backward"]["floor"]) == (2.0, 1.0)
+    tokens = 8 * (training.PROMPT_TOKENS + config.image_tokens - 1)
+    assert found["tokens"]["value"] == pytest.approx(tokens / 2e-3, rel=1e-3)
+    assert found["tokens"]["fraction_of_floor"] == pytest.approx(0.5, rel=1e-3)
+    monkeypatch.setattr(training, "make_policy", lambda config, device: _models.make_model(
+        config, CPU, torch.float32))  # fmt: skip
+    monkeypatch.setattr(training, "make_inputs", lambda *_: None)
+    bench.device = torch.device("cuda")
+    mfu = rows()["MFU"]
+    assert (mfu["value"], mfu["unit"]) == (0.5, "TFLOP/s")
+    assert mfu["fraction_of_floor"] == pytest.approx(0.5 / 989, rel=1e-3)
+
+
+def test_what_is_done_to_transformers_ends_with_its_measurement():
+    before = training.modeling_llama.LlamaRMSNorm
+    with pytest.raises(RuntimeError), training.unpatched():
+        training.modeling_llama.LlamaRMSNorm = None
+        raise RuntimeError
+    assert training.modeling_llama.LlamaRMSNorm is before

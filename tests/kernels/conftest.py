@@ -23,7 +23,11 @@ from kernel_oracle import TRITON_RUNS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["torch", "triton"])
+# On a machine with a GPU these are its tests, and chosen by its marker.
+ON_A_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=ON_A_GPU)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each test once per backend."""
     if request.param == "triton" and not TRITON_RUNS:

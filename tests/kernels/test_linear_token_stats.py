@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import weakref
 
 import pytest
 import torch
@@ -98,7 +99,8 @@ def test_sums_over_tiles_are_kept_in_fp32(device, monkeypatch):
     head, token_ids = case(200, 4000, 16, torch.bfloat16, device)
     gradients = [g.abs() for g in upstream_gradients((200,), device)]
     _, tiled = run(linear_token_stats, head, token_ids, gradients)
-    monkeypatch.undo()
+    monkeypatch.undo()  # tiles as large as ever, by the same backend
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     _, whole = run(linear_token_stats, head, token_ids, gradients)
     for name, a, b in zip(INPUTS, tiled, whole, strict=True):
         # Bit for bit, but where a tile's fp32 logits fell on the other side of a rounding.
@@ -314,6 +316,27 @@ def test_tiles_stay_under_64_mb(R, V, D, monkeypatch):
         held = C * B * (4 + 2) + (B if sum_columns else C) * D * (4 + 4)
         assert held <= 64e6, (C, B)
         assert R < 1024 or V < 1024 or (C >= 512 and B >= 512), "tiles too thin for the product"
+
+
+def test_one_sum_over_tiles_is_held_at_a_time(device, monkeypatch):
+    """Of a half-precision head that is trained: a block of hidden rows' or of weight rows', the
+    last of the former being gone before the first of the latter."""
+    make_sum, make_tile, sums, held = module._sum_for, module._gradient_tile, [], []
+
+    def summing(gradient, full):
+        made = make_sum(gradient, full)
+        sums.append(weakref.ref(made))
+        return made
+
+    def tiling(*arguments):
+        held.append(sum(made() is not None for made in sums))
+        return make_tile(*arguments)
+
+    monkeypatch.setattr(module, "_sum_for", summing)
+    monkeypatch.setattr(module, "_gradient_tile", tiling)
+    head, token_ids = case(20, 300, 16, torch.bfloat16, device)
+    run(linear_token_stats, head, token_ids, upstream_gradients((20,), device))
+    assert len(sums) > 2 and set(held) == {1}
 
 
 @pytest.mark.gpu
