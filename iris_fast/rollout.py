@@ -207,7 +207,7 @@ class Sampler:
         """Final-norm hidden rows of every sequence's next token, which the cache then holds."""
         if isinstance(cache, SharedKVCache):
             return self.fused.step(embeds_BD, cache)
-        hidden_BD = self.janus.decode(embeds_BD, cache.positions_B, cache.decode())
+        hidden_BD = self.janus.decode(embeds_BD, cache.lengths_B, cache.decode())
         cache.advance()
         return hidden_BD
 

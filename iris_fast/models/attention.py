@@ -80,11 +80,6 @@ class KVCache:
         self._longest = 0  # the host's upper bound of lengths_B, so that no step waits for it
 
     @property
-    def positions_B(self) -> Tensor:
-        """Position of each sequence's next token: `lengths_B`."""
-        return self.lengths_B
-
-    @property
     def longest(self) -> int:
         """Tokens held by the longest sequence, known without asking the device."""
         return self._longest

@@ -19,12 +19,10 @@ from torch.cuda import get_device_capability as capability
 from torch.nn.functional import scaled_dot_product_attention
 
 from ._backend import jit, tl, triton, use_triton
+from ._checks import DECODING_DTYPES
 from ._eight_bits import FP8
 from ._ops import add_op_namespace_prefix
 from ._row_math import LOG2_E
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 # --- Triton kernel --------------------------------------------------------------------------------
 
@@ -265,7 +263,7 @@ def decode_attention(
 
 
 def _check_caches(query, keys, values, lengths, keys_name, values_name, lengths_name, rows=None):
-    if query.dtype not in DTYPES or query.dim() != 3 or query.stride(-1) != 1:
+    if query.dtype not in DECODING_DTYPES or query.dim() != 3 or query.stride(-1) != 1:
         raise ValueError(
             f"query has shape {tuple(query.shape)}, dtype {query.dtype}, strides {query.stride()}: "
             "pass (B, H, Dh) in float32, bfloat16 or float16 with a contiguous last dimension"
