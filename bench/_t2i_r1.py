@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import _models
-from iris_fast.advantage import group_advantages
 from iris_fast.config import TrainConfig
+from iris_fast.grpo.advantage import group_advantages
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import (
     TEMPLATES,

@@ -24,11 +24,11 @@ from bench._measure import Bench
 from bench._models import BOS, IMAGE_START, PAD, Numbers
 from bench._rows import Measured, Row, make_row
 from bench._t2i_r1 import draw_image
-from iris_fast.batch import Trace
 from iris_fast.config import SamplingConfig
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import unconditional_ids
-from iris_fast.rollout import Sampler
+from iris_fast.records import Trace
+from iris_fast.rollout.sampler import Sampler
 
 SUITE = "rollout"
 PROMPT_TOKENS, COT_TOKENS, GROUP = 64, 128, 8

@@ -53,7 +53,7 @@ def head(commit: str | None) -> dict[str, Any]:
     import torch
 
     from bench import _peers
-    from iris_fast.provenance import cpu_name
+    from iris_fast.run.provenance import cpu_name
 
     gpu = torch.cuda.is_available()
     return {

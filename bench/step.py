@@ -33,18 +33,19 @@ from bench._measure import Bench
 from bench._rows import Measured, Row, dtype_name, make_row
 from bench._t2i_r1 import T2IR1, Drawn, image_logprobs, text_logprobs
 from iris_fast import distributed
-from iris_fast.batch import Prompt, Scored
 from iris_fast.config import TrainConfig
-from iris_fast.distributed import Ranks, full
-from iris_fast.inputs import Inputs
+from iris_fast.distributed import Ranks
+from iris_fast.grpo.fsdp import full
+from iris_fast.grpo.optimizer import make_optimizer
+from iris_fast.grpo.policy import assign, copy_weights
+from iris_fast.grpo.update import log_probs, prepare, update
+from iris_fast.models.checkpoint.load import JanusCheckpoint
 from iris_fast.models.janus import Janus, JanusConfig
-from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.templates import TEMPLATES, fill_instruction, load_instruction
 from iris_fast.models.vq import VQModel
-from iris_fast.optimizer import make_optimizer
+from iris_fast.preflight.inputs import Inputs
+from iris_fast.records import Prompt, Scored
 from iris_fast.rewards import load_rewards, score
-from iris_fast.roles import assign, copy_weights
-from iris_fast.update import log_probs, prepare, update
 
 SUITE = "step"
 PEER = "T2I-R1's step"

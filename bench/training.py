@@ -27,13 +27,12 @@ from bench._case import check_close
 from bench._measure import Bench
 from bench._rows import Measured, Row, dtype_name, make_row
 from bench._t2i_r1 import image_logprobs
-from iris_fast.batch import PackedBatch, Rollout
-from iris_fast.models.attention import PackedAttention
+from iris_fast.grpo.packing import pack
+from iris_fast.models.attention import IMPLEMENTATIONS, PackedAttention, choose, why_not
 from iris_fast.models.compilation import compile_blocks
 from iris_fast.models.janus import Janus, JanusConfig
-from iris_fast.models.packed_attention import IMPLEMENTATIONS, choose, why_not
-from iris_fast.packing import pack
-from iris_fast.rollout import empty_trace
+from iris_fast.records import PackedBatch, Rollout
+from iris_fast.rollout.sampler import empty_trace
 
 SUITE = "training"
 PROMPT_TOKENS = 64

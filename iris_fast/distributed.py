@@ -20,15 +20,8 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor
 
 from iris_fast.errors import UserError
 
@@ -87,8 +80,8 @@ class Ranks:
         failure: UserError | OSError | RuntimeError | None = None
         try:
             yield self.is_first
-        except (UserError, OSError, RuntimeError) as mistake:
-            failure = mistake
+        except (UserError, OSError, RuntimeError) as error:
+            failure = error
         failure = self.from_first(failure)
         if failure is not None:
             raise failure
@@ -129,8 +122,8 @@ def start(wanted_device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> It
     mesh = init_device_mesh(device.type, (world_size,))
     try:
         yield Ranks(rank, world_size, device, mesh)
-    except RuntimeError as mistake:
-        if not any(sign in str(mistake) for sign in PEER_IS_GONE):
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in PEER_IS_GONE):
             raise
         time.sleep(GONE_RANK_SPEAKS_S)
         raise UserError(
@@ -186,86 +179,3 @@ def _die_with_parent() -> None:
     """Ask Linux for SIGTERM when torchrun is killed outright; its workers would stay as orphans."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def shard(
-    module: nn.Module, blocks: nn.ModuleList, ranks: Ranks, bf16: bool, offload: bool = False
-) -> None:
-    """FSDP2 in place: each block a unit of its own, the rest of `module` another.
-
-    Master weights and gradient sums stay float32; with `bf16` blocks compute in bfloat16. With
-    `offload` the shards stay in CPU memory, and a block is on the GPU while its turn lasts.
-    """
-    pinned = ranks.device.type == "cuda"
-    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else torch.float32,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
-    for block in blocks:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
-    fully_shard(module, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
-
-
-def give_up_pass(module: nn.Module) -> None:
-    """Make a sharded `module` ready again after a pass that an exception ended half-way; gradients
-    are dropped.
-
-    UserError where this torch cannot (2.13 can; older ones are left waiting for that pass's end).
-    """
-    if not hasattr(module, "reset_iter_state"):
-        raise UserError(
-            "per_device_train_batch_size: out of memory in the training pass; to go on with "
-            f"smaller micro-batches by itself needs torch 2.13, this is {torch.__version__}: lower "
-            "it and raise --gradient_accumulation_steps, or add --gradient_checkpointing true"
-        )
-    module.zero_grad(set_to_none=True)  # of parameters that are gathered just now
-    module.reset_iter_state()
-    module.zero_grad(set_to_none=True)  # of their shards
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor (a collective), or the tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-class Interrupted(Exception):
-    """A stop was asked for: the step under way is given up. Raised on all ranks alike."""
-
-
-class StopSignal:
-    """Remembers SIGTERM and Ctrl-C inside its `with` block, so that the loop can end in good order.
-
-    torchrun passes one Ctrl-C on as two signals; only a second Ctrl-C a while later, from somebody
-    who does not want to wait, interrupts at once.
-    """
-
-    GRACE_S = 2.0
-
-    def __init__(self) -> None:
-        """Nothing is caught before the `with` block."""
-        self.requested = False
-        self._first_at = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        """Catch both signals."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give both signals back to whoever had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self.requested and number == signal.SIGINT and now - self._first_at > self.GRACE_S:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self._first_at = now
-            if os.environ.get("RANK", "0") == "0":  # os.write: print is not safe in a handler
-                os.write(2, b"stopping: a checkpoint is saved at the next opportunity\n")
-        self.requested = True

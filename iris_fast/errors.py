@@ -1,4 +1,4 @@
-"""Mistakes that the user can mend: one line on standard error instead of a traceback."""
+"""Errors that the user can mend: one line on standard error instead of a traceback."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def writing(setting: str, path: Path) -> Iterator[None]:
     that named the place."""
     try:
         yield
-    except OSError as mistake:
+    except OSError as error:
         raise UserError(
-            f"{setting}: {path} cannot be written ({mistake.strerror or mistake}); name a place "
+            f"{setting}: {path} cannot be written ({error.strerror or error}); name a place "
             "that you may write to, on a disk with room"
         ) from None
 
@@ -70,18 +70,18 @@ def optional(package: str, setting: str, otherwise: str) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def tell(program: str, mistake: UserError) -> int:
-    """Print the mistake's one line, once and not once a rank, and return the exit code.
+def report_error(program: str, error: UserError) -> int:
+    """Print the error's one line, once and not once a rank, and return the exit code.
 
-    Most mistakes are met by every rank. Rank 0 speaks at once; torchrun then ends the others while
-    they still wait here, unless the mistake was theirs alone. Under torchrun the line is also left
+    Most errors are met by every rank. Rank 0 speaks at once; torchrun then ends the others while
+    they still wait here, unless the error was theirs alone. Under torchrun the line is also left
     where its closing report looks for it: that would otherwise end on "to enable traceback see".
     """
-    line = " ".join(f"{program}: error: {mistake}".split())
+    line = " ".join(f"{program}: error: {error}".split())
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):  # the disk may be what the mistake is about
+        with contextlib.suppress(OSError):  # the disk may be what the error is about
             Path(error_file).write_text(
                 json.dumps({"message": {"message": line, "extraInfo": extra}})
             )

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from iris_fast.errors import UserError, tell
+from iris_fast.errors import UserError, report_error
 
 PROGRAM = "iris_fast.export"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake as a UserError: one line, as the other commands do."""
+    """Reports an error as a UserError: one line, as the other commands do."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists what there is")
@@ -43,9 +43,9 @@ def export(run_folder: Path, target: Path, layout: str, dtype_name: str) -> Path
     import torch
     import yaml
 
-    from iris_fast import checkpoint
-    from iris_fast.inputs import open_model
-    from iris_fast.models.layouts import export_janus
+    from iris_fast.models.checkpoint.export import export_janus
+    from iris_fast.preflight.inputs import open_model
+    from iris_fast.run import checkpoint
 
     config_file = run_folder / "config.yaml"
     if not config_file.is_file():
@@ -71,8 +71,8 @@ def main() -> int:
     try:
         asked = arguments()
         export(asked.run_folder, asked.target, asked.layout, asked.dtype)
-    except UserError as mistake:
-        return tell(PROGRAM, mistake)
+    except UserError as error:
+        return report_error(PROGRAM, error)
     return 0
 
 

@@ -7,7 +7,7 @@ between two tokens.
 
 from __future__ import annotations
 
-from iris_fast.command_line import parse_command_line
+from iris_fast.cli import parse_command_line
 from iris_fast.config import GenerateConfig
 
 PROGRAM = "iris_fast.generate"
@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from iris_fast import distributed
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError, tell, writing
-from iris_fast.inputs import check_device, open_inputs, use_attention
-from iris_fast.pictures import decode_images, save_png
-from iris_fast.rollout import Sampler
+from iris_fast.errors import UserError, report_error, writing
+from iris_fast.models.images import decode_images, save_png
+from iris_fast.preflight.inputs import check_device, open_inputs, use_attention
+from iris_fast.rollout.sampler import Sampler
 
 COLLECTIVE_TIMEOUT_S = 3600.0
 
@@ -95,11 +95,11 @@ def refuse_to_overwrite(config: GenerateConfig, paths: list[Path], ranks: Ranks)
 
 
 def main(config: GenerateConfig) -> int:
-    """`generate`, with the user's mistakes told in one line; the exit code."""
+    """`generate`, with the user's errors told in one line; the exit code."""
     try:
         generate(config)
-    except UserError as mistake:
-        return tell(PROGRAM, mistake)
+    except UserError as error:
+        return report_error(PROGRAM, error)
     return 0
 
 

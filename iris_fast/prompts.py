@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iris_fast.batch import Prompt
 from iris_fast.errors import UserError
-from iris_fast.randomness import generator
+from iris_fast.records import Prompt
+from iris_fast.rollout.random_streams import generator
 
 if TYPE_CHECKING:
     from iris_fast.models.tokenizer import JanusTokenizer
@@ -52,15 +52,15 @@ def _may_be_hub_id(path: Path) -> bool:
 def _from_file(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except UnicodeDecodeError as mistake:
-        line_number = path.read_bytes()[: mistake.start].count(b"\n") + 1
+    except UnicodeDecodeError as error:
+        line_number = path.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(
-            f"prompts: {path} line {line_number}: not UTF-8 text ({mistake.reason}); save the "
+            f"prompts: {path} line {line_number}: not UTF-8 text ({error.reason}); save the "
             "file as UTF-8, or name the right file"
         ) from None
-    except OSError as mistake:
+    except OSError as error:
         raise UserError(
-            f"prompts: {path} cannot be read ({mistake.strerror}); check its permissions"
+            f"prompts: {path} cannot be read ({error.strerror}); check its permissions"
         ) from None
     if lines == [""]:
         return []
@@ -84,9 +84,9 @@ def _with_all_fields(prompts: list[Prompt]) -> list[Prompt]:
 def _json_prompt(line: str, where: str) -> Prompt:
     try:
         fields = json.loads(line)
-    except (ValueError, RecursionError) as mistake:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"prompts: {where}: not JSON ({mistake}); write one object a line, such as "
+            f"prompts: {where}: not JSON ({error}); write one object a line, such as "
             '{"prompt": "a red cube"}'
         ) from None
     return _prompt_of(fields, where)
@@ -119,10 +119,10 @@ def _from_dataset(source: str) -> list[Prompt]:
             loaded = datasets.load_from_disk(source)
         else:
             loaded = datasets.load_dataset(source)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as mistake:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"prompts: {source} cannot be read as a Hugging Face dataset "
-            f"({' '.join(str(mistake).split())}); give a .txt or .jsonl file, or a dataset's path"
+            f"({' '.join(str(error).split())}); give a .txt or .jsonl file, or a dataset's path"
         ) from None
     if isinstance(loaded, dict):
         split = "train" if "train" in loaded else next(iter(loaded))

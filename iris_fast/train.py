@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from iris_fast.command_line import parse_command_line
+from iris_fast.cli import parse_command_line
 from iris_fast.config import TrainConfig
 
 PROGRAM = "iris_fast.train"
@@ -22,26 +22,31 @@ from dataclasses import dataclass
 
 import torch
 
-from iris_fast import checkpoint, distributed, run_folder
-from iris_fast.adapters import Lora
-from iris_fast.checkpoint import Progress
-from iris_fast.distributed import Interrupted, Ranks, StopSignal
-from iris_fast.errors import UserError, tell
-from iris_fast.estimate import Estimate, check_fits, estimate, this_gpu
-from iris_fast.inputs import Inputs, check_device, open_inputs
-from iris_fast.log import Log, require_tracker, rollout_metrics
+from iris_fast import distributed
+from iris_fast.distributed import Ranks
+from iris_fast.errors import UserError, report_error
+from iris_fast.grpo.lora import Lora
+from iris_fast.grpo.optimizer import make_optimizer, set_learning_rate
+from iris_fast.grpo.policy import Models, assign, copy_weights
+from iris_fast.grpo.update import Pieces, prepare, update
 from iris_fast.models.compilation import require_compiler
+from iris_fast.models.images import decode_images
 from iris_fast.models.janus import Janus
 from iris_fast.models.templates import get_template, image_prompt_ids
-from iris_fast.optimizer import make_optimizer, set_learning_rate
-from iris_fast.pictures import decode_images
+from iris_fast.preflight.estimate import Estimate, check_fits, estimate, this_gpu
+from iris_fast.preflight.inputs import Inputs, check_device, open_inputs
 from iris_fast.prompts import PromptSource
-from iris_fast.report import write_report
 from iris_fast.rewards import check_rewards, load_metrics, load_rewards, score
 from iris_fast.rewards.score import Functions
-from iris_fast.roles import Models, assign, copy_weights
-from iris_fast.samples import draw_samples
-from iris_fast.update import Pieces, prepare, update
+from iris_fast.run import checkpoint
+from iris_fast.run import folder as run_folder
+from iris_fast.run.checkpoint import Progress
+from iris_fast.run.log import Log
+from iris_fast.run.metrics import rollout_metrics
+from iris_fast.run.report import write_report
+from iris_fast.run.samples import draw_samples
+from iris_fast.run.signals import Interrupted, StopSignal
+from iris_fast.run.trackers import require_tracker
 
 
 @dataclass
@@ -124,8 +129,8 @@ def report(folder: run_folder.RunFolder) -> None:
     """Write report.html; a disk that does not take it is no reason for a run to fail."""
     try:
         write_report(folder)
-    except UserError as mistake:
-        print(f"{PROGRAM}: warning: {mistake}", file=sys.stderr)
+    except UserError as error:
+        print(f"{PROGRAM}: warning: {error}", file=sys.stderr)
 
 
 def loop(
@@ -320,11 +325,11 @@ def speed(started: float, rolled_out: float, config: TrainConfig, ranks: Ranks) 
 
 
 def main(config: TrainConfig) -> int:
-    """`train`, with the user's mistakes told in one line; the exit code."""
+    """`train`, with the user's errors told in one line; the exit code."""
     try:
         train(config)
-    except UserError as mistake:
-        return tell(PROGRAM, mistake)
+    except UserError as error:
+        return report_error(PROGRAM, error)
     except KeyboardInterrupt:  # the second Ctrl-C, which does not wait for a checkpoint
         return 128 + signal.SIGINT
     return 0

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from iris_fast.models import packed_attention
+from iris_fast.models import attention as packed_attention
 
 
 def causal_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:

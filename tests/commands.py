@@ -29,13 +29,11 @@ _context = multiprocessing.get_context("forkserver")
 # Not iris_fast.train or .generate themselves: `-m` must find them fresh.
 _context.set_forkserver_preload(
     [
-        "iris_fast.checkpoint",
-        "iris_fast.inputs",
-        "iris_fast.pictures",
-        "iris_fast.report",
+        "iris_fast.grpo.update",
+        "iris_fast.preflight.inputs",
         "iris_fast.rewards",
-        "iris_fast.rollout",
-        "iris_fast.update",
+        "iris_fast.run.checkpoint",
+        "iris_fast.run.report",
     ]
 )
 

@@ -15,8 +15,8 @@ from small_runs import make_trace, quick
 from torch.distributed.checkpoint.logger import _dcp_logger as dcp_logger
 
 from iris_fast import distributed
-from iris_fast.batch import Prompt, Rollout
 from iris_fast.distributed import Ranks
+from iris_fast.records import Prompt, Rollout
 from iris_fast.train import main
 
 # Three prompts, so that a run of a few steps meets the end of the file in the middle of a step.

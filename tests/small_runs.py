@@ -13,11 +13,11 @@ from iris_kernels import TokenStats
 from safetensors.torch import load_file
 from torch import Tensor
 
-from iris_fast.batch import Trace
 from iris_fast.config import TrainConfig
-from iris_fast.inputs import SCALED_PRODUCT_ON_CPU
 from iris_fast.models.attention import PackedAttention
-from iris_fast.models.layouts import JanusCheckpoint
+from iris_fast.models.checkpoint.load import JanusCheckpoint
+from iris_fast.preflight.inputs import SCALED_PRODUCT_ON_CPU
+from iris_fast.records import Trace
 
 # A step of a fraction of a second, with everything in it.
 QUICK: dict[str, Any] = {

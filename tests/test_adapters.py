@@ -8,17 +8,18 @@ import pytest
 import torch
 from small_runs import assert_same_run, checkpoints, metrics, quick, tensors
 
-from iris_fast import adapters, distributed
+from iris_fast import distributed
 from iris_fast.config import PROJECTIONS, TrainConfig
 from iris_fast.errors import UserError
 from iris_fast.export import export
-from iris_fast.inputs import open_model
-from iris_fast.models.layouts import load_janus
-from iris_fast.packing import pack
-from iris_fast.roles import copy_weights
+from iris_fast.grpo import lora as adapters
+from iris_fast.grpo.packing import pack
+from iris_fast.grpo.policy import copy_weights
+from iris_fast.grpo.update import log_probs
+from iris_fast.models.checkpoint.load import load_janus
+from iris_fast.preflight.inputs import open_model
 from iris_fast.tiny.build import build_tiny
 from iris_fast.train import load_inputs, repeat, train
-from iris_fast.update import log_probs
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iris_fast.advantage import group_advantages
-from iris_fast.loss import grpo_loss, token_weights, truncated_importance
+from iris_fast.grpo.advantage import group_advantages
+from iris_fast.grpo.loss import grpo_loss, token_weights, truncated_importance
 
 
 def tensor(*values: float) -> torch.Tensor:

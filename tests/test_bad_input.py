@@ -19,7 +19,7 @@ from disks import read_only
 from safetensors.torch import load_file, save_file
 from small_runs import flags, quick, tree
 
-from iris_fast.models.layouts import export_janus
+from iris_fast.models.checkpoint.export import export_janus
 from iris_fast.tiny import build_random_tiny
 from iris_fast.train import train
 

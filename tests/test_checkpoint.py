@@ -16,10 +16,10 @@ from commands import run
 from disks import mount, small_disk
 from small_runs import checkpoints, flags, metrics, quick, tensors, tree
 
-from iris_fast import checkpoint
-from iris_fast.checkpoint import find_fault, newest
 from iris_fast.errors import UserError
-from iris_fast.models.layouts import export_janus
+from iris_fast.models.checkpoint.export import export_janus
+from iris_fast.run import checkpoint
+from iris_fast.run.checkpoint import find_fault, newest
 from iris_fast.tiny import build_tiny
 from iris_fast.train import train
 
@@ -150,8 +150,8 @@ def test_broken_checkpoints_do_not_count_when_old_ones_are_deleted(damaged, here
 
 KILLED = """
 import os
-from iris_fast import checkpoint
-from iris_fast.command_line import parse_command_line
+from iris_fast.run import checkpoint
+from iris_fast.cli import parse_command_line
 from iris_fast.config import TrainConfig
 seal = checkpoint._seal
 checkpoint._seal = lambda partial, step: os._exit(9) if step == 3 else seal(partial, step)

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from iris_fast.config import TrainConfig
 from iris_fast.models import compilation
-from iris_fast.models.packed_attention import IMPLEMENTATIONS, why_not
+from iris_fast.models.attention import IMPLEMENTATIONS, why_not
 from iris_fast.train import train
 
 MEAN_METRICS = ("loss", "kl", "ratio", "reward", "image_nsc", "text_nsc", "grad_norm")

@@ -1,4 +1,4 @@
-"""The command line and its files: precedence, mistakes, presets."""
+"""The command line and its files: precedence, errors, presets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import yaml
 from commands import run
 
-from iris_fast.command_line import parse
+from iris_fast.cli import parse
 from iris_fast.config import PRESETS, GenerateConfig, SamplingConfig, TrainConfig, to_yaml
 from iris_fast.errors import UserError
 

@@ -16,17 +16,17 @@ from iris_kernels import TokenStats, quantize_rows
 from small_runs import needs_scaled_products, set_spread
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iris_fast.batch import Prompt, Rollout
 from iris_fast.config import EIGHT_BITS, SamplingConfig
-from iris_fast.engine import run_steps
 from iris_fast.errors import UserError
-from iris_fast.inputs import check_device, check_products
 from iris_fast.models.attention import PackedAttention
+from iris_fast.models.checkpoint.load import JanusCheckpoint
 from iris_fast.models.decoder import RMSNorm
-from iris_fast.models.fused_decoder import FusedDecoder, Product, lay_side_by_side
-from iris_fast.models.layouts import JanusCheckpoint
-from iris_fast.models.shared_cache import Beginnings, SharedKVCache
-from iris_fast.rollout import Sampler
+from iris_fast.preflight.inputs import check_device, check_products
+from iris_fast.records import Prompt, Rollout
+from iris_fast.rollout.decode_loop import run_steps
+from iris_fast.rollout.fused_decoder import FusedDecoder, Product, lay_side_by_side
+from iris_fast.rollout.sampler import Sampler
+from iris_fast.rollout.shared_cache import Beginnings, SharedKVCache
 from iris_fast.tiny import build_random_tiny
 
 PROMPTS = ["a red cube", "a red cube", "a blue ball left of a cone", "x", "a red cube", "x"]

@@ -8,10 +8,15 @@ import pytest
 import torch
 from small_runs import quick, state_bytes
 
-from iris_fast import adapters, distributed
+from iris_fast import distributed
 from iris_fast.config import PRESETS, TrainConfig
 from iris_fast.errors import UserError
-from iris_fast.estimate import (
+from iris_fast.grpo import lora as adapters
+from iris_fast.grpo.optimizer import make_optimizer
+from iris_fast.models.attention import PackedAttention
+from iris_fast.models.decoder import DecoderConfig, DecoderLayer, rope_tables
+from iris_fast.models.vq import VQConfig
+from iris_fast.preflight.estimate import (
     FREE_SHARE,
     GIB,
     H200,
@@ -21,10 +26,6 @@ from iris_fast.estimate import (
     estimate,
     layer_activation_elements,
 )
-from iris_fast.models.attention import PackedAttention
-from iris_fast.models.decoder import DecoderConfig, DecoderLayer, rope_tables
-from iris_fast.models.vq import VQConfig
-from iris_fast.optimizer import make_optimizer
 from iris_fast.tiny.build import TINY_CONFIG
 from iris_fast.train import load_inputs, main
 

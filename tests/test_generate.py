@@ -15,8 +15,9 @@ from small_runs import set_spread, tree
 
 from iris_fast.config import GenerateConfig
 from iris_fast.generate import main
-from iris_fast.models.layouts import export_janus, load_janus
-from iris_fast.pictures import decode_images
+from iris_fast.models.checkpoint.export import export_janus
+from iris_fast.models.checkpoint.load import load_janus
+from iris_fast.models.images import decode_images
 from iris_fast.tiny import build_random_tiny
 
 PROMPTS = ["a red cube", "two yellow pyramids", "a small blue ball left of a large green cone"]

@@ -15,9 +15,12 @@ from small_runs import flags, metrics, quick
 
 from iris_fast.config import TrainConfig
 from iris_fast.errors import UserError
-from iris_fast.log import Log, find_warnings, read_metrics, require_tracker, rollout_metrics
 from iris_fast.rewards import load_rewards, score
-from iris_fast.run_folder import RunFolder
+from iris_fast.run.folder import RunFolder
+from iris_fast.run.health import find_warnings
+from iris_fast.run.log import Log
+from iris_fast.run.metrics import read_metrics, rollout_metrics
+from iris_fast.run.trackers import require_tracker
 from iris_fast.train import train
 
 HEALTHY: dict[str, Any] = {

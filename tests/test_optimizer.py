@@ -11,7 +11,7 @@ from torch import nn
 
 from iris_fast.config import TrainConfig
 from iris_fast.errors import UserError
-from iris_fast.optimizer import fits_blocks, make_optimizer, plain_parts, set_learning_rate
+from iris_fast.grpo.optimizer import fits_blocks, make_optimizer, plain_parts, set_learning_rate
 
 STEPS = 20
 

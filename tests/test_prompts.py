@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iris_fast.batch import Prompt
 from iris_fast.errors import UserError
 from iris_fast.prompts import PromptSource, check_against, read_prompts
+from iris_fast.records import Prompt
 from iris_fast.tiny import build_random_tiny
 
 

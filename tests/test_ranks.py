@@ -10,7 +10,7 @@ from commands import run
 from PIL import Image
 from small_runs import flags, metrics, quick, tree
 
-from iris_fast.command_line import parse
+from iris_fast.cli import parse
 from iris_fast.config import TrainConfig
 from iris_fast.train import train
 

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from small_runs import quick
 
-from iris_fast.command_line import parse
+from iris_fast.cli import parse
 from iris_fast.config import PRESETS, TrainConfig
-from iris_fast.curves import curve, moving_mean
-from iris_fast.provenance import command
-from iris_fast.report import write_report
-from iris_fast.run_folder import RunFolder
-from iris_fast.samples import read_samples
+from iris_fast.run.curves import curve, moving_mean
+from iris_fast.run.folder import RunFolder
+from iris_fast.run.provenance import command
+from iris_fast.run.report import write_report
+from iris_fast.run.samples import read_samples
 from iris_fast.train import train
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_runs import assert_same_run, checkpoints, metrics, quick, tree
 
-from iris_fast.command_line import parse
+from iris_fast.cli import parse
 from iris_fast.config import TrainConfig
 from iris_fast.errors import UserError
 from iris_fast.train import train

@@ -14,8 +14,8 @@ from commands import run
 from PIL import Image
 from small_runs import flags, make_trace, metrics, quick
 
-from iris_fast.batch import Prompt, Rollout, Trace
 from iris_fast.errors import UserError
+from iris_fast.records import Prompt, Rollout, Trace
 from iris_fast.rewards import INTRINSIC, load_metrics, load_rewards, score
 from iris_fast.train import train
 

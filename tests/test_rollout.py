@@ -13,14 +13,14 @@ import torch
 from iris_kernels import TokenStats, token_stats
 from small_runs import set_spread
 
-from iris_fast.batch import Guidance, PackedBatch, Prompt, Rollout
 from iris_fast.config import SamplingConfig
+from iris_fast.grpo.packing import pack
 from iris_fast.models.attention import PackedAttention
-from iris_fast.models.layouts import JanusCheckpoint
+from iris_fast.models.checkpoint.load import JanusCheckpoint
 from iris_fast.models.templates import TEMPLATES, image_prompt_ids, join_prompt, unconditional_ids
-from iris_fast.packing import pack
-from iris_fast.randomness import uniforms
-from iris_fast.rollout import Sampler
+from iris_fast.records import Guidance, PackedBatch, Prompt, Rollout
+from iris_fast.rollout.random_streams import uniforms
+from iris_fast.rollout.sampler import Sampler
 from iris_fast.tiny import build_random_tiny
 
 PROMPTS = [

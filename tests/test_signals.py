@@ -47,7 +47,7 @@ def test_a_signal_saves_and_ends_well(prompts, number):
 
 
 def test_a_signal_before_the_first_step_leaves_a_run_to_resume(here, monkeypatch):
-    from iris_fast import run_folder
+    from iris_fast.run import folder as run_folder
 
     claim = run_folder.claimed
 

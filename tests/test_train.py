@@ -12,11 +12,11 @@ from commands import run
 from PIL import Image
 from small_runs import assert_same_run, checkpoints, flags, metrics, quick, tensors
 
-from iris_fast import inputs
-from iris_fast.command_line import parse
+from iris_fast.cli import parse
 from iris_fast.config import TrainConfig
-from iris_fast.rollout import Sampler
-from iris_fast.samples import read_samples
+from iris_fast.preflight import inputs
+from iris_fast.rollout.sampler import Sampler
+from iris_fast.run.samples import read_samples
 from iris_fast.tiny import build_random_tiny
 from iris_fast.train import train
 

@@ -13,17 +13,18 @@ from small_runs import metrics, quick, tensors
 from torch.distributed.fsdp import FSDPModule
 
 from iris_fast import distributed
-from iris_fast.batch import Scored
 from iris_fast.config import TrainConfig
-from iris_fast.distributed import Ranks, full
+from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError
-from iris_fast.inputs import open_inputs
-from iris_fast.optimizer import make_optimizer, set_learning_rate
-from iris_fast.packing import pack
+from iris_fast.grpo.fsdp import full
+from iris_fast.grpo.optimizer import make_optimizer, set_learning_rate
+from iris_fast.grpo.packing import pack
+from iris_fast.grpo.policy import Models, copy_weights
+from iris_fast.grpo.update import Pieces, log_probs, prepare, update
+from iris_fast.preflight.inputs import open_inputs
+from iris_fast.records import Scored
 from iris_fast.rewards import load_rewards, score
-from iris_fast.roles import Models, copy_weights
 from iris_fast.train import load_inputs, repeat, train
-from iris_fast.update import Pieces, log_probs, prepare, update
 
 
 @dataclasses.dataclass

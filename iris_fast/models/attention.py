@@ -1,20 +1,164 @@
-"""Which token sees which: the attention strategies that `Decoder.forward` can be given.
+"""Causal attention inside each sequence of a packed batch: its implementations, and the choice.
 
-`PackedAttention` is for sequences laid end to end (training, prefill); `KVCache` is for decoding
-one token per sequence and step. In both, every sequence has its own length, and no padding is
-ever attended.
+An implementation is made for the lengths of one batch, then called with query [T, H, d], key and
+value [T, J, d] of every layer, and returns the context [T, H, d]. All are differentiable and take
+fewer key heads than query heads (H a multiple of J). The setting `attn_implementation` names one;
+`choose` says which that means here, and none stands in for another after that.
 
-Shapes: T rows, B sequences, S cache slots, H query heads, J key/value heads, d head width.
+Shapes: T rows, B sequences, L longest sequence, H query heads, J key/value heads, d head width.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iris_fast.models.decoder import AttentionStrategy, DecoderConfig
-from iris_fast.models.packed_attention import IMPLEMENTATIONS, rows_and_positions
+from iris_fast.errors import UserError
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+WIDEST_HEAD = 256
+OLDEST_GPU = (8, 0)  # compute capability of Ampere: what flash attention's kernels are written for
+# What `auto` takes the first of that works.
+PREFERRED = ("flash_attention_2", "varlen", "sdpa")
+
+
+class Implementation(Protocol):
+    """Attention inside the sequences of one batch."""
+
+    def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
+        """`sequence_lengths`: tokens of each sequence in packed order."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Context [T, H, d] of query [T, H, d], key and value [T, J, d]."""
+
+
+def rows_and_positions(
+    sequence_lengths: list[int], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """For every row of a packed batch: its sequence's number, and its place in it; int64 [T]."""
+    lengths = torch.tensor(sequence_lengths)
+    rows = torch.arange(len(sequence_lengths)).repeat_interleave(lengths)
+    positions = torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[rows]
+    return rows.to(device), positions.to(device)
+
+
+def ends_of(sequence_lengths: list[int], device: torch.device | str) -> Tensor:
+    """Where each sequence ends, from 0: int32 [B + 1], as variable-length kernels take it."""
+    ends = torch.tensor([0, *sequence_lengths]).cumsum(0, dtype=torch.int32)
+    return ends.to(device)
+
+
+def repeat_heads(x_TJd: Tensor, heads: int) -> Tensor:
+    """Each key or value head as often as there are query heads to share it: [T, H, d]."""
+    copies = heads // x_TJd.shape[1]
+    return x_TJd if copies == 1 else x_TJd.repeat_interleave(copies, dim=1)
+
+
+class Sdpa:
+    """torch's `scaled_dot_product_attention` over sequences padded on the *right*, where causality
+    alone hides the pads. Any device and precision.
+
+    Costs one padded copy of q, k and v: [B, L, ...].
+    """
+
+    def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
+        """See `Implementation`."""
+        self.batch, self.longest = len(sequence_lengths), max(sequence_lengths)
+        row_T, position_T = rows_and_positions(sequence_lengths, device)
+        # Row b * L + t of the padded batch for every packed row; None when nothing is padded.
+        padded = sum(sequence_lengths) != self.batch * self.longest
+        self.slot_T = row_T * self.longest + position_T if padded else None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `Implementation`."""
+        context = F.scaled_dot_product_attention(
+            self._pad(query),
+            self._pad(key),
+            self._pad(value),
+            is_causal=True,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        context = context.transpose(1, 2).flatten(0, 1)
+        return context if self.slot_T is None else context.index_select(0, self.slot_T)
+
+    def _pad(self, x_THd: Tensor) -> Tensor:
+        if self.slot_T is not None:
+            # Assigned, not index_copy: that would keep x_THd for a backward that does not read it.
+            padded = x_THd.new_zeros(self.batch * self.longest, *x_THd.shape[1:])
+            padded[self.slot_T] = x_THd
+            x_THd = padded
+        return x_THd.unflatten(0, (self.batch, self.longest)).transpose(1, 2)
+
+
+class Varlen:
+    """torch's own `varlen_attn`: flash attention without padding, a GPU in half precision."""
+
+    def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
+        """See `Implementation`."""
+        self.ends_B1 = ends_of(sequence_lengths, device)
+        self.longest = max(sequence_lengths)
+        self._function, self._takes = _varlen()
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `Implementation`."""
+        # Causal is a flag in torch 2.10, a window since; 2.12 shares key heads if it is told to.
+        # Written out here: torch.compile would take a window that is kept for a variable.
+        arguments: dict[str, Any] = {"is_causal": True}
+        if "window_size" in self._takes:
+            arguments = {"window_size": (-1, 0)}
+        if "enable_gqa" in self._takes:
+            arguments["enable_gqa"] = True
+        else:
+            key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+        lengths = (self.ends_B1, self.ends_B1, self.longest, self.longest)
+        return self._function(query, key, value, *lengths, **arguments)
+
+
+class FlashAttention2:
+    """`flash_attn_varlen_func` of the package flash_attn: a GPU in half precision."""
+
+    def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
+        """See `Implementation`."""
+        self.ends_B1 = ends_of(sequence_lengths, device)
+        self.longest = max(sequence_lengths)
+        self._function = _flash_attn()
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `Implementation`."""
+        lengths = (self.ends_B1, self.ends_B1, self.longest, self.longest)
+        return self._function(query, key, value, *lengths, causal=True)
+
+
+class Xformers:
+    """`memory_efficient_attention` of the package xformers with its block-diagonal causal mask: a
+    GPU in half precision. Shared key heads are copied: their five-dimensional form has no gradient.
+    """
+
+    def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
+        """See `Implementation`."""
+        self._function, mask = _xformers()
+        self.mask = mask.from_seqlens(sequence_lengths, device=torch.device(device))
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `Implementation`."""
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+        return self._function(query[None], key[None], value[None], attn_bias=self.mask)[0]
+
+
+IMPLEMENTATIONS: dict[str, type[Implementation]] = {
+    "sdpa": Sdpa,
+    "varlen": Varlen,
+    "flash_attention_2": FlashAttention2,
+    "xformers": Xformers,
+}
 
 
 class PackedAttention:
@@ -27,7 +171,7 @@ class PackedAttention:
         implementation: str = "sdpa",
     ) -> None:
         """`sequence_lengths`: tokens of each sequence in packed order, each at least 1.
-        `implementation`: one of `packed_attention.IMPLEMENTATIONS`."""
+        `implementation`: one of `attention.IMPLEMENTATIONS`."""
         if not sequence_lengths or min(sequence_lengths) < 1:
             raise ValueError(
                 f"sequence_lengths must hold positive integers, got {sequence_lengths}"
@@ -42,106 +186,99 @@ class PackedAttention:
         return self._attend(query, key, value)
 
 
-class KVCache:
-    """Preallocated keys and values of a batch of sequences, each with its own length.
+# Looked up on first use, not at import: the packages are optional, and torch's own module brings
+# the compiler's front end along. Once: a compiled block is bound to the function it has seen.
 
-        cache = KVCache(config, batch, max_length, dtype, device)
-        decoder(prompt_embeds, positions, cache.prefill(prompt_lengths))
-        for _ in range(n):
-            decoder(token_embeds_BD, cache.lengths_B, cache.decode())
-            cache.advance()
 
-    `lengths_B` (int64, on the device) counts the tokens that each sequence holds, and so is also
-    the position of its next token. Tensors are allocated once and written in place: their
-    addresses are stable. A new `prefill` starts all sequences over in the same memory.
+@functools.cache
+def _varlen() -> tuple[Callable[..., Tensor], tuple[str, ...]]:
+    """The function, and the names of its arguments."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, tuple(inspect.signature(varlen_attn).parameters)
+
+
+@functools.cache
+def _flash_attn() -> Callable[..., Tensor]:
+    from flash_attn import flash_attn_varlen_func
+
+    return _opaque(flash_attn_varlen_func)
+
+
+@functools.cache
+def _xformers() -> tuple[Callable[..., Tensor], Any]:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    return _opaque(memory_efficient_attention), BlockDiagonalCausalMask
+
+
+def _opaque(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function as compiled blocks see it: called, not looked into. Both packages hand Python
+    objects around that tracing would be bound to, batch by batch."""
+    return torch.compiler.disable(function)
+
+
+def choose(
+    wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+) -> str:
+    """The implementation that the setting `attn_implementation` means here, one of
+    `IMPLEMENTATIONS`. `head_dim`: not looked at while the model is not known.
+
+    UserError if the one asked for cannot work, or if a package it comes from cannot be imported.
     """
+    if wanted == "auto":
+        return next(name for name in PREFERRED if why_not(name, device, dtype, head_dim) is None)
+    fault = why_not(wanted, device, dtype, head_dim)
+    if fault is not None:
+        raise UserError(f"attn_implementation: {wanted} {fault}")
+    return wanted
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        batch: int,
-        max_length: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        attn_implementation: str = "sdpa",
-    ) -> None:
-        """2 * layers * batch * kv_heads * max_length * head_dim elements of `dtype`.
-        `attn_implementation`: the prompts' own, as `PackedAttention` takes it."""
-        shape = (batch, config.num_kv_heads, max_length, config.head_dim)
-        # Zeros, not empty: a masked slot still meets a probability of 0, and 0 * NaN is NaN.
-        self.keys = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.max_length = max_length
-        self._attn_implementation = attn_implementation
-        self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._rows_B = torch.arange(batch, device=device)
-        self._longest = 0  # the host's upper bound of lengths_B, so that no step waits for it
 
-    @property
-    def longest(self) -> int:
-        """Tokens held by the longest sequence, known without asking the device."""
-        return self._longest
+def why_not(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+) -> str | None:
+    """What keeps an implementation from working here, and the remedy; None if nothing does.
 
-    def prefill(self, sequence_lengths: list[int]) -> AttentionStrategy:
-        """Strategy for a packed batch of prompts, one per cache row, in order.
+    UserError if its package is there and cannot be imported: then nothing else is a fair answer.
+    """
+    if name == "sdpa":
+        return None
+    otherwise = "use --attn_implementation sdpa, or auto"
+    if device.type != "cuda":
+        return f"needs a GPU, and this runs on the {device.type.upper()}; {otherwise}"
+    if dtype not in HALF_PRECISION:
+        kind = str(dtype).removeprefix("torch.")
+        return f"computes in half precision, not {kind}; add --bf16 true, or {otherwise}"
+    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"needs a GPU of compute capability 8.0 or later, this one has {found}; {otherwise}"
+    if head_dim is not None and (head_dim % 8 or head_dim > WIDEST_HEAD):
+        return (
+            f"needs heads of a multiple of 8 up to {WIDEST_HEAD} channels, this model's have "
+            f"{head_dim}; {otherwise}"
+        )
+    if name == "varlen":
+        built = torch.backends.cuda.is_flash_attention_available()
+        found = built and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+        return None if found else f"is not part of this torch {torch.__version__}; {otherwise}"
+    package, module = {
+        "flash_attention_2": ("flash-attn", "flash_attn.flash_attn_interface"),
+        "xformers": ("xformers", "xformers.ops"),
+    }[name]
+    found = _can_import(name, module)
+    return None if found else f"is not installed; pip install {package}, or {otherwise}"
 
-        It keeps their keys and values and attends causally inside each. `lengths_B` is set at
-        once. ValueError if the number of prompts is not the batch or one does not fit.
-        """
-        batch = self.lengths_B.shape[0]
-        if len(sequence_lengths) != batch:
-            raise ValueError(f"{len(sequence_lengths)} prompts for a cache of {batch} sequences")
-        self._need_room(max(sequence_lengths))
-        device = self.lengths_B.device
-        packed = PackedAttention(sequence_lengths, device, self._attn_implementation)
-        row_T, position_T = rows_and_positions(sequence_lengths, device)
-        self.lengths_B.copy_(torch.tensor(sequence_lengths))
-        self._longest = packed.longest
 
-        def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self.keys[layer_index][row_T, :, position_T] = key
-            self.values[layer_index][row_T, :, position_T] = value
-            return packed(layer_index, query, key, value)
-
-        return attention
-
-    def decode(self, read_length: int | None = None) -> AttentionStrategy:
-        """Strategy for one new token per sequence: rows [B, ...], written at `lengths_B`.
-
-        `read_length`: how many slots are read, at least the longest sequence with its new token.
-        By default exactly that many, known on the host; a graph that is replayed while sequences
-        grow passes the largest it will need.
-        """
-        self._need_room(self._longest + 1)
-        live = self._longest + 1 if read_length is None else read_length
-        slot_S = torch.arange(live, device=self.lengths_B.device)
-        mask = (slot_S <= self.lengths_B[:, None])[:, None, None, :]
-
-        def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self.keys[layer_index], self.values[layer_index]
-            keys[self._rows_B, :, self.lengths_B] = key
-            values[self._rows_B, :, self.lengths_B] = value
-            context = F.scaled_dot_product_attention(
-                query[:, :, None],
-                keys[:, :, :live],
-                values[:, :, :live],
-                attn_mask=mask,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            return context[:, :, 0]
-
-        return attention
-
-    def advance(self) -> None:
-        """Counts the tokens that a `decode` step has written."""
-        self.lengths_B += 1
-        self._longest += 1
-
-    def _need_room(self, length: int) -> None:
-        if length > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.max_length} tokens per sequence, {length} are needed: "
-                "make max_length larger"
-            )
+def _can_import(name: str, module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?"):
+            return False  # what is missing is the package, not something that it needs
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"attn_implementation: {name} is installed and cannot be imported ({reason}); mend or "
+            "uninstall it, or use --attn_implementation sdpa"
+        ) from None
+    return True

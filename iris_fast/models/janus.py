@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iris_fast.batch import PackedBatch
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import AttentionStrategy, Decoder, DecoderConfig
 from iris_fast.models.vq import VQConfig
+from iris_fast.records import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Janus(nn.Module):
     """The policy. `lm_head` is a weight of its own, never tied to the token embedding."""
 
     def __init__(self, config: JanusConfig) -> None:
-        """Random weights; `iris_fast.models.layouts.load_janus` opens a checkpoint."""
+        """Random weights; `iris_fast.models.checkpoint.load.load_janus` opens a checkpoint."""
         super().__init__()
         self.config = config
-        self.attn_implementation = "sdpa"  # one of packed_attention.IMPLEMENTATIONS
+        self.attn_implementation = "sdpa"  # one of attention.IMPLEMENTATIONS
         self.model = JanusCore(config)
         self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iris_fast.batch import Rollout
+from iris_fast.records import Rollout
 from iris_fast.rewards.reduction import Distribution, Reduction
 
 

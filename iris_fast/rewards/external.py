@@ -22,8 +22,8 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from iris_fast.batch import Prompt
 from iris_fast.errors import UserError
+from iris_fast.records import Prompt
 
 
 def load(name: str, setting: str = "reward_funcs") -> Callable[..., Any]:
@@ -35,15 +35,15 @@ def load(name: str, setting: str = "reward_funcs") -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as mistake:
+    except (ImportError, SyntaxError) as error:
         raise UserError(
-            f"{setting}: {name}: {mistake}; write module:function, with the module importable "
+            f"{setting}: {name}: {error}; write module:function, with the module importable "
             "from the current folder"
         ) from None
-    except (Exception, SystemExit) as mistake:  # whatever the user's own code does
+    except (Exception, SystemExit) as error:  # whatever the user's own code does
         raise UserError(
-            f"{setting}: {name}: importing {module_name} raised {_told(mistake)}; mend the module"
-        ) from mistake
+            f"{setting}: {name}: importing {module_name} raised {_told(error)}; mend the module"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{setting}: {name}: {module_name} has no function {function_name!r}")
@@ -62,16 +62,13 @@ def call(
     try:
         # Lists of its own: the next function is given the same images whatever this one does.
         given = function([prompt.text for prompt in prompts], list(images), **fields)
-    except (Exception, SystemExit) as mistake:  # whatever the user's own code does
-        raise UserError(
-            f"{setting}: {name} raised {_told(mistake)}; mend the function"
-        ) from mistake
+    except (Exception, SystemExit) as error:  # whatever the user's own code does
+        raise UserError(f"{setting}: {name} raised {_told(error)}; mend the function") from error
     try:
         values = torch.tensor([float(value) for value in given], dtype=torch.float32)
-    except (TypeError, ValueError) as mistake:
+    except (TypeError, ValueError) as error:
         raise UserError(
-            f"{setting}: {name} gave no list of numbers ({mistake}); return one number for each "
-            "image"
+            f"{setting}: {name} gave no list of numbers ({error}); return one number for each image"
         ) from None
     if len(values) != len(prompts):
         raise UserError(
@@ -87,11 +84,11 @@ def call(
     return values
 
 
-def _told(mistake: BaseException) -> str:
+def _told(error: BaseException) -> str:
     """An exception of foreign code in one line: type, message, and where it was raised."""
-    *_, frame = traceback.extract_tb(mistake.__traceback__)
-    message = " ".join(str(mistake).split())
-    return f"{type(mistake).__name__}: {message} ({frame.filename}:{frame.lineno})"
+    *_, frame = traceback.extract_tb(error.__traceback__)
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
 
 
 def wanted_fields(
@@ -110,9 +107,9 @@ def wanted_fields(
     chosen = {field: [prompt.extra.get(field) for prompt in prompts] for field in wanted}
     try:
         signature.bind([], [], **chosen)
-    except TypeError as mistake:
+    except TypeError as error:
         raise UserError(
             f"{setting}: {name} cannot be called with prompts, images and the prompt file's "
-            f"fields {', '.join(fields) or '(none)'}: {mistake}; mend its parameters"
+            f"fields {', '.join(fields) or '(none)'}: {error}; mend its parameters"
         ) from None
     return chosen

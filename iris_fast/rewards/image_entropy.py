@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from iris_fast.batch import Rollout
+from iris_fast.records import Rollout
 from iris_fast.rewards.reduction import Distribution, Reduction, reduce_tokens
 
 

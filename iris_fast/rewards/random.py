@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from iris_fast.batch import Rollout
-from iris_fast.randomness import uniforms
+from iris_fast.records import Rollout
 from iris_fast.rewards.reduction import Distribution, Reduction
+from iris_fast.rollout.random_streams import uniforms
 
 
 def reward(rollout: Rollout, distribution: Distribution, reduction: Reduction) -> Tensor:

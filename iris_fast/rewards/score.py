@@ -10,11 +10,11 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from iris_fast.advantage import group_advantages
-from iris_fast.batch import Prompt, Rollout, Scored
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError
+from iris_fast.grpo.advantage import group_advantages
+from iris_fast.records import Prompt, Rollout, Scored
 from iris_fast.rewards import external
 
 INTRINSIC = ("image_nsc", "text_nsc", "image_entropy", "text_entropy", "constant", "random")

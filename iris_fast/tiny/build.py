@@ -1,8 +1,8 @@
 """The tiny Janus: the real architecture, tokenizer and layouts, small enough for a CPU.
 
 `build_tiny` opens the model that comes with the package, trained on the small world by
-`iris_fast.tiny.pretrain`. `build_random_tiny` makes a still smaller one in code, untrained, for
-tests: 64 pixels, 8 x 8 image tokens out of a codebook of 256, 4 layers of 128 channels.
+`iris_fast.tiny.recipe.pretrain`. `build_random_tiny` makes a still smaller one in code, untrained,
+for tests: 64 pixels, 8 x 8 image tokens out of a codebook of 256, 4 layers of 128 channels.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
+from iris_fast.models.checkpoint.load import JanusCheckpoint, load_janus, untouched_shapes
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
-from iris_fast.models.layouts import JanusCheckpoint, load_janus, untouched_shapes
 from iris_fast.models.templates import load_instruction
 from iris_fast.models.tokenizer import KNOWN_SPECIALS, JanusTokenizer
 from iris_fast.models.vq import VQConfig, VQModel

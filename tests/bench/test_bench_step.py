@@ -12,7 +12,7 @@ from bench._case import WrongResult
 from bench._measure import Bench
 from bench._rows import Measured
 from bench._t2i_r1 import Nsc
-from iris_fast.advantage import group_advantages
+from iris_fast.grpo.advantage import group_advantages
 from iris_fast.models.attention import PackedAttention
 
 from test_bench_measure import CEILINGS  # isort: skip

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iris_fast.models.layouts import export_janus
+from iris_fast.models.checkpoint.export import export_janus
 from iris_fast.tiny import build_random_tiny
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
-from iris_fast.models.attention import KVCache, PackedAttention
+from iris_fast.models.attention import PackedAttention
 from iris_fast.models.janus import Janus
+from iris_fast.rollout.kv_cache import KVCache
 
 
 def open_reference(folder) -> JanusForConditionalGeneration:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iris_fast.errors import UserError
-from iris_fast.models import export
-from iris_fast.models.layouts import export_janus, load_janus
+from iris_fast.models.checkpoint import export
+from iris_fast.models.checkpoint.export import export_janus
+from iris_fast.models.checkpoint.load import load_janus
 
 LAYOUTS = ["original", "transformers"]
 WEIGHTS = "model.safetensors"
@@ -410,7 +411,7 @@ def test_export_onto_a_file_s_child(tiny, tmp_path):
 @pytest.mark.parametrize("fault", ["flip", "drop", "disk full"])
 def test_export_notices_a_faulty_disk(tiny, tmp_path, monkeypatch, fault):
     """Nothing appears under the name, and no partial folder stays."""
-    from iris_fast.models import weights
+    from iris_fast.models.checkpoint import weights
 
     write = weights.save_torch_state_dict
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from iris_fast.models.attention import KVCache, PackedAttention
+from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import Decoder, DecoderConfig
+from iris_fast.rollout.kv_cache import KVCache
 
 SIZES = {
     "vocab_size": 64,
@@ -36,7 +37,7 @@ def make_config(kv_heads: int, bias: bool = False, head_dim: int = 8, theta: flo
 
 def make_decoder(**options) -> Decoder:
     decoder = Decoder(make_config(**options))
-    for parameter in decoder.parameters():  # norms and biases too: ones and zeros hide mistakes
+    for parameter in decoder.parameters():  # norms and biases too: ones and zeros hide errors
         torch.nn.init.normal_(parameter, std=0.3)
     return decoder
 

@@ -12,10 +12,10 @@ from janus_reference import (
     packed_hidden,
 )
 
-from iris_fast.batch import Guidance, PackedBatch
 from iris_fast.models.attention import PackedAttention
-from iris_fast.models.layouts import load_janus
+from iris_fast.models.checkpoint.load import load_janus
 from iris_fast.models.templates import get_template, image_prompt_ids
+from iris_fast.records import Guidance, PackedBatch
 
 TOLERANCE = 5e-5
 PROMPTS = ["a red fox", "two blue squares left of a very large green star", "x"]

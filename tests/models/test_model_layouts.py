@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from iris_fast.errors import UserError
-from iris_fast.models.configs import build_config, original_config
+from iris_fast.models.checkpoint.config_json import build_config, original_config
+from iris_fast.models.checkpoint.export import export_janus
+from iris_fast.models.checkpoint.hub import resolve_model
+from iris_fast.models.checkpoint.load import VQ_PREFIX, load_janus, untouched_shapes
+from iris_fast.models.checkpoint.names import ORIGINAL_ONLY, to_original, to_transformers
+from iris_fast.models.checkpoint.weights import read_tensors
 from iris_fast.models.decoder import DecoderConfig
-from iris_fast.models.hub import resolve_model
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
-from iris_fast.models.layouts import VQ_PREFIX, export_janus, load_janus, untouched_shapes
-from iris_fast.models.names import ORIGINAL_ONLY, to_original, to_transformers
 from iris_fast.models.templates import get_template, image_prompt_ids
 from iris_fast.models.vq import VQConfig, VQModel
-from iris_fast.models.weights import read_tensors
 from iris_fast.tiny import build_random_tiny
 
 LAYOUTS = ["original", "transformers"]

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from iris_fast.errors import UserError
-from iris_fast.models.attention import PackedAttention
-from iris_fast.models.packed_attention import IMPLEMENTATIONS, choose, why_not
+from iris_fast.models.attention import IMPLEMENTATIONS, PackedAttention, choose, why_not
 
 LENGTHS = [5, 1, 9, 2]
 FAKES = {

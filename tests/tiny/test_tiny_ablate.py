@@ -10,9 +10,10 @@ import pytest
 from small_runs import QUICK
 
 from iris_fast.errors import UserError
-from iris_fast.tiny import HELD_OUT_FILE, ablate
-from iris_fast.tiny.ablate import ARMS, Plan, Run
-from iris_fast.tiny.ablation_page import (
+from iris_fast.tiny import HELD_OUT_FILE
+from iris_fast.tiny.recipe import ablate
+from iris_fast.tiny.recipe.ablate import ARMS, Plan, Run
+from iris_fast.tiny.recipe.ablation_page import (
     MEASURES,
     PAPER,
     UNTRAINED,
@@ -114,13 +115,13 @@ def test_every_arm_is_a_valid_run_and_differs_from_the_others(tmp_path):
 
 def test_the_command_lists_what_it_would_run(tmp_path):
     words = ("--runs", "there", "--arms", "sc", "--seeds", "3", "--dry_run", "true")
-    done = commands.run("iris_fast.tiny.ablate", *words, cwd=tmp_path)
+    done = commands.run("iris_fast.tiny.recipe.ablate", *words, cwd=tmp_path)
     assert done.code == 0, done.err
     first, last = done.out.splitlines()
     assert first.split()[:3] == ["sc-3", "to", "do"]
     assert last.startswith("1 runs to do, about ")
     assert not (tmp_path / "there").exists()
-    done = commands.run("iris_fast.tiny.ablate", "--jobs", "0", cwd=tmp_path)
+    done = commands.run("iris_fast.tiny.recipe.ablate", "--jobs", "0", cwd=tmp_path)
     assert "jobs: 0 is out of range; give 1 or more" in done.error_line
 
 
@@ -163,7 +164,7 @@ def test_arms_without_a_finished_run_leave_gaps():
 
 
 def test_the_committed_page_and_figure_show_the_committed_results():
-    folder = HELD_OUT_FILE.parent / "ablation"
+    folder = HELD_OUT_FILE.parent / "recipe" / "ablation"
     committed = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert page(committed) == (folder / "ablation.md").read_text(encoding="utf-8")
     assert draw(committed) == (folder / "ablation.svg").read_text(encoding="utf-8")

@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from iris_fast.batch import Prompt
 from iris_fast.config import PRESETS, GenerateConfig
-from iris_fast.inputs import open_model
-from iris_fast.models.export import export_janus
-from iris_fast.models.layouts import JanusCheckpoint, load_janus
+from iris_fast.models.checkpoint.export import export_janus
+from iris_fast.models.checkpoint.load import JanusCheckpoint, load_janus
+from iris_fast.preflight.inputs import open_model
 from iris_fast.prompts import read_prompts
-from iris_fast.rollout import Sampler
+from iris_fast.records import Prompt
+from iris_fast.rollout.sampler import Sampler
 from iris_fast.tiny import HELD_OUT_FILE, MODEL_FOLDER, build_tiny
-from iris_fast.tiny.measure import (
+from iris_fast.tiny.recipe.measure import (
     MEASURED_FILE,
     draw_held_out,
     model_accuracy,
     reconstruct,
     verifier_rates,
 )
-from iris_fast.tiny.pretrain_vq import encode_all
+from iris_fast.tiny.recipe.pretrain_vq import encode_all
 from iris_fast.tiny.world import COLOURS, SHAPES, random_scenes, render_all
 
 # Pretraining draws its scenes from other seeds.

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from iris_fast.models.vq import VQModel
-from iris_fast.tiny.pretrain import DECODER_RECIPE, block_scenes
-from iris_fast.tiny.pretrain_decoder import DecoderRecipe, Phase, phase_at, train_decoder
-from iris_fast.tiny.pretrain_vq import VQ_CONFIG
-from iris_fast.tiny.training import Course, load_state
+from iris_fast.tiny.recipe.pretrain import DECODER_RECIPE, block_scenes
+from iris_fast.tiny.recipe.pretrain_decoder import DecoderRecipe, Phase, phase_at, train_decoder
+from iris_fast.tiny.recipe.pretrain_vq import VQ_CONFIG
+from iris_fast.tiny.recipe.training import Course, load_state
 from iris_fast.tiny.world import random_scenes
 
 PHASES = (

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from iris_fast.batch import Prompt
 from iris_fast.prompts import read_prompts
+from iris_fast.records import Prompt
 from iris_fast.rewards import external
 from iris_fast.tiny import HELD_OUT_FILE
 from iris_fast.tiny.captions import HELD_OUT_PER_KIND
-from iris_fast.tiny.measure import model_accuracy, verifier_rates
+from iris_fast.tiny.recipe.measure import model_accuracy, verifier_rates
 from iris_fast.tiny.verifier import (
     colour_entropy,
     diversity,

@@ -18,7 +18,7 @@ from iris_fast.tiny.captions import (
     prompt_sets,
     true_captions,
 )
-from iris_fast.tiny.pretrain_decoder import cot_task
+from iris_fast.tiny.recipe.pretrain_decoder import cot_task
 from iris_fast.tiny.world import (
     BACKGROUNDS,
     COLOURS,

@@ -1,6 +1,6 @@
 """The paper's ablations in the small world: every arm trained from several seeds, then measured.
 
-    python -m iris_fast.tiny.ablate [--runs runs/ablation] [--jobs 2] [--dry_run true]
+    python -m iris_fast.tiny.recipe.ablate [--runs runs/ablation] [--jobs 2] [--dry_run true]
 
 An arm is the preset `tiny` with the changes in `ARMS`. Each arm and seed is one ordinary training
 run in RUNS/ARM-SEED, measured on the held-out prompts as it is trained to draw, with the same
@@ -26,13 +26,13 @@ from typing import Any, NoReturn
 import yaml
 
 from iris_fast.config import PRESETS, TrainConfig
-from iris_fast.errors import UserError, require, tell, writing
-from iris_fast.log import read_metrics
-from iris_fast.provenance import commit, hardware
+from iris_fast.errors import UserError, report_error, require, writing
+from iris_fast.run.metrics import read_metrics
+from iris_fast.run.provenance import commit, hardware
 from iris_fast.tiny import HELD_OUT_FILE
-from iris_fast.tiny.ablation_page import draw, page
+from iris_fast.tiny.recipe.ablation_page import draw, page
 
-PROGRAM = "iris_fast.tiny.ablate"
+PROGRAM = "iris_fast.tiny.recipe.ablate"
 Settings = dict[str, Any]
 
 ARMS: dict[str, Settings] = {
@@ -134,7 +134,9 @@ class Run:
         words += ("--prompts", str(plan.prompts), "--samples", str(plan.samples))
         words += ("--cfg_weight", str(config.cfg_weight), "--seed", str(MEASURING_SEED))
         words += ("--cot",) * config.cot
-        call(["iris_fast.tiny.measure", *words, "--json", str(target)], target.with_suffix(""))
+        call(
+            ["iris_fast.tiny.recipe.measure", *words, "--json", str(target)], target.with_suffix("")
+        )
 
     def finish(self) -> str:
         """All of it that is not there yet; a line that says so."""
@@ -170,7 +172,7 @@ def call(words: list[str], log: Path) -> None:
 
 
 def read(path: Path) -> dict[str, float]:
-    """What `iris_fast.tiny.measure --json` wrote of one setting."""
+    """What `iris_fast.tiny.recipe.measure --json` wrote of one setting."""
     (measured,) = json.loads(path.read_text(encoding="utf-8")).values()
     return measured
 
@@ -210,9 +212,9 @@ def finish_all(runs: list[Run], jobs: int) -> dict[str, str]:
             for future in as_completed(futures):
                 try:
                     print(future.result(), flush=True)
-                except UserError as mistake:
-                    failed[futures[future]] = str(mistake)
-                    print(f"{futures[future]}: {mistake}", file=sys.stderr, flush=True)
+                except UserError as error:
+                    failed[futures[future]] = str(error)
+                    print(f"{futures[future]}: {error}", file=sys.stderr, flush=True)
         except KeyboardInterrupt:  # the commands under way have had it too
             pool.shutdown(cancel_futures=True)
             raise
@@ -259,7 +261,7 @@ def tell_plan(plan: Plan) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake as a UserError: one line, as the other commands do."""
+    """Reports an error as a UserError: one line, as the other commands do."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists what there is")
@@ -293,8 +295,8 @@ def main() -> int:
         failed = ablate(plan)["failed"]
         print(f"results: {plan.folder / 'ablation.md'}")
         return 1 if failed else 0
-    except UserError as mistake:
-        return tell(PROGRAM, mistake)
+    except UserError as error:
+        return report_error(PROGRAM, error)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iris_fast.batch import PackedBatch
 from iris_fast.config import TrainConfig
-from iris_fast.distributed import full
 from iris_fast.errors import optional
+from iris_fast.grpo.fsdp import full
 from iris_fast.models.janus import Janus
+from iris_fast.records import PackedBatch
 
 ADAPTER = "default"  # peft's name for the only one
 BASE = ".base_layer."  # where peft puts what it adapts

@@ -12,13 +12,13 @@ import yaml
 from PIL import Image
 
 from iris_fast import __version__
-from iris_fast.curves import Point, curve
 from iris_fast.errors import replacing
-from iris_fast.log import read_metrics
-from iris_fast.pictures import strips
-from iris_fast.provenance import command, commit, hardware
-from iris_fast.run_folder import RunFolder
-from iris_fast.samples import Samples, read_samples
+from iris_fast.models.images import strips
+from iris_fast.run.curves import Point, curve
+from iris_fast.run.folder import RunFolder
+from iris_fast.run.metrics import read_metrics
+from iris_fast.run.provenance import command, commit, hardware
+from iris_fast.run.samples import Samples, read_samples
 
 CURVES = {
     "reward": "Reward",

@@ -1,4 +1,4 @@
-"""The ablation's results as a page of Markdown and a figure, for `iris_fast.tiny.ablate`.
+"""The ablation's results as a page of Markdown and a figure, for `iris_fast.tiny.recipe.ablate`.
 
 Nothing is left out and nothing is judged by hand: what the paper finds is written down in `PAPER`,
 and a rule says whether the small world shows the same.

@@ -16,13 +16,9 @@ from iris_kernels import GuidedSample, TokenStats, guided_sample
 from iris_kernels._backend import use_triton
 from torch import Tensor
 
-from iris_fast.batch import Prompt, Rollout, Trace
 from iris_fast.config import SamplingConfig
-from iris_fast.engine import Record, run_steps
-from iris_fast.models.attention import KVCache, rows_and_positions
-from iris_fast.models.fused_decoder import FusedDecoder
+from iris_fast.models.attention import rows_and_positions
 from iris_fast.models.janus import Janus
-from iris_fast.models.shared_cache import Beginnings, SharedKVCache
 from iris_fast.models.templates import (
     TEMPLATES,
     fill_instruction,
@@ -32,7 +28,12 @@ from iris_fast.models.templates import (
     unconditional_ids,
 )
 from iris_fast.models.tokenizer import JanusTokenizer
-from iris_fast.randomness import uniforms
+from iris_fast.records import Prompt, Rollout, Trace
+from iris_fast.rollout.decode_loop import Record, run_steps
+from iris_fast.rollout.fused_decoder import FusedDecoder
+from iris_fast.rollout.kv_cache import KVCache
+from iris_fast.rollout.random_streams import uniforms
+from iris_fast.rollout.shared_cache import Beginnings, SharedKVCache
 
 Cache = KVCache | SharedKVCache
 

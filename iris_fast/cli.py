@@ -1,4 +1,4 @@
-"""The command line and --config files -> checked settings, mistakes told in one line."""
+"""The command line and --config files -> checked settings, errors told in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jsonargparse
 import yaml
 
 from iris_fast.config import PRESETS, SamplingConfig, TrainConfig
-from iris_fast.errors import UserError, tell
+from iris_fast.errors import UserError, report_error
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -23,7 +23,7 @@ Config = TypeVar("Config", bound=SamplingConfig)
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Reports a mistake as one line on standard error, with the nearest valid name, exit code 2."""
+    """Reports an error as one line on standard error, with the nearest valid name, exit code 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         line = " ".join(str(message).split())
@@ -103,9 +103,9 @@ def _read_settings(path: str) -> dict[str, Any]:
     """What a --config file holds; UserError unless it is a mapping."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as mistake:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
-            f"config: {path} is not YAML ({' '.join(str(mistake).split())}); mend the file, or "
+            f"config: {path} is not YAML ({' '.join(str(error).split())}); mend the file, or "
             "start from --print_config"
         ) from None
     if not isinstance(settings, dict):
@@ -151,7 +151,7 @@ def parse(config_class: type[Config], program: str, arguments: list[str]) -> Con
 
 
 def parse_command_line(config_class: type[Config], program: str) -> Config:
-    """`parse` for `sys.argv`, with mistakes told as one line and exit code 2.
+    """`parse` for `sys.argv`, with errors told as one line and exit code 2.
 
     From here on Ctrl-C ends the process without a traceback, until there is something to save.
     """
@@ -159,5 +159,5 @@ def parse_command_line(config_class: type[Config], program: str) -> Config:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         return parse(config_class, program, sys.argv[1:])
-    except UserError as mistake:
-        sys.exit(tell(program, mistake))
+    except UserError as error:
+        sys.exit(report_error(program, error))

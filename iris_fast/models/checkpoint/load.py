@@ -1,6 +1,6 @@
 """Opening a Janus checkpoint, in the original or in the transformers layout.
 
-`export_janus` (written in `iris_fast.models.export`) is the way back.
+`iris_fast.models.checkpoint.export` is the way back.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from iris_fast.errors import UserError
-from iris_fast.models.configs import build_config, read_config
-from iris_fast.models.export import export_janus
-from iris_fast.models.hub import resolve_model
+from iris_fast.models.checkpoint.config_json import build_config, read_config
+from iris_fast.models.checkpoint.hub import resolve_model
+from iris_fast.models.checkpoint.names import to_transformers
+from iris_fast.models.checkpoint.weights import read_tensors
 from iris_fast.models.janus import Janus, JanusConfig
-from iris_fast.models.names import to_transformers
 from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.models.vq import VQModel
-from iris_fast.models.weights import read_tensors
 
-__all__ = ["VQ_PREFIX", "JanusCheckpoint", "export_janus", "load_janus", "untouched_shapes"]
+__all__ = ["VQ_PREFIX", "JanusCheckpoint", "load_janus", "untouched_shapes"]
 
 VQ_PREFIX = "model.vqmodel."
 # What must not hold a tensor that no module here has; one would mean a misread config.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iris_fast.models.vq import VQConfig, VQModel
-from iris_fast.tiny.training import Course, load_state, save_state
+from iris_fast.tiny.recipe.training import Course, load_state, save_state
 
 VQ_CONFIG = VQConfig(
     codebook_size=512,

@@ -37,12 +37,12 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
 )
 
-from iris_fast import adapters
-from iris_fast.batch import Prompt, Rollout, Scored, Trace
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, writing
+from iris_fast.grpo import lora as adapters
+from iris_fast.grpo.optimizer import plain_parts
 from iris_fast.models.janus import Janus
-from iris_fast.optimizer import plain_parts
+from iris_fast.records import Prompt, Rollout, Scored, Trace
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 MANIFEST = "manifest.json"
@@ -86,8 +86,8 @@ def save(
     failure = ""
     try:
         _write(partial, policy, optimizer, progress, ranks)
-    except (OSError, RuntimeError, dcp.CheckpointException) as mistake:
-        failure = _reason(mistake)
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        failure = _reason(error)
     if ranks.any(bool(failure)):
         if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -122,11 +122,11 @@ def _retire(folder: Path, step: int, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _reason(mistake: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """An exception in one line; of a collective one, a rank's own, without its traceback."""
-    if isinstance(mistake, dcp.CheckpointException) and mistake.failures:
-        mistake = next(iter(mistake.failures.values()))[0]
-    return " ".join(str(mistake).split())[:300] or type(mistake).__name__
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _write(
@@ -270,9 +270,9 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
         dcp.load(
             _tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path))
         )
-    except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as mistake:
+    except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise UserError(
-            f"resume_from_checkpoint: {path} does not fit the model ({_reason(mistake)}); name the "
+            f"resume_from_checkpoint: {path} does not fit the model ({_reason(error)}); name the "
             "--model of that run"
         ) from None
     progress = Progress(
@@ -294,9 +294,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = {"lora": None} | json.loads((path / "state.json").read_text())
         return {name: state[name] for name in STATE_FIELDS}
-    except (OSError, ValueError, KeyError, TypeError) as mistake:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"resume_from_checkpoint: {path / 'state.json'} is damaged ({_reason(mistake)}); "
+            f"resume_from_checkpoint: {path / 'state.json'} is damaged ({_reason(error)}); "
             f"delete {path}, and the checkpoint before it is taken"
         ) from None
 
@@ -324,9 +324,9 @@ def load_policy_weights(path: Path, policy: Janus) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that no process group was started
             dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
-    except (RuntimeError, ValueError, KeyError, AssertionError) as mistake:
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
         raise UserError(
-            f"run_folder: {path} does not fit the model of its config.yaml ({_reason(mistake)}); "
+            f"run_folder: {path} does not fit the model of its config.yaml ({_reason(error)}); "
             "put that model back"
         ) from None
     adapters.merge(policy)

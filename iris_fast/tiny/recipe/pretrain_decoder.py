@@ -1,6 +1,7 @@
 """Stage B of the recipe: the Janus decoder learns captions, codes and the chain of thought.
 
-The sequences are those that `iris_fast.rollout` samples, packed as `iris_fast.update` packs them:
+The sequences are those that `iris_fast.rollout.sampler` samples, packed as `iris_fast.grpo.update`
+packs them:
 [image prompt, codes], the prompt dropped for guidance now and then, half of the time with a chain
 of thought behind it; and for a few scenes of each batch [CoT prompt, CoT, EOS].
 """
@@ -17,10 +18,10 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from iris_fast.batch import PackedBatch, Rollout
+from iris_fast.grpo.packing import pack
+from iris_fast.models.checkpoint.load import JanusCheckpoint
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
-from iris_fast.models.layouts import JanusCheckpoint
 from iris_fast.models.templates import (
     TEMPLATES,
     fill_instruction,
@@ -31,12 +32,12 @@ from iris_fast.models.templates import (
 )
 from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.models.vq import VQModel
-from iris_fast.packing import pack
-from iris_fast.rollout import empty_trace
+from iris_fast.records import PackedBatch, Rollout
+from iris_fast.rollout.sampler import empty_trace
 from iris_fast.tiny.build import VOCAB_SIZE, build_random_tiny
 from iris_fast.tiny.captions import caption_of, chain_of_thought
-from iris_fast.tiny.pretrain_vq import VQ_CONFIG
-from iris_fast.tiny.training import Course, load_state, save_state
+from iris_fast.tiny.recipe.pretrain_vq import VQ_CONFIG
+from iris_fast.tiny.recipe.training import Course, load_state, save_state
 from iris_fast.tiny.world import SIDE, Scene
 
 CONFIG = JanusConfig(

@@ -10,15 +10,15 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from iris_fast.batch import Prompt, Rollout
 from iris_fast.config import TrainConfig
 from iris_fast.errors import replacing
+from iris_fast.models.images import decode_images, grid, save_png
 from iris_fast.models.vq import VQModel
-from iris_fast.pictures import decode_images, grid, save_png
+from iris_fast.records import Prompt, Rollout
 from iris_fast.rewards import measure
 from iris_fast.rewards.reduction import reduce_tokens
 from iris_fast.rewards.score import Functions
-from iris_fast.rollout import Sampler
+from iris_fast.rollout.sampler import Sampler
 
 SAMPLES_PER_PROMPT = 4
 

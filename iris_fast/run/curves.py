@@ -1,4 +1,4 @@
-"""Curves as SVG, for `iris_fast.report`."""
+"""Curves as SVG, for `iris_fast.run.report`."""
 
 from __future__ import annotations
 

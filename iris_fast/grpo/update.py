@@ -11,12 +11,13 @@ import torch
 from iris_kernels import TokenStats
 from torch import Tensor, nn
 
-from iris_fast.batch import CONDITIONAL, Guidance, PackedBatch, Rollout, Scored
 from iris_fast.config import TrainConfig
-from iris_fast.distributed import Ranks, full, give_up_pass
+from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError
-from iris_fast.loss import Loss, direct_loss, grpo_loss, token_weights, truncated_importance
-from iris_fast.packing import pack
+from iris_fast.grpo.fsdp import full, give_up_pass
+from iris_fast.grpo.loss import Loss, direct_loss, grpo_loss, token_weights, truncated_importance
+from iris_fast.grpo.packing import pack
+from iris_fast.records import CONDITIONAL, Guidance, PackedBatch, Rollout, Scored
 
 # A model: statistics of a packed batch's text and image targets.
 Forward = Callable[[PackedBatch], tuple[TokenStats, TokenStats]]

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
-from iris_fast import adapters, distributed
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
-from iris_fast.inputs import Inputs, use_attention
+from iris_fast.grpo import fsdp
+from iris_fast.grpo import lora as adapters
 from iris_fast.models.compilation import compile_blocks
 from iris_fast.models.janus import Janus
 from iris_fast.models.vq import VQModel
-from iris_fast.rollout import Sampler
+from iris_fast.preflight.inputs import Inputs, use_attention
+from iris_fast.rollout.sampler import Sampler
 
 
 @dataclass
@@ -91,4 +92,4 @@ def place(model: Janus, config: TrainConfig, ranks: Ranks, offload: bool = False
     if config.gradient_checkpointing and any(p.requires_grad for p in model.parameters()):
         for block in blocks:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
-    distributed.shard(model, blocks, ranks, config.bf16, offload)
+    fsdp.shard(model, blocks, ranks, config.bf16, offload)

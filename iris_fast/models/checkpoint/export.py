@@ -8,18 +8,20 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from iris_fast.errors import UserError
-from iris_fast.models.configs import original_config, read_config, transformers_config
-from iris_fast.models.names import ORIGINAL_ONLY, to_original
-from iris_fast.models.weights import write_tensors
-
-if TYPE_CHECKING:
-    from iris_fast.models.layouts import JanusCheckpoint
+from iris_fast.models.checkpoint.config_json import (
+    original_config,
+    read_config,
+    transformers_config,
+)
+from iris_fast.models.checkpoint.load import JanusCheckpoint
+from iris_fast.models.checkpoint.names import ORIGINAL_ONLY, to_original
+from iris_fast.models.checkpoint.weights import write_tensors
 
 # Turns of the form `ROLE: text`, as iris_fast.models.templates writes them.
 CHAT_TEMPLATE = """\

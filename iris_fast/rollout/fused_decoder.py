@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
 from iris_fast.models.decoder import Decoder, DecoderLayer, RMSNorm
-from iris_fast.models.shared_cache import SharedKVCache
+from iris_fast.rollout.shared_cache import SharedKVCache
 
 
 def lay_side_by_side(parameters: list[nn.Parameter]) -> Tensor:

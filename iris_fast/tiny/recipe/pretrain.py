@@ -1,6 +1,6 @@
 """How the model in `iris_fast/tiny/model` was made, from nothing, on one CPU core.
 
-    python -m iris_fast.tiny.pretrain [--work_dir runs/tiny-pretrain] [--stage all]
+    python -m iris_fast.tiny.recipe.pretrain [--work_dir runs/tiny-pretrain] [--stage all]
 
 Stage A trains the VQ on 20 000 scenes (`pretrain_vq`); `codes` encodes these and three more blocks
 of as many; stage B trains the decoder on them (`pretrain_decoder`); `export` writes the model's
@@ -27,13 +27,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iris_fast.models.export import export_janus
-from iris_fast.models.layouts import JanusCheckpoint
+from iris_fast.models.checkpoint.export import export_janus
+from iris_fast.models.checkpoint.load import JanusCheckpoint
 from iris_fast.models.vq import VQModel
 from iris_fast.tiny.build import MODEL_FOLDER
-from iris_fast.tiny.pretrain_decoder import Block, DecoderRecipe, start, train_decoder
-from iris_fast.tiny.pretrain_vq import VQ_CONFIG, VQRecipe, encode_all, train_vq
-from iris_fast.tiny.training import Course, load_state, save_state
+from iris_fast.tiny.recipe.pretrain_decoder import Block, DecoderRecipe, start, train_decoder
+from iris_fast.tiny.recipe.pretrain_vq import VQ_CONFIG, VQRecipe, encode_all, train_vq
+from iris_fast.tiny.recipe.training import Course, load_state, save_state
 from iris_fast.tiny.world import Scene, random_scenes, render_all
 
 BLOCK_SCENES, FIRST_SEED = 20_000, 1
@@ -113,7 +113,7 @@ STAGES = {"vq": stage_vq, "codes": stage_codes, "decoder": stage_decoder}
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="iris_fast.tiny.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="iris_fast.tiny.recipe.pretrain", description=__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/tiny-pretrain"))
     parser.add_argument("--stage", choices=("all", *STAGES, "export"), default="all")
     parser.add_argument("--target", type=Path, default=MODEL_FOLDER, help="what export writes")

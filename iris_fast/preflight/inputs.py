@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
-from iris_fast.batch import Prompt
 from iris_fast.config import EIGHT_BITS, SamplingConfig
 from iris_fast.errors import UserError, require
+from iris_fast.models.attention import choose
+from iris_fast.models.checkpoint.load import JanusCheckpoint, load_janus
+from iris_fast.models.images import check_image_tokens
 from iris_fast.models.janus import Janus
-from iris_fast.models.layouts import JanusCheckpoint, load_janus
-from iris_fast.models.packed_attention import choose
 from iris_fast.models.templates import (
     TEMPLATES,
     fill_instruction,
     image_prompt_ids,
     load_instruction,
 )
-from iris_fast.pictures import check_image_tokens
 from iris_fast.prompts import check_against, read_prompts
+from iris_fast.records import Prompt
 from iris_fast.tiny import PROMPTS_FILE, build_tiny
 
 FP8_CAPABILITY = (8, 9)  # older GPUs cannot convert e4m3
@@ -80,10 +80,10 @@ def check_device(config: SamplingConfig, device: torch.device) -> None:
 
 
 def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:
-    """Read the prompts (first: they are the cheaper mistake), open the model, check both."""
+    """Read the prompts (first: they are the cheaper error), open the model, check both."""
     source = config.prompts or str(PROMPTS_FILE)
     prompts = read_prompts(source)
-    # A mistake in it is told before anything is made.
+    # An error in it is told before anything is made.
     instruction = load_instruction(config.cot_instruction) if config.cot else ""
     checkpoint = open_model(config.model, dtype)
     longest = check_against(checkpoint.tokenizer, prompts, config.max_prompt_length, source)

@@ -1,7 +1,7 @@
 """How well the model draws what it is asked, by the verifier, per GenEval kind.
 
-    python -m iris_fast.tiny.measure [--model tiny] [--samples 4] [--cot] [--cfg_weight 3]
-    python -m iris_fast.tiny.measure --verifier 2000
+    python -m iris_fast.tiny.recipe.measure [--model tiny] [--samples 4] [--cot] [--cfg_weight 3]
+    python -m iris_fast.tiny.recipe.measure --verifier 2000
 
 The first draws every held-out prompt; `--run FOLDER` does so with the newest weights of a training
 run. `--grid FILE` also saves the pictures, `--json FILE` adds what was measured, under its
@@ -22,18 +22,18 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from iris_fast.batch import Prompt
-from iris_fast.checkpoint import load_policy_weights, newest
 from iris_fast.config import GenerateConfig
-from iris_fast.errors import UserError, replacing, tell
-from iris_fast.inputs import open_model
-from iris_fast.models.layouts import JanusCheckpoint
+from iris_fast.errors import UserError, replacing, report_error
+from iris_fast.models.checkpoint.load import JanusCheckpoint
+from iris_fast.models.images import decode_images, grid
 from iris_fast.models.vq import VQModel
-from iris_fast.pictures import decode_images, grid
+from iris_fast.preflight.inputs import open_model
 from iris_fast.prompts import read_prompts
-from iris_fast.rollout import Sampler
+from iris_fast.records import Prompt
+from iris_fast.rollout.sampler import Sampler
+from iris_fast.run.checkpoint import load_policy_weights, newest
 from iris_fast.tiny.captions import HELD_OUT_FILE, Caption, all_captions, holds, true_captions
-from iris_fast.tiny.pretrain_vq import encode_all
+from iris_fast.tiny.recipe.pretrain_vq import encode_all
 from iris_fast.tiny.verifier import diversity, reward, richness, see
 from iris_fast.tiny.world import KINDS, Pixels, random_scene, render_all
 
@@ -137,7 +137,7 @@ def reconstruct(vq: VQModel) -> Callable[[Pixels], Pixels]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="iris_fast.tiny.measure", description=__doc__)
+    parser = argparse.ArgumentParser(prog="iris_fast.tiny.recipe.measure", description=__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--prompts", default=str(HELD_OUT_FILE))
@@ -182,5 +182,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as mistake:
-        sys.exit(tell("iris_fast.tiny.measure", mistake))
+    except UserError as error:
+        sys.exit(report_error("iris_fast.tiny.recipe.measure", error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from iris_fast.batch import CONDITIONAL, Guidance, PackedBatch, Rollout
+from iris_fast.records import CONDITIONAL, Guidance, PackedBatch, Rollout
 
 
 def pack(rollout: Rollout, guidance: Guidance = CONDITIONAL) -> tuple[PackedBatch, Tensor]:

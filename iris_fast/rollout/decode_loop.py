@@ -12,7 +12,7 @@ import torch
 from iris_kernels import GuidedSample, TokenStats
 from torch import Tensor
 
-from iris_fast.batch import Trace
+from iris_fast.records import Trace
 
 WARM_UP_STEPS = 2  # before a capture: compilation, library handles and workspaces
 

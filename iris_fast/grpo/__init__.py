@@ -1,0 +1,1 @@
+"""Scored rollouts to optimizer steps: advantages, packed batches, loss, update."""

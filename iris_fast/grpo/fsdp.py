@@ -1,0 +1,58 @@
+"""FSDP2: sharding a model over the ranks, and reading sharded tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from iris_fast.distributed import Ranks
+from iris_fast.errors import UserError
+
+
+def shard(
+    module: nn.Module, blocks: nn.ModuleList, ranks: Ranks, bf16: bool, offload: bool = False
+) -> None:
+    """FSDP2 in place: each block a unit of its own, the rest of `module` another.
+
+    Master weights and gradient sums stay float32; with `bf16` blocks compute in bfloat16. With
+    `offload` the shards stay in CPU memory, and a block is on the GPU while its turn lasts.
+    """
+    pinned = ranks.device.type == "cuda"
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else torch.float32,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
+    fully_shard(module, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
+
+
+def give_up_pass(module: nn.Module) -> None:
+    """Make a sharded `module` ready again after a pass that an exception ended half-way; gradients
+    are dropped.
+
+    UserError where this torch cannot (2.13 can; older ones are left waiting for that pass's end).
+    """
+    if not hasattr(module, "reset_iter_state"):
+        raise UserError(
+            "per_device_train_batch_size: out of memory in the training pass; to go on with "
+            f"smaller micro-batches by itself needs torch 2.13, this is {torch.__version__}: lower "
+            "it and raise --gradient_accumulation_steps, or add --gradient_checkpointing true"
+        )
+    module.zero_grad(set_to_none=True)  # of parameters that are gathered just now
+    module.reset_iter_state()
+    module.zero_grad(set_to_none=True)  # of their shards
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (a collective), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,1 @@
+"""Janus checkpoint folders in both layouts: open and write."""

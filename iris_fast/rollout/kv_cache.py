@@ -1,0 +1,115 @@
+"""The plain key-value cache: one row per sequence, torch's attention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iris_fast.models.attention import PackedAttention, rows_and_positions
+from iris_fast.models.decoder import AttentionStrategy, DecoderConfig
+
+
+class KVCache:
+    """Preallocated keys and values of a batch of sequences, each with its own length.
+
+        cache = KVCache(config, batch, max_length, dtype, device)
+        decoder(prompt_embeds, positions, cache.prefill(prompt_lengths))
+        for _ in range(n):
+            decoder(token_embeds_BD, cache.lengths_B, cache.decode())
+            cache.advance()
+
+    `lengths_B` (int64, on the device) counts the tokens that each sequence holds, and so is also
+    the position of its next token. Tensors are allocated once and written in place: their
+    addresses are stable. A new `prefill` starts all sequences over in the same memory.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        batch: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attn_implementation: str = "sdpa",
+    ) -> None:
+        """2 * layers * batch * kv_heads * max_length * head_dim elements of `dtype`.
+        `attn_implementation`: the prompts' own, as `PackedAttention` takes it."""
+        shape = (batch, config.num_kv_heads, max_length, config.head_dim)
+        # Zeros, not empty: a masked slot still meets a probability of 0, and 0 * NaN is NaN.
+        self.keys = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+        ]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.max_length = max_length
+        self._attn_implementation = attn_implementation
+        self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._rows_B = torch.arange(batch, device=device)
+        self._longest = 0  # the host's upper bound of lengths_B, so that no step waits for it
+
+    @property
+    def longest(self) -> int:
+        """Tokens held by the longest sequence, known without asking the device."""
+        return self._longest
+
+    def prefill(self, sequence_lengths: list[int]) -> AttentionStrategy:
+        """Strategy for a packed batch of prompts, one per cache row, in order.
+
+        It keeps their keys and values and attends causally inside each. `lengths_B` is set at
+        once. ValueError if the number of prompts is not the batch or one does not fit.
+        """
+        batch = self.lengths_B.shape[0]
+        if len(sequence_lengths) != batch:
+            raise ValueError(f"{len(sequence_lengths)} prompts for a cache of {batch} sequences")
+        self._need_room(max(sequence_lengths))
+        device = self.lengths_B.device
+        packed = PackedAttention(sequence_lengths, device, self._attn_implementation)
+        row_T, position_T = rows_and_positions(sequence_lengths, device)
+        self.lengths_B.copy_(torch.tensor(sequence_lengths))
+        self._longest = packed.longest
+
+        def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.keys[layer_index][row_T, :, position_T] = key
+            self.values[layer_index][row_T, :, position_T] = value
+            return packed(layer_index, query, key, value)
+
+        return attention
+
+    def decode(self, read_length: int | None = None) -> AttentionStrategy:
+        """Strategy for one new token per sequence: rows [B, ...], written at `lengths_B`.
+
+        `read_length`: how many slots are read, at least the longest sequence with its new token.
+        By default exactly that many, known on the host; a graph that is replayed while sequences
+        grow passes the largest it will need.
+        """
+        self._need_room(self._longest + 1)
+        live = self._longest + 1 if read_length is None else read_length
+        slot_S = torch.arange(live, device=self.lengths_B.device)
+        mask = (slot_S <= self.lengths_B[:, None])[:, None, None, :]
+
+        def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = self.keys[layer_index], self.values[layer_index]
+            keys[self._rows_B, :, self.lengths_B] = key
+            values[self._rows_B, :, self.lengths_B] = value
+            context = F.scaled_dot_product_attention(
+                query[:, :, None],
+                keys[:, :, :live],
+                values[:, :, :live],
+                attn_mask=mask,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            return context[:, :, 0]
+
+        return attention
+
+    def advance(self) -> None:
+        """Counts the tokens that a `decode` step has written."""
+        self.lengths_B += 1
+        self._longest += 1
+
+    def _need_room(self, length: int) -> None:
+        if length > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens per sequence, {length} are needed: "
+                "make max_length larger"
+            )

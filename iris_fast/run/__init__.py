@@ -1,0 +1,1 @@
+"""What a run writes: folder, checkpoints, metrics, samples, report."""
