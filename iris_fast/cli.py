@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -20,6 +21,13 @@ from iris_fast.errors import UserError, report_error
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Config = TypeVar("Config", bound=SamplingConfig)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are UserErrors, for commands with a few arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 class _Parser(jsonargparse.ArgumentParser):

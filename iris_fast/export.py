@@ -9,23 +9,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from iris_fast.cli import CommandParser
 from iris_fast.errors import UserError, report_error
 
 PROGRAM = "iris_fast.export"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports an error as a UserError: one line, as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what there is")
-
-
 def arguments() -> argparse.Namespace:
     """What the command line says; UserError if it cannot be understood."""
-    parser = _Parser(
+    parser = CommandParser(
         prog=PROGRAM, description="Write a run's trained model as a checkpoint folder."
     )
     parser.add_argument("run_folder", type=Path, help="the --output_dir of a training run")
