@@ -27,6 +27,7 @@ class CommandParser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors, for commands with a few arguments."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
         raise UserError(f"{message}; see --help")
 
 
