@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from iris_kernels import TokenStats
@@ -43,6 +41,7 @@ from iris_fast.grpo import lora as adapters
 from iris_fast.grpo.optimizer import plain_parts
 from iris_fast.models.janus import Janus
 from iris_fast.records import Prompt, Rollout, Scored, Trace
+from iris_fast.run.random_state import random_state, set_random_state
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 MANIFEST = "manifest.json"
@@ -356,23 +355,3 @@ def _scored(fields: dict[str, Any]) -> Scored:
             mask=trace["mask"],
         )
     return Scored(**{**fields, "rollout": Rollout(**rollout)})
-
-
-def random_state() -> dict[str, Any]:
-    """States of the global generators; iris-fast draws from none of them, rewards may."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """What `random_state` gave, put back."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -1,44 +1,46 @@
-"""SIGTERM and Ctrl-C: remembered, so that a run can end at a step's border."""
+"""SIGTERM and Ctrl-C: recorded when they arrive, acted on at the next safe point of the loop."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
+
+from iris_fast.distributed import Ranks
+from iris_fast.run.random_state import random_state, set_random_state
 
 
 class Interrupted(Exception):
-    """A stop was asked for: the step under way is given up. Raised on all ranks alike."""
+    """A stop was requested: the current step is abandoned. Raised on all ranks at once."""
 
 
 class StopSignal:
-    """Remembers SIGTERM and Ctrl-C inside its `with` block, so that the loop can end in good order.
+    """Records SIGTERM and Ctrl-C inside its `with` block instead of ending the process.
 
-    torchrun passes one Ctrl-C on as two signals; only a second Ctrl-C a while later, from somebody
-    who does not want to wait, interrupts at once.
+    torchrun forwards one Ctrl-C as two signals; only another Ctrl-C more than `GRACE_S` seconds
+    after the first raises KeyboardInterrupt at once.
     """
 
     GRACE_S = 2.0
 
     def __init__(self) -> None:
-        """Nothing is caught before the `with` block."""
         self.requested = False
         self._first_at = 0.0
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        """Catch both signals."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+            self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give both signals back to whoever had them."""
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if self.requested and number == signal.SIGINT and now - self._first_at > self.GRACE_S:
             raise KeyboardInterrupt
@@ -47,3 +49,20 @@ class StopSignal:
             if os.environ.get("RANK", "0") == "0":  # os.write: print is not safe in a handler
                 os.write(2, b"stopping: a checkpoint is saved at the next opportunity\n")
         self.requested = True
+
+    def check(self, ranks: Ranks) -> None:
+        """Raise Interrupted on every rank if any rank received a signal. A collective call."""
+        if ranks.any(self.requested):
+            raise Interrupted
+
+
+@contextlib.contextmanager
+def restore_if_interrupted() -> Iterator[None]:
+    """Restore the global random state of before the `with` block if it raises Interrupted, so that
+    the abandoned step can be repeated exactly."""
+    before = random_state()
+    try:
+        yield
+    except Interrupted:
+        set_random_state(before)
+        raise
