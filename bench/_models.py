@@ -5,9 +5,9 @@ import re
 import torch
 
 from bench import _peers
-from iris_fast.models.checkpoint.config_json import transformers_config
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
+from iris_fast.models.pretrained.config_json import transformers_config
 from iris_fast.models.tokenizer import IMAGE_START as IMAGE_START_TEXT
 from iris_fast.models.vq import VQConfig
 

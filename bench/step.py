@@ -39,8 +39,8 @@ from iris_fast.grpo.fsdp import full
 from iris_fast.grpo.optimizer import make_optimizer
 from iris_fast.grpo.policy import assign, copy_weights
 from iris_fast.grpo.update import log_probs, prepare, update
-from iris_fast.models.checkpoint.load import JanusCheckpoint
 from iris_fast.models.janus import Janus, JanusConfig
+from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.models.templates import TEMPLATES, fill_instruction, load_instruction
 from iris_fast.models.vq import VQModel
 from iris_fast.preflight.inputs import Inputs
@@ -299,7 +299,7 @@ class Ours:
     def __init__(self, janus: JanusConfig, config: TrainConfig, ranks: Ranks) -> None:
         policy = _models.make_model(janus, ranks.device, torch.float32).requires_grad_(True)
         tokenizer = _models.Numbers(janus.decoder.vocab_size)
-        opened = JanusCheckpoint(policy, VQModel(janus.vq), tokenizer, janus, {})
+        opened = LoadedJanus(policy, VQModel(janus.vq), tokenizer, janus, {})
         self.config, self.ranks = config, ranks
         self.models = assign(Inputs(opened, [], janus.image_tokens), config, ranks)
         self.optimizer = make_optimizer(self.models.policy, config)

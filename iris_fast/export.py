@@ -36,7 +36,7 @@ def export(run_folder: Path, target: Path, layout: str, dtype_name: str) -> Path
     import torch
     import yaml
 
-    from iris_fast.models.checkpoint.export import export_janus
+    from iris_fast.models.pretrained.save import save_janus
     from iris_fast.preflight.inputs import open_model
     from iris_fast.run import checkpoint
 
@@ -54,7 +54,7 @@ def export(run_folder: Path, target: Path, layout: str, dtype_name: str) -> Path
         raise UserError(f"run_folder: {run_folder} holds no sound checkpoint; train first")
     opened = open_model(model, torch.float32)
     checkpoint.load_policy_weights(newest, opened.model)
-    written = export_janus(opened, target, layout, dtype=getattr(torch, dtype_name))
+    written = save_janus(opened, target, layout, dtype=getattr(torch, dtype_name))
     print(f"{newest} written to {written} ({layout} layout, {dtype_name})")
     return written
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iris_fast.config import TrainConfig
 from iris_fast.models.attention import PackedAttention
-from iris_fast.models.checkpoint.load import JanusCheckpoint
+from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.preflight.inputs import SCALED_PRODUCT_ON_CPU
 from iris_fast.records import Trace
 
@@ -95,7 +95,7 @@ def make_trace(lengths: list[int], seed: int) -> Trace:
 
 
 @torch.no_grad()
-def set_spread(checkpoint: JanusCheckpoint, text: float, image: float) -> None:
+def set_spread(checkpoint: LoadedJanus, text: float, image: float) -> None:
     """Scale both heads until the logits of a typical prompt have these standard deviations,
     whatever the weights were."""
     janus = checkpoint.model

@@ -16,7 +16,7 @@ from iris_fast.grpo import lora as adapters
 from iris_fast.grpo.packing import pack
 from iris_fast.grpo.policy import copy_weights
 from iris_fast.grpo.update import log_probs
-from iris_fast.models.checkpoint.load import load_janus
+from iris_fast.models.pretrained.load import load_janus
 from iris_fast.preflight.inputs import open_model
 from iris_fast.tiny.build import build_tiny
 from iris_fast.train import load_inputs, repeat, train

@@ -19,7 +19,7 @@ from disks import read_only
 from safetensors.torch import load_file, save_file
 from small_runs import flags, quick, tree
 
-from iris_fast.models.checkpoint.export import export_janus
+from iris_fast.models.pretrained.save import save_janus
 from iris_fast.tiny import build_random_tiny
 from iris_fast.train import train
 
@@ -46,7 +46,7 @@ def check_refusal(finished: Finished, module: str) -> None:
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory) -> Path:
     """The tiny model as a checkpoint folder. Read-only."""
-    return export_janus(build_random_tiny(), tmp_path_factory.mktemp("tiny") / "model")
+    return save_janus(build_random_tiny(), tmp_path_factory.mktemp("tiny") / "model")
 
 
 # --- Prompts --------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from disks import mount, small_disk
 from small_runs import checkpoints, flags, metrics, quick, tensors, tree
 
 from iris_fast.errors import UserError
-from iris_fast.models.checkpoint.export import export_janus
+from iris_fast.models.pretrained.save import save_janus
 from iris_fast.run import checkpoint
 from iris_fast.run.checkpoint import find_fault, newest
 from iris_fast.tiny import build_tiny
@@ -270,7 +270,7 @@ def test_a_checkpoint_of_another_model_is_refused(shared, here):
     settings = {"model": "model", "prompts": "p.txt"}
     train(quick("run", **settings, max_steps=1))
     shutil.rmtree("model")
-    export_janus(build_tiny(), "model")
+    save_janus(build_tiny(), "model")
     before = tree(here)
     with pytest.raises(UserError, match=r"step_00001 does not fit the model .*--model"):
         train(quick("run", **settings, resume_from_checkpoint=True))

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from iris_fast.config import EIGHT_BITS, SamplingConfig
 from iris_fast.errors import UserError
 from iris_fast.models.attention import PackedAttention
-from iris_fast.models.checkpoint.load import JanusCheckpoint
 from iris_fast.models.decoder import RMSNorm
+from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.preflight.inputs import check_device, check_products
 from iris_fast.records import Prompt, Rollout
 from iris_fast.rollout.decode_loop import run_steps
@@ -45,7 +45,7 @@ class Launches(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def lively(device: str = "cpu", dtype: torch.dtype = torch.float32) -> JanusCheckpoint:
+def lively(device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedJanus:
     checkpoint = build_random_tiny(seed=5)
     set_spread(checkpoint, text=2.5, image=0.6)
     generator = torch.Generator().manual_seed(11)
@@ -56,7 +56,7 @@ def lively(device: str = "cpu", dtype: torch.dtype = torch.float32) -> JanusChec
     return checkpoint
 
 
-def draw(opened: JanusCheckpoint, engine: str, **settings: Any) -> Rollout:
+def draw(opened: LoadedJanus, engine: str, **settings: Any) -> Rollout:
     config = SamplingConfig(rollout_engine=engine, max_completion_length=7, **settings)
     sampler = Sampler(opened.model, opened.tokenizer, config, image_tokens=9)
     return sampler.rollout([Prompt(text) for text in PROMPTS], list(range(len(PROMPTS))))

@@ -12,7 +12,7 @@ from small_runs import quick, tensors, tree
 
 from iris_fast.export import export
 from iris_fast.models.attention import PackedAttention
-from iris_fast.models.checkpoint.load import load_janus
+from iris_fast.models.pretrained.load import load_janus
 from iris_fast.tiny import build_tiny
 from iris_fast.train import train
 

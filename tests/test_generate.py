@@ -15,9 +15,9 @@ from small_runs import set_spread, tree
 
 from iris_fast.config import GenerateConfig
 from iris_fast.generate import main
-from iris_fast.models.checkpoint.export import export_janus
-from iris_fast.models.checkpoint.load import load_janus
 from iris_fast.models.images import decode_images
+from iris_fast.models.pretrained.load import load_janus
+from iris_fast.models.pretrained.save import save_janus
 from iris_fast.tiny import build_random_tiny
 
 PROMPTS = ["a red cube", "two yellow pyramids", "a small blue ball left of a large green cone"]
@@ -28,7 +28,7 @@ def model(tmp_path_factory) -> Path:
     """A tiny model whose draws depend on prompt and seed. Read-only."""
     checkpoint = build_random_tiny(seed=5)
     set_spread(checkpoint, text=2.5, image=0.6)
-    return export_janus(checkpoint, tmp_path_factory.mktemp("model") / "model")
+    return save_janus(checkpoint, tmp_path_factory.mktemp("model") / "model")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from small_runs import set_spread
 from iris_fast.config import SamplingConfig
 from iris_fast.grpo.packing import pack
 from iris_fast.models.attention import PackedAttention
-from iris_fast.models.checkpoint.load import JanusCheckpoint
+from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.models.templates import TEMPLATES, image_prompt_ids, join_prompt, unconditional_ids
 from iris_fast.records import Guidance, PackedBatch, Prompt, Rollout
 from iris_fast.rollout.random_streams import uniforms
@@ -35,7 +35,7 @@ IMAGE_TOKENS = 9
 
 
 @pytest.fixture(scope="module")
-def opened() -> JanusCheckpoint:
+def opened() -> LoadedJanus:
     """A tiny Janus with lively distributions. Its end token is one that the third sample draws
     fourth, so that some texts end and some do not."""
     checkpoint = build_random_tiny(seed=5)
@@ -45,7 +45,7 @@ def opened() -> JanusCheckpoint:
     return checkpoint
 
 
-def sampler(opened: JanusCheckpoint, greedy: bool = False, **settings: Any) -> Sampler:
+def sampler(opened: LoadedJanus, greedy: bool = False, **settings: Any) -> Sampler:
     config = SamplingConfig(**{"cot": True, "max_completion_length": 10} | settings)
     return Sampler(opened.model, opened.tokenizer, config, IMAGE_TOKENS, greedy)
 
@@ -121,7 +121,7 @@ def test_random_numbers_fill_0_to_1_and_streams_are_their_own():
 # --- Statistics -----------------------------------------------------------------------------------
 
 
-def hidden_of(opened: JanusCheckpoint, prompt: list[int], codes: list[int]) -> torch.Tensor:
+def hidden_of(opened: LoadedJanus, prompt: list[int], codes: list[int]) -> torch.Tensor:
     """Final hidden rows of one whole image sequence, run without any cache."""
     janus = opened.model
     embeds = torch.cat(
@@ -186,18 +186,18 @@ def test_gradients_of_the_guided_distribution_go_through_both_rows(opened):
     generator = torch.Generator().manual_seed(3)
     upstream = torch.randn(2, IMAGE_TOKENS, generator=generator)
 
-    def gradients(opened: JanusCheckpoint, loss: Callable) -> dict[str, torch.Tensor]:
+    def gradients(opened: LoadedJanus, loss: Callable) -> dict[str, torch.Tensor]:
         opened.model.requires_grad_(True).zero_grad()
         loss(opened).backward()
         return {
             n: p.grad.double() for n, p in opened.model.named_parameters() if p.grad is not None
         }
 
-    def ours(opened: JanusCheckpoint) -> torch.Tensor:
+    def ours(opened: LoadedJanus) -> torch.Tensor:
         _, image = opened.model(pack(rollout, Guidance(3.0, 0.7))[0])
         return (image.logprob * upstream.flatten()).sum()
 
-    def separately(opened: JanusCheckpoint) -> torch.Tensor:
+    def separately(opened: LoadedJanus) -> torch.Tensor:
         total = 0.0
         for row, codes in enumerate(rollout.codes_NI.tolist()):
             prompts = rollout.image_prompt_ids[row], rollout.unconditional_prompt_ids[row]

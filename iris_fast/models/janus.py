@@ -113,7 +113,7 @@ class Janus(nn.Module):
     """The policy. `lm_head` is a weight of its own, never tied to the token embedding."""
 
     def __init__(self, config: JanusConfig) -> None:
-        """Random weights; `iris_fast.models.checkpoint.load.load_janus` opens a checkpoint."""
+        """Random weights; `iris_fast.models.pretrained.load.load_janus` opens a checkpoint."""
         super().__init__()
         self.config = config
         self.attn_implementation = "sdpa"  # one of attention.IMPLEMENTATIONS

@@ -228,7 +228,7 @@ class VQModel(nn.Module):
     """The whole autoencoder; frozen wherever it is loaded."""
 
     def __init__(self, config: VQConfig) -> None:
-        """Random weights; `iris_fast.models.checkpoint.load.load_janus` opens a checkpoint."""
+        """Random weights; `iris_fast.models.pretrained.load.load_janus` opens a checkpoint."""
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)

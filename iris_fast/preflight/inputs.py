@@ -9,9 +9,9 @@ import torch
 from iris_fast.config import EIGHT_BITS, SamplingConfig
 from iris_fast.errors import UserError, require
 from iris_fast.models.attention import choose
-from iris_fast.models.checkpoint.load import JanusCheckpoint, load_janus
 from iris_fast.models.images import check_image_tokens
 from iris_fast.models.janus import Janus
+from iris_fast.models.pretrained.load import LoadedJanus, load_janus
 from iris_fast.models.templates import (
     TEMPLATES,
     fill_instruction,
@@ -31,12 +31,12 @@ SCALED_PRODUCT_ON_CPU = (2, 13)  # the first torch that multiplies by row scales
 class Inputs:
     """A checked start: every prompt fits the model."""
 
-    checkpoint: JanusCheckpoint
+    checkpoint: LoadedJanus
     prompts: list[Prompt]
     image_tokens: int
 
 
-def open_model(name: str, dtype: torch.dtype) -> JanusCheckpoint:
+def open_model(name: str, dtype: torch.dtype) -> LoadedJanus:
     """`tiny`, a checkpoint folder, or a hub id; UserError if it cannot be opened."""
     return build_tiny(dtype=dtype) if name == "tiny" else load_janus(name, dtype)
 
@@ -94,7 +94,7 @@ def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:
     return Inputs(checkpoint, prompts, tokens)
 
 
-def check_products(checkpoint: JanusCheckpoint) -> None:
+def check_products(checkpoint: LoadedJanus) -> None:
     """UserError for sizes that products in 8 bits do not take."""
     sizes = checkpoint.config.decoder
     inputs_and_outputs = {
@@ -113,7 +113,7 @@ def check_products(checkpoint: JanusCheckpoint) -> None:
 
 def check_positions(
     config: SamplingConfig,
-    checkpoint: JanusCheckpoint,
+    checkpoint: LoadedJanus,
     prompt: str,
     instruction: str,
     image_tokens: int,

@@ -13,9 +13,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-from iris_fast.models.checkpoint.load import JanusCheckpoint, load_janus, untouched_shapes
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
+from iris_fast.models.pretrained.load import LoadedJanus, load_janus, untouched_shapes
 from iris_fast.models.templates import load_instruction
 from iris_fast.models.tokenizer import KNOWN_SPECIALS, JanusTokenizer
 from iris_fast.models.vq import VQConfig, VQModel
@@ -57,14 +57,14 @@ TINY_CONFIG = JanusConfig(
 )
 
 
-def build_tiny(dtype: torch.dtype = torch.float32) -> JanusCheckpoint:
+def build_tiny(dtype: torch.dtype = torch.float32) -> LoadedJanus:
     """The tiny Janus of the package, trained on the small world."""
     return load_janus(MODEL_FOLDER, dtype)
 
 
 def build_random_tiny(
     seed: int = 0, dtype: torch.dtype = torch.float32, config: JanusConfig = TINY_CONFIG
-) -> JanusCheckpoint:
+) -> LoadedJanus:
     """A tiny Janus with random weights: the same for the same seed, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,7 +79,7 @@ def build_random_tiny(
         }
     untouched = {name: tensor.to(dtype) for name, tensor in untouched.items()}
     vq.eval().requires_grad_(False)
-    return JanusCheckpoint(
+    return LoadedJanus(
         model.to(dtype), vq.to(dtype), build_tokenizer(), config, untouched, "transformers", None
     )
 

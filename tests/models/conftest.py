@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iris_fast.models.checkpoint.export import export_janus
+from iris_fast.models.pretrained.save import save_janus
 from iris_fast.tiny import build_random_tiny
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures"
@@ -28,8 +28,7 @@ def tiny_folders(tiny, tmp_path_factory) -> dict[str, Path]:
     """The tiny model in both layouts; read-only."""
     folder = tmp_path_factory.mktemp("tiny")
     return {
-        layout: export_janus(tiny, folder / layout, layout)
-        for layout in ("original", "transformers")
+        layout: save_janus(tiny, folder / layout, layout) for layout in ("original", "transformers")
     }
 
 

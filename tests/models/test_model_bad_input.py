@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iris_fast.errors import UserError
-from iris_fast.models.checkpoint import export
-from iris_fast.models.checkpoint.export import export_janus
-from iris_fast.models.checkpoint.load import load_janus
+from iris_fast.models.pretrained import save
+from iris_fast.models.pretrained.load import load_janus
+from iris_fast.models.pretrained.save import save_janus
 
 LAYOUTS = ["original", "transformers"]
 WEIGHTS = "model.safetensors"
@@ -161,7 +161,7 @@ def test_bin_of_something_else(original):
 
 @pytest.fixture
 def sharded(tiny, tmp_path):
-    return export_janus(tiny, tmp_path / "sharded", max_shard_size="1MB")
+    return save_janus(tiny, tmp_path / "sharded", max_shard_size="1MB")
 
 
 def test_missing_shard(sharded):
@@ -386,10 +386,10 @@ def test_export_refuses_to_overwrite(tiny, tmp_path):
     target.mkdir()
     (target / "keep").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        export_janus(tiny, target)
+        save_janus(tiny, target)
     assert [p.name for p in target.iterdir()] == ["keep"]
     with pytest.raises(UserError, match="choose transformers or original"):
-        export_janus(tiny, tmp_path / "other", layout="hf")
+        save_janus(tiny, tmp_path / "other", layout="hf")
 
 
 def test_export_of_what_is_not_finite_though_never_run(hf, tmp_path):
@@ -398,20 +398,20 @@ def test_export_of_what_is_not_finite_though_never_run(hf, tmp_path):
 
     edit_weights(hf, change)
     with pytest.raises(UserError, match=r"vision_model\.post_layernorm\.bias.*NaN"):
-        export_janus(load_janus(hf), tmp_path / "out")
+        save_janus(load_janus(hf), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_export_onto_a_file_s_child(tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
-        export_janus(tiny, tmp_path / "file" / "out")
+        save_janus(tiny, tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize("fault", ["flip", "drop", "disk full"])
 def test_export_notices_a_faulty_disk(tiny, tmp_path, monkeypatch, fault):
     """Nothing appears under the name, and no partial folder stays."""
-    from iris_fast.models.checkpoint import weights
+    from iris_fast.models.pretrained import weights
 
     write = weights.save_torch_state_dict
 
@@ -429,7 +429,7 @@ def test_export_notices_a_faulty_disk(tiny, tmp_path, monkeypatch, fault):
 
     monkeypatch.setattr(weights, "save_torch_state_dict", faulty)
     with pytest.raises(UserError):
-        export_janus(tiny, tmp_path / "out")
+        save_janus(tiny, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -441,6 +441,6 @@ def test_export_is_never_half_there(tiny, tmp_path, monkeypatch):
         seen.append((sorted(p.name for p in source.iterdir()), target.exists()))
         os.rename(source, target)
 
-    monkeypatch.setattr(export.os, "replace", spy)
-    folder = export_janus(tiny, tmp_path / "deep" / "out")
+    monkeypatch.setattr(save.os, "replace", spy)
+    folder = save_janus(tiny, tmp_path / "deep" / "out")
     assert seen == [(sorted(p.name for p in folder.iterdir()), False)]

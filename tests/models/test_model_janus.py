@@ -13,7 +13,7 @@ from janus_reference import (
 )
 
 from iris_fast.models.attention import PackedAttention
-from iris_fast.models.checkpoint.load import load_janus
+from iris_fast.models.pretrained.load import load_janus
 from iris_fast.models.templates import get_template, image_prompt_ids
 from iris_fast.records import Guidance, PackedBatch
 

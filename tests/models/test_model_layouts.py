@@ -1,25 +1,32 @@
 """Both checkpoint layouts: opened, exported, opened again, and opened by transformers."""
 
+import functools
+import io
 import itertools
 import json
 import os
+import ssl
+import urllib.error
+import urllib.request
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from janus_reference import open_reference
 from safetensors.torch import load_file
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
 from iris_fast.errors import UserError
-from iris_fast.models.checkpoint.config_json import build_config, original_config
-from iris_fast.models.checkpoint.export import export_janus
-from iris_fast.models.checkpoint.hub import resolve_model
-from iris_fast.models.checkpoint.load import VQ_PREFIX, load_janus, untouched_shapes
-from iris_fast.models.checkpoint.names import ORIGINAL_ONLY, to_original, to_transformers
-from iris_fast.models.checkpoint.weights import read_tensors
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
+from iris_fast.models.pretrained import hub
+from iris_fast.models.pretrained.config_json import build_config, original_config
+from iris_fast.models.pretrained.load import VQ_PREFIX, load_janus, untouched_shapes
+from iris_fast.models.pretrained.names import ORIGINAL_ONLY, to_original, to_transformers
+from iris_fast.models.pretrained.save import save_janus
+from iris_fast.models.pretrained.weights import read_tensors
 from iris_fast.models.templates import get_template, image_prompt_ids
 from iris_fast.models.vq import VQConfig, VQModel
 from iris_fast.tiny import build_random_tiny
@@ -88,7 +95,7 @@ def test_round_trips_are_bitwise(request, tmp_path, source, chain, shard):
         first = load_janus(request.getfixturevalue("fixtures") / source, dtype=torch.bfloat16)
     here = first
     for number, layout in enumerate(chain):
-        folder = export_janus(here, tmp_path / str(number), layout, max_shard_size=shard)
+        folder = save_janus(here, tmp_path / str(number), layout, max_shard_size=shard)
         assert (folder / "model.safetensors.index.json").exists() == (shard != "5GB")
         here = load_janus(folder, dtype=first.model.lm_head.weight.dtype)
         assert here.layout == layout
@@ -127,7 +134,7 @@ def test_transformers_opens_the_export(request, tmp_path, source):
         ours = request.getfixturevalue("tiny")
     else:
         ours = load_janus(request.getfixturevalue("fixtures") / FIXTURE_OF[source])
-    folder = export_janus(ours, tmp_path / "out")
+    folder = save_janus(ours, tmp_path / "out")
     hf, report = JanusForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -150,7 +157,7 @@ def test_the_exported_processor_gives_our_ids(request, tmp_path, source):
         ours = request.getfixturevalue("tiny")
     else:
         ours = load_janus(request.getfixturevalue("fixtures") / FIXTURE_OF[source])
-    processor = AutoProcessor.from_pretrained(export_janus(ours, tmp_path / "out"))
+    processor = AutoProcessor.from_pretrained(save_janus(ours, tmp_path / "out"))
     text = "two red circles,  left of\n a blue square "
     for content in (text, [{"type": "text", "text": text}]):
         rendered = processor.apply_chat_template(
@@ -180,15 +187,15 @@ def test_export_of_another_state(tmp_path):
     """What a sharded or adapted run gathers is written instead of the module's own weights."""
     ours = build_random_tiny()
     state = {name: tensor + 1 for name, tensor in ours.model.state_dict().items()}
-    back = load_janus(export_janus(ours, tmp_path / "out", model_state=state))
+    back = load_janus(save_janus(ours, tmp_path / "out", model_state=state))
     assert_same_tensors(dict(back.model.state_dict()), state)
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
         state.pop("lm_head.weight")
-        export_janus(ours, tmp_path / "other", model_state=state)
+        save_janus(ours, tmp_path / "other", model_state=state)
 
 
 def test_export_in_another_dtype(tiny, tmp_path):
-    folder = export_janus(tiny, tmp_path / "out", dtype=torch.bfloat16)
+    folder = save_janus(tiny, tmp_path / "out", dtype=torch.bfloat16)
     assert {t.dtype for t in read_tensors(folder).values()} == {torch.bfloat16}
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == config["text_config"]["dtype"] == "bfloat16"
@@ -198,13 +205,13 @@ def test_export_keeps_tensors_that_share_memory(tmp_path):
     ours = build_random_tiny()
     state = dict(ours.model.state_dict())
     state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
-    back = load_janus(export_janus(ours, tmp_path / "out", model_state=state))
+    back = load_janus(save_janus(ours, tmp_path / "out", model_state=state))
     assert_same_tensors(dict(back.model.state_dict()), state)
 
 
 def test_loaded_weights_are_not_the_file(tiny, tmp_path):
     """A run must not notice that its checkpoint's file is written over, nor write to it."""
-    folder = export_janus(tiny, tmp_path / "out")
+    folder = save_janus(tiny, tmp_path / "out")
     path = folder / "model.safetensors"
     before, size = path.read_bytes(), path.stat().st_size
     ours = load_janus(folder)
@@ -280,33 +287,85 @@ def test_overrides(tiny_folders):
         load_janus(tiny_folders["original"], config_overrides={"vision.heads": 4})
 
 
+@pytest.fixture
+def online(monkeypatch):
+    monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
+
+
+@pytest.mark.usefixtures("online")
 def test_hub_ids(tiny_folders, monkeypatch, tmp_path):
-    """A hub id is fetched without pickles; those only come where there is nothing else."""
+    """A hub id is downloaded without pickles, unless the hub has nothing else."""
     asked = []
 
-    def fetch(name, allow_patterns):
+    def download(name, allow_patterns, local_files_only):
+        assert not local_files_only
         asked.append((name, allow_patterns))
         return str(folder)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     folder = tiny_folders["original"]
     assert load_janus("some-org/Janus-1.0").path == folder
     assert asked == [("some-org/Janus-1.0", ["*.json", "*.safetensors"])]
     folder = tmp_path
-    assert resolve_model("some-org/Janus") == tmp_path
+    assert hub.resolve_model("some-org/Janus") == tmp_path
     assert asked[2] == ("some-org/Janus", ["*.json", "*.bin"])
 
 
+@pytest.mark.usefixtures("online")
 def test_hub_failures(monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise OSError("no route to host\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(UserError, match=r"org/name.*no route to host\): check the name"):
-        resolve_model("org/name")
+    with pytest.raises(UserError, match=r"org/name.*no route to host\); check the name"):
+        hub.resolve_model("org/name")
     for name in ("missing", "a/b/c", "./missing", "/no/such/folder", "../x"):
-        with pytest.raises(UserError, match="it is no hub id"):
-            resolve_model(name)
+        with pytest.raises(UserError, match="it is not a hub id"):
+            hub.resolve_model(name)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
-        resolve_model(tmp_path / "file")
+        hub.resolve_model(tmp_path / "file")
+
+
+def test_offline_the_hub_is_not_asked(monkeypatch, tmp_path):
+    """Only the local cache is, and a model that is not in it is refused at once."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(urllib.request, "urlopen", None)  # a call would raise
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path),
+    )
+    with pytest.raises(UserError, match=r"org/name, it is not in .*HF_HUB_OFFLINE is set"):
+        hub.resolve_model("org/name")
+    cached = tmp_path / "models--org--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    assert hub.resolve_model("org/name") == cached / "snapshots" / ("0" * 40)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reachable"),
+    [
+        (io.BytesIO(), True),
+        (urllib.error.HTTPError("", 429, "busy", {}, None), True),
+        (urllib.error.URLError(ssl.SSLCertVerificationError()), True),
+        (urllib.error.URLError(OSError("name not known")), False),
+        (TimeoutError(), False),
+    ],
+    ids=repr,
+)
+def test_reachability_is_one_request(monkeypatch, answer, reachable):
+    requests = []
+
+    def urlopen(request, timeout):
+        requests.append((request.method, request.full_url, timeout))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    assert hub.hub_is_reachable() is reachable
+    assert requests == [("HEAD", constants.ENDPOINT, hub.REACHABLE_TIMEOUT_S)]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from janus_reference import open_reference
 
-from iris_fast.models.checkpoint.load import VQ_PREFIX, load_janus
-from iris_fast.models.checkpoint.names import to_original
+from iris_fast.models.pretrained.load import VQ_PREFIX, load_janus
+from iris_fast.models.pretrained.names import to_original
 from iris_fast.models.vq import VQConfig, VQModel, to_uint8
 
 TOLERANCE = 5e-5

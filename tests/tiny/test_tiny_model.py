@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from iris_fast.config import PRESETS, GenerateConfig
-from iris_fast.models.checkpoint.export import export_janus
-from iris_fast.models.checkpoint.load import JanusCheckpoint, load_janus
+from iris_fast.models.pretrained.load import LoadedJanus, load_janus
+from iris_fast.models.pretrained.save import save_janus
 from iris_fast.preflight.inputs import open_model
 from iris_fast.prompts import read_prompts
 from iris_fast.records import Prompt
@@ -29,7 +29,7 @@ FRESH_SEED = 90210
 
 
 @pytest.fixture(scope="module")
-def shipped() -> JanusCheckpoint:
+def shipped() -> LoadedJanus:
     torch.set_num_threads(1)
     return build_tiny()
 
@@ -46,7 +46,7 @@ def test_tiny_is_the_shipped_model(shipped):
 
 
 def test_opens_from_both_layouts(shipped, tmp_path):
-    opened = load_janus(export_janus(shipped, tmp_path / "original", "original"))
+    opened = load_janus(save_janus(shipped, tmp_path / "original", "original"))
     for name, tensor in shipped.model.state_dict().items():
         assert torch.equal(opened.model.state_dict()[name], tensor), name
 

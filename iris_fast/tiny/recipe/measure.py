@@ -24,8 +24,8 @@ from PIL.Image import Image
 
 from iris_fast.config import GenerateConfig
 from iris_fast.errors import UserError, replacing, report_error
-from iris_fast.models.checkpoint.load import JanusCheckpoint
 from iris_fast.models.images import decode_images, grid
+from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.models.vq import VQModel
 from iris_fast.preflight.inputs import open_model
 from iris_fast.prompts import read_prompts
@@ -43,7 +43,7 @@ FRESH_SEED = 4711
 PROMPTS_AT_A_TIME = 10
 
 
-def open_trained(model: str, run: Path | None) -> JanusCheckpoint:
+def open_trained(model: str, run: Path | None) -> LoadedJanus:
     """`model`, with the weights of the newest sound checkpoint of `run`; UserError if there is
     none."""
     checkpoint = open_model(model, torch.float32)
@@ -56,7 +56,7 @@ def open_trained(model: str, run: Path | None) -> JanusCheckpoint:
 
 
 def draw_held_out(
-    checkpoint: JanusCheckpoint, config: GenerateConfig, prompts: list[Prompt], samples: int
+    checkpoint: LoadedJanus, config: GenerateConfig, prompts: list[Prompt], samples: int
 ) -> tuple[list[list[Image]], dict[str, float]]:
     """`samples` pictures of each prompt, and NSC per token of image and chain of thought."""
     tokens = checkpoint.config.image_tokens

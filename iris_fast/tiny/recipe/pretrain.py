@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iris_fast.models.checkpoint.export import export_janus
-from iris_fast.models.checkpoint.load import JanusCheckpoint
+from iris_fast.models.pretrained.load import LoadedJanus
+from iris_fast.models.pretrained.save import save_janus
 from iris_fast.models.vq import VQModel
 from iris_fast.tiny.build import MODEL_FOLDER
 from iris_fast.tiny.recipe.pretrain_decoder import Block, DecoderRecipe, start, train_decoder
@@ -76,10 +76,10 @@ def export(folder: Path, target: Path = MODEL_FOLDER) -> None:
     opened = assemble(folder)
     if target.exists():
         shutil.rmtree(target)
-    export_janus(opened, target, dtype=torch.bfloat16)
+    save_janus(opened, target, dtype=torch.bfloat16)
 
 
-def assemble(folder: Path) -> JanusCheckpoint:
+def assemble(folder: Path) -> LoadedJanus:
     """The model from the stages' saved states."""
     checkpoint = start(open_vq(folder), DECODER_RECIPE.seed)
     checkpoint.model.load_state_dict(load_state(folder / "decoder.pt")["model"])

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from iris_fast.grpo.packing import pack
-from iris_fast.models.checkpoint.load import JanusCheckpoint
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
+from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.models.templates import (
     TEMPLATES,
     fill_instruction,
@@ -104,7 +104,7 @@ Block = tuple[list[Scene], Tensor]  # scenes and their codes [N, I]
 
 def train_decoder(
     block: Callable[[int], Block], vq: VQModel, path: Path, recipe: DecoderRecipe, course: Course
-) -> JanusCheckpoint:
+) -> LoadedJanus:
     """The model trained on numbered blocks of scenes; goes on from `path` if it exists."""
     checkpoint = start(vq, recipe.seed)
     janus = checkpoint.model
@@ -161,7 +161,7 @@ def phase_at(recipe: DecoderRecipe, step: int) -> tuple[Phase, int]:
     raise ValueError("step: the recipe ends before it")
 
 
-def start(vq: VQModel, seed: int) -> JanusCheckpoint:
+def start(vq: VQModel, seed: int) -> LoadedJanus:
     """The untrained model around a trained VQ; its image embedding starts as the codebook."""
     checkpoint = build_random_tiny(seed, config=CONFIG)
     checkpoint.vq.load_state_dict(vq.state_dict())

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from iris_fast.errors import UserError
-from iris_fast.models.checkpoint.config_json import (
+from iris_fast.models.pretrained.config_json import (
     original_config,
     read_config,
     transformers_config,
 )
-from iris_fast.models.checkpoint.load import JanusCheckpoint
-from iris_fast.models.checkpoint.names import ORIGINAL_ONLY, to_original
-from iris_fast.models.checkpoint.weights import write_tensors
+from iris_fast.models.pretrained.load import LoadedJanus
+from iris_fast.models.pretrained.names import ORIGINAL_ONLY, to_original
+from iris_fast.models.pretrained.weights import write_tensors
 
 # Turns of the form `ROLE: text`, as iris_fast.models.templates writes them.
 CHAT_TEMPLATE = """\
@@ -60,8 +60,8 @@ _KEPT_FILES = (
 )
 
 
-def export_janus(
-    checkpoint: JanusCheckpoint,
+def save_janus(
+    checkpoint: LoadedJanus,
     path: str | Path,
     layout: str = "transformers",
     *,
@@ -114,7 +114,7 @@ def _umask() -> int:
 
 
 def _tensors(
-    checkpoint: JanusCheckpoint,
+    checkpoint: LoadedJanus,
     layout: str,
     model_state: Mapping[str, Tensor] | None,
     dtype: torch.dtype | None,
@@ -142,7 +142,7 @@ def _tensors(
     return tensors
 
 
-def _texts(checkpoint: JanusCheckpoint, layout: str, dtype: torch.dtype) -> dict[str, str]:
+def _texts(checkpoint: LoadedJanus, layout: str, dtype: torch.dtype) -> dict[str, str]:
     """Every file that is not weights, by name."""
     write = _transformers_files if layout == "transformers" else _original_files
     texts = {
@@ -168,7 +168,7 @@ def _images() -> dict[str, Any]:
     }
 
 
-def _transformers_files(checkpoint: JanusCheckpoint, dtype: torch.dtype) -> dict[str, Any]:
+def _transformers_files(checkpoint: LoadedJanus, dtype: torch.dtype) -> dict[str, Any]:
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     ids = {
         "bos": tokenizer.bos_id,
@@ -217,7 +217,7 @@ def _transformers_files(checkpoint: JanusCheckpoint, dtype: torch.dtype) -> dict
     }
 
 
-def _original_files(checkpoint: JanusCheckpoint, dtype: torch.dtype) -> dict[str, Any]:
+def _original_files(checkpoint: LoadedJanus, dtype: torch.dtype) -> dict[str, Any]:
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     named = {name: tokenizer.specials[name] for name in ("bos_token", "eos_token", "pad_token")}
     others = sorted(set(tokenizer.special_strings) - set(named.values()))

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from iris_fast.errors import UserError
-from iris_fast.models.checkpoint.weights import read_json
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import JanusConfig, VisionConfig
+from iris_fast.models.pretrained.weights import read_json
 from iris_fast.models.vq import VQConfig
 
 Shapes = Mapping[str, torch.Size]

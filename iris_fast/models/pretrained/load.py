@@ -1,6 +1,6 @@
 """Opening a Janus checkpoint, in the original or in the transformers layout.
 
-`iris_fast.models.checkpoint.export` is the way back.
+`iris_fast.models.pretrained.save` is the way back.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from iris_fast.errors import UserError
-from iris_fast.models.checkpoint.config_json import build_config, read_config
-from iris_fast.models.checkpoint.hub import resolve_model
-from iris_fast.models.checkpoint.names import to_transformers
-from iris_fast.models.checkpoint.weights import read_tensors
 from iris_fast.models.janus import Janus, JanusConfig
+from iris_fast.models.pretrained.config_json import build_config, read_config
+from iris_fast.models.pretrained.hub import resolve_model
+from iris_fast.models.pretrained.names import to_transformers
+from iris_fast.models.pretrained.weights import read_tensors
 from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.models.vq import VQModel
 
-__all__ = ["VQ_PREFIX", "JanusCheckpoint", "load_janus", "untouched_shapes"]
+__all__ = ["VQ_PREFIX", "LoadedJanus", "load_janus", "untouched_shapes"]
 
 VQ_PREFIX = "model.vqmodel."
 # What must not hold a tensor that no module here has; one would mean a misread config.
@@ -30,7 +30,7 @@ _OWN_PREFIXES = ("lm_head.", "model.language_model.", "model.generation_", VQ_PR
 
 
 @dataclass
-class JanusCheckpoint:
+class LoadedJanus:
     """A Janus model with all that its checkpoint folder holds.
 
     `untouched` are the tensors that are carried along and not run: the vision tower and the
@@ -53,7 +53,7 @@ def load_janus(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     config_overrides: Mapping[str, Any] | None = None,
-) -> JanusCheckpoint:
+) -> LoadedJanus:
     """Opens a checkpoint folder, or a hub id, of either layout.
 
     The weights of the policy and of the VQ are cast to `dtype`; the VQ is frozen.
@@ -80,7 +80,7 @@ def load_janus(
     _fill(model, "", tensors, dtype, device, folder)
     _fill(vq, VQ_PREFIX, tensors, dtype, device, folder)
     vq.eval().requires_grad_(False)
-    return JanusCheckpoint(model, vq, tokenizer, config, tensors, layout, folder)
+    return LoadedJanus(model, vq, tokenizer, config, tensors, layout, folder)
 
 
 def untouched_shapes(config: JanusConfig) -> dict[str, tuple[int, ...]]:
