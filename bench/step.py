@@ -35,17 +35,19 @@ from bench._t2i_r1 import T2IR1, Drawn, image_logprobs, text_logprobs
 from iris_fast import distributed
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
+from iris_fast.grpo.advantage import group_advantages
 from iris_fast.grpo.fsdp import full
+from iris_fast.grpo.micro_batches import log_probs, prepare
 from iris_fast.grpo.optimizer import make_optimizer
-from iris_fast.grpo.policy import assign, copy_weights
-from iris_fast.grpo.update import log_probs, prepare, update
+from iris_fast.grpo.policy import build_models
+from iris_fast.grpo.update import Learner
 from iris_fast.models.janus import Janus, JanusConfig
 from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.models.templates import TEMPLATES, fill_instruction, load_instruction
 from iris_fast.models.vq import VQModel
 from iris_fast.preflight.inputs import Inputs
 from iris_fast.records import Prompt, Scored
-from iris_fast.rewards import load_rewards, score
+from iris_fast.rewards.score import Scorer, load_rewards
 
 SUITE = "step"
 PEER = "T2I-R1's step"
@@ -301,9 +303,10 @@ class Ours:
         tokenizer = _models.Numbers(janus.decoder.vocab_size)
         opened = LoadedJanus(policy, VQModel(janus.vq), tokenizer, janus, {})
         self.config, self.ranks = config, ranks
-        self.models = assign(Inputs(opened, [], janus.image_tokens), config, ranks)
-        self.optimizer = make_optimizer(self.models.policy, config)
-        self._rewards = load_rewards(config.reward_funcs)
+        self.models = build_models(Inputs(opened, [], janus.image_tokens), config, ranks)
+        optimizer = make_optimizer(self.models.policy, config)
+        self.learner = Learner(self.models.policy, self.models.reference, optimizer, config, ranks)
+        self._scorer = Scorer.of(config, load_rewards(config.reward_funcs), [], list)
         count = config.prompts_per_step
         texts = make_texts(count, config.num_generations, first=ranks.rank * count)
         self._prompts = [Prompt(text) for text in texts]
@@ -311,14 +314,18 @@ class Ours:
 
     def rollout(self) -> Scored:
         rollout = self.models.sampler.rollout(self._prompts, self._numbers)
-        return score(rollout, self._rewards, list, self.config, self.ranks)
+        rewards = self._scorer.score(rollout)
+        advantages = group_advantages(
+            self.ranks.gather(rewards.total_N),
+            self.config.num_generations,
+            self.config.scale_rewards,
+        )
+        return Scored.of(rollout, rewards, self.ranks.own_part(advantages))
 
     def train(self, scored: Scored) -> float:
         """The gradient's norm."""
-        models, config, ranks = self.models, self.config, self.ranks
-        batches = prepare(scored, models.policy, models.reference, config, ranks)
-        metrics = update(models.policy, self.optimizer, batches, config, ranks)
-        copy_weights(models.policy, models.sampler.janus)
+        metrics = self.learner.update(self.learner.prepare(scored, None), step=0)
+        self.learner.copy_weights_to(self.models.sampler.janus)
         return metrics["grad_norm"]
 
     def first_step(self) -> Seen:
@@ -328,7 +335,7 @@ class Ours:
         logprobs = log_probs(models.policy, batches[0].packed).cpu()
         watched = models.policy.model.language_model.layers[0].self_attn.o_proj.weight
         gradients: list[Tensor] = []
-        hook = self.optimizer.register_step_pre_hook(
+        hook = self.learner.optimizer.register_step_pre_hook(
             lambda *_: gradients.append(full(watched.grad).cpu())
         )
         norm = self.train(scored)

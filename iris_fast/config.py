@@ -14,10 +14,10 @@ from typing import Any, Literal
 import yaml
 
 from iris_fast.errors import UserError, require
+from iris_fast.rewards.table import DIFFERENTIABLE, REWARDS
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EIGHT_BITS = ("kv_cache_dtype", "rollout_weight_dtype")  # settings that may be fp8
-DIFFERENTIABLE = ("image_nsc", "text_nsc", "image_entropy", "text_entropy")
 
 
 @dataclass(kw_only=True)
@@ -282,7 +282,7 @@ class TrainConfig(SamplingConfig):
         for weight in self.reward_weights:
             require(math.isfinite(weight), "reward_weights", weight, "give finite numbers")
         for name in self.reward_funcs:
-            if name.startswith("text_") and not self.cot:
+            if name in REWARDS and REWARDS[name].kind == "text" and not self.cot:
                 raise UserError(
                     f"reward_funcs: {name} looks at the chain of thought, and there is none; "
                     "add --cot true or drop it"

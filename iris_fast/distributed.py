@@ -52,6 +52,10 @@ class Ranks:
         dist.all_gather(parts, values.contiguous())
         return torch.cat(parts)
 
+    def own_part(self, gathered: Tensor) -> Tensor:
+        """This rank's rows of what `gather` joined."""
+        return gathered.view(self.world_size, -1)[self.rank]
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank."""
         shared = torch.tensor([float(flag)])

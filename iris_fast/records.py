@@ -1,18 +1,19 @@
 """The records that pass between the stages, in the order in which they arise.
 
-    Prompt -> Rollout -> Scored -> PackedBatch (one per micro-batch)
+    Prompt -> Rollout -> Rewards -> Scored -> PackedBatch (one per micro-batch)
 
-Shape legend, used all over `iris_fast`:
+Shape legend, used throughout `iris_fast`:
     P prompts        G images per prompt        N = P * G samples, prompt-major
     L text tokens of the longest chain of thought        I image tokens per image
+    M trained tokens of a micro-batch: all text tokens, then all image tokens
     T token rows of a packed batch        D hidden width        V text vocabulary        K codebook
-A sample's global number is `prompt_number * G + g`; its random numbers depend on that number and
-the seed alone, so neither the batch nor the rank a sample lands in changes it.
+The global number of a sample is `prompt_number * G + g`. Its random numbers depend only on that
+number and the seed, so neither the batch nor the rank that a sample is placed in changes it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,10 +23,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt file.
-
-    `text` is what is drawn; `extra` holds the line's other fields, passed on to external rewards.
-    """
+    """One line of a prompt file: its text, and its other fields, which external rewards receive."""
 
     text: str
     extra: dict[str, Any] = field(default_factory=dict)
@@ -34,10 +32,15 @@ class Prompt:
 @dataclass(frozen=True)
 class Guidance:
     """A distribution of tokens: image logits uncond + cfg_weight * (cond - uncond), and text
-    logits, over the temperature. By default the prompt's own."""
+    logits, divided by the temperature. The default is the conditional distribution."""
 
     cfg_weight: float = 1.0
     temperature: float = 1.0
+
+    @property
+    def needs_unconditional(self) -> bool:
+        """Whether unconditional rows take part."""
+        return self.cfg_weight != 1
 
 
 CONDITIONAL = Guidance()
@@ -45,7 +48,7 @@ CONDITIONAL = Guidance()
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Token sequences laid end to end, without padding, and the rows whose heads are needed.
+    """Token sequences laid end to end, without padding, and the rows that the heads project.
 
     Example: a text sequence of 5 tokens (3 of prompt, 2 of CoT) and an image sequence of 7 (4 of
     prompt, 3 codes) give T = 12, `sequence_lengths` = [5, 7], `text_rows` = [2, 3],
@@ -60,25 +63,36 @@ class PackedBatch:
     text_targets: Tensor  # int64, that token
     image_rows: Tensor
     image_targets: Tensor
-    unconditional_rows: Tensor  # int64, the row that guides each of `image_rows`; or none at all
-    guidance: Guidance = CONDITIONAL  # the distributions that the statistics are of
+    unconditional_rows: Tensor  # int64, the row that guides each of `image_rows`; or empty
+    guidance: Guidance = CONDITIONAL  # the distributions that the statistics describe
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return PackedBatch(**moved)
+        """Return the same batch on `device`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            token_ids_T=move(self.token_ids_T),
+            is_image_T=move(self.is_image_T),
+            positions_T=move(self.positions_T),
+            text_rows=move(self.text_rows),
+            text_targets=move(self.text_targets),
+            image_rows=move(self.image_rows),
+            image_targets=move(self.image_targets),
+            unconditional_rows=move(self.unconditional_rows),
+        )
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Per-token statistics of what was sampled, as the sampling op gave them; 0 where no token is.
+    """Per-token statistics of the sampled tokens, as the sampling op gave them; 0 outside the mask.
 
-    `conditional` is the prompt's own distribution at temperature 1, `guided` the one sampled from
-    (cond and uncond mixed, at the temperature, before top-k, top-p and min-p). Without guidance, as
-    in the text, the two differ by the temperature alone. Each field [N, L] float32, on the CPU.
+    `conditional` describes the conditional distribution at temperature 1, `guided` the one that was
+    sampled from (cond and uncond mixed, at the temperature, before top-k, top-p and min-p). Without
+    guidance, as for text, they differ by the temperature only. Each field is [N, L] float32, on the
+    CPU.
     """
 
     conditional: TokenStats
@@ -86,7 +100,7 @@ class Trace:
     mask: Tensor  # [N, L] bool
 
     def take(self, samples: list[int]) -> Trace:
-        """The rows of these samples."""
+        """Return the rows of these samples."""
         return Trace(
             conditional=TokenStats(*(field[samples] for field in self.conditional)),
             guided=TokenStats(*(field[samples] for field in self.guided)),
@@ -96,10 +110,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What was drawn for N samples, prompt-major, on the CPU.
+    """What was sampled for N samples, prompt-major, on the CPU.
 
-    Example: 2 prompts, G = 2, give N = 4 with `prompts` = [a, a, b, b]. Without a chain of thought
-    `cot_prompt_ids` and `cot_ids` hold empty lists and `text` has L = 0 columns.
+    Example: 2 prompts with G = 2 give N = 4 with `prompts` = [a, a, b, b]. Without a chain of
+    thought `cot_prompt_ids` and `cot_ids` hold empty lists and `text` has L = 0 columns.
     """
 
     prompts: list[Prompt]
@@ -116,18 +130,34 @@ class Rollout:
     image: Trace
 
     def take(self, samples: list[int]) -> Rollout:
-        """The part of these samples, by their place in this rollout."""
-        parts = {}
-        for name, value in vars(self).items():
-            if isinstance(value, list):
-                parts[name] = [value[sample] for sample in samples]
-            elif isinstance(value, Trace):
-                parts[name] = value.take(samples)
-            elif isinstance(value, Tensor):
-                parts[name] = value[samples]
-            else:
-                parts[name] = value
-        return Rollout(**parts)
+        """Return the part of these samples, given by their index in this rollout."""
+
+        def pick(values: list) -> list:
+            return [values[sample] for sample in samples]
+
+        return Rollout(
+            prompts=pick(self.prompts),
+            sample_numbers=pick(self.sample_numbers),
+            seed=self.seed,
+            cot_prompt_ids=pick(self.cot_prompt_ids),
+            cot_ids=pick(self.cot_ids),
+            cot_texts=pick(self.cot_texts),
+            truncated=pick(self.truncated),
+            image_prompt_ids=pick(self.image_prompt_ids),
+            unconditional_prompt_ids=pick(self.unconditional_prompt_ids),
+            codes_NI=self.codes_NI[samples],
+            text=self.text.take(samples),
+            image=self.image.take(samples),
+        )
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the rewards and metrics gave for each sample of a rollout, [N] float32, on the CPU."""
+
+    terms: dict[str, Tensor]  # name -> [N], before the weight
+    total_N: Tensor  # the weighted sum of the terms
+    metrics: dict[str, Tensor]  # name -> [N], of `metric_funcs`: logged, not trained on
 
 
 @dataclass(frozen=True)
@@ -139,3 +169,8 @@ class Scored:
     reward_N: Tensor
     advantage_N: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> [N], of `metric_funcs`
+
+    @classmethod
+    def of(cls, rollout: Rollout, rewards: Rewards, advantage_N: Tensor) -> Scored:
+        """Join what the stages before the update gave."""
+        return cls(rollout, rewards.terms, rewards.total_N, advantage_N, rewards.metrics)

@@ -14,10 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from iris_fast.config import TrainConfig
+from iris_fast.distributed import Ranks
+from iris_fast.grpo.advantage import group_advantages
+from iris_fast.grpo.policy import Models, build_models
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.pretrained.load import LoadedJanus
-from iris_fast.preflight.inputs import SCALED_PRODUCT_ON_CPU
-from iris_fast.records import Trace
+from iris_fast.preflight.inputs import SCALED_PRODUCT_ON_CPU, open_inputs
+from iris_fast.prompts import PromptSource
+from iris_fast.records import Rollout, Scored, Trace
+from iris_fast.rewards.score import Scorer, load_rewards
 
 # A step of a fraction of a second, with everything in it.
 QUICK: dict[str, Any] = {
@@ -54,6 +59,22 @@ def flags(**changes: Any) -> list[str]:
     for name, value in (QUICK | changes).items():
         words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return words
+
+
+def open_run(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource]:
+    """The models and prompts that a run with these settings starts from."""
+    inputs = open_inputs(config, torch.float32)
+    return build_models(inputs, config, ranks), PromptSource(inputs.prompts, config.seed)
+
+
+def score(rollout: Rollout, config: TrainConfig, ranks: Ranks, decode: Any = None) -> Scored:
+    """The rollout with its rewards and advantages; `decode` replaces the VQ."""
+    functions = load_rewards(config.reward_funcs or [])
+    scorer = Scorer.of(config, functions, rollout.prompts, decode)
+    rewards = scorer.score(rollout)
+    gathered = ranks.gather(rewards.total_N)
+    advantages = group_advantages(gathered, config.num_generations, config.scale_rewards)
+    return Scored.of(rollout, rewards, ranks.own_part(advantages))
 
 
 def metrics(run: Path | str) -> list[dict[str, Any]]:

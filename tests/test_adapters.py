@@ -6,20 +6,20 @@ import sys
 
 import pytest
 import torch
-from small_runs import assert_same_run, checkpoints, metrics, quick, tensors
+from small_runs import assert_same_run, checkpoints, metrics, open_run, quick, tensors
 
 from iris_fast import distributed
 from iris_fast.config import PROJECTIONS, TrainConfig
 from iris_fast.errors import UserError
 from iris_fast.export import export
 from iris_fast.grpo import lora as adapters
+from iris_fast.grpo.micro_batches import log_probs
 from iris_fast.grpo.packing import pack
 from iris_fast.grpo.policy import copy_weights
-from iris_fast.grpo.update import log_probs
 from iris_fast.models.pretrained.load import load_janus
 from iris_fast.preflight.inputs import open_model
 from iris_fast.tiny.build import build_tiny
-from iris_fast.train import load_inputs, repeat, train
+from iris_fast.train import take_samples, train
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
 
@@ -28,7 +28,9 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2}
 def disturb(policy) -> None:
     """Adapters as after some training."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in adapters.trained(policy):
+    for name, parameter in policy.named_parameters():
+        if not adapters.is_adapter(name):
+            continue
         local = parameter.to_local()
         local.copy_(0.1 * torch.randn(local.shape, generator=generator))
 
@@ -36,8 +38,8 @@ def disturb(policy) -> None:
 def test_merged_weights_draw_as_the_adapted_policy_and_without_it_is_the_start():
     config = quick("unused", **LORA)
     with distributed.start("cpu", 60.0) as ranks:
-        models, prompts = load_inputs(config, ranks)
-        rollout = models.sampler.rollout(*repeat(*prompts.take(1, 0, 1), 2))
+        models, prompts = open_run(config, ranks)
+        rollout = models.sampler.rollout(*take_samples(prompts, 0, config, ranks))
         packed, _ = pack(rollout)
         start = log_probs(build_tiny().model, packed)
         assert torch.equal(log_probs(models.policy, packed), start)  # B is 0
@@ -72,7 +74,7 @@ def test_a_run_trains_the_adapters_and_resumes_bit_by_bit(here):
 
 def test_bf16_keeps_the_base_in_bfloat16_and_the_adapters_in_float32():
     with distributed.start("cpu", 60.0) as ranks:
-        models, _ = load_inputs(quick("unused", **LORA, bf16=True), ranks)
+        models, _ = open_run(quick("unused", **LORA, bf16=True), ranks)
         for name, parameter in models.policy.named_parameters():
             expected = torch.float32 if adapters.is_adapter(name) else torch.bfloat16
             assert parameter.dtype == expected, name

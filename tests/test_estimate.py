@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from small_runs import quick, state_bytes
+from small_runs import open_run, quick, state_bytes
 
 from iris_fast import distributed
 from iris_fast.config import PRESETS, TrainConfig
@@ -27,7 +27,7 @@ from iris_fast.preflight.estimate import (
     layer_activation_elements,
 )
 from iris_fast.tiny.build import TINY_CONFIG
-from iris_fast.train import load_inputs, main
+from iris_fast.train import main
 
 JANUS_1B = dataclasses.replace(
     TINY_CONFIG,
@@ -117,7 +117,7 @@ def test_1b_and_7b_fit_one_h200_and_7b_with_float32_moments_does_not():
 def test_adapters_are_counted_as_they_are_made():
     config = quick("unused", use_peft=True, lora_r=4, bf16=True)
     with distributed.start("cpu", 60.0) as ranks:
-        models, _ = load_inputs(config, ranks)
+        models, _ = open_run(config, ranks)
         held = sum(p.numel() * p.element_size() for p in models.policy.parameters())
         sizes = models.policy.config
         trained = sum(p.numel() for p in adapters.trained(models.policy))

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from small_runs import flags, metrics, quick
+from small_runs import flags, metrics, quick, score
 
 from iris_fast.config import TrainConfig
 from iris_fast.errors import UserError
-from iris_fast.rewards import load_rewards, score
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.health import find_warnings
 from iris_fast.run.log import Log
@@ -104,7 +103,7 @@ def test_a_constant_reward_is_warned_of_once_on_the_console(here):
 def test_metrics_by_hand(rollout, ranks):
     """Token means weigh every token alike, sample means every sample."""
     config = quick("unused", reward_funcs=["image_nsc", "text_nsc"], reward_weights=[1.0, 2.0])
-    scored = score(rollout, load_rewards(config.reward_funcs), None, config, ranks)
+    scored = score(rollout, config, ranks)
     scored = dataclasses.replace(
         scored,
         reward_N=torch.tensor([0.0, 1.0, 10.0, 12.0]),

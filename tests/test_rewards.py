@@ -12,11 +12,13 @@ import pytest
 import torch
 from commands import run
 from PIL import Image
-from small_runs import flags, make_trace, metrics, quick
+from small_runs import flags, make_trace, metrics, quick, score
 
 from iris_fast.errors import UserError
 from iris_fast.records import Prompt, Rollout, Trace
-from iris_fast.rewards import INTRINSIC, load_metrics, load_rewards, score
+from iris_fast.rewards.intrinsic import intrinsic_reward
+from iris_fast.rewards.score import load_metrics, load_rewards
+from iris_fast.rewards.table import OF_IMAGES, REWARDS
 from iris_fast.train import train
 
 
@@ -35,32 +37,27 @@ def by_hand(trace: Trace, distribution: str, statistic: str, reduction: str) -> 
 @pytest.mark.parametrize("kind", ["image", "text"])
 @pytest.mark.parametrize("statistic", ["nsc", "entropy"])
 def test_intrinsic_rewards_by_hand(rollout, kind, statistic, distribution, reduction):
-    (function,) = load_rewards([f"{kind}_{statistic}"]).values()
     expected = by_hand(getattr(rollout, kind), distribution, statistic, reduction)
-    assert function(rollout, distribution, reduction).tolist() == pytest.approx(expected, rel=1e-6)
+    found = intrinsic_reward(f"{kind}_{statistic}", rollout, distribution, reduction)
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_places_without_a_token_are_not_read(rollout):
-    (function,) = load_rewards(["text_nsc"]).values()
-    expected = function(rollout, "conditional", "mean")
+    expected = intrinsic_reward("text_nsc", rollout, "conditional", "mean")
     rollout.text.conditional.nsc[~rollout.text.mask] = float("nan")
-    assert torch.equal(function(rollout, "conditional", "mean"), expected)
+    assert torch.equal(intrinsic_reward("text_nsc", rollout, "conditional", "mean"), expected)
 
 
 def test_text_rewards_of_no_text_are_0(rollout):
     none = make_trace([1] * 4, seed=2)
     none = dataclasses.replace(none, mask=torch.zeros(4, 1, dtype=torch.bool))
-    (function,) = load_rewards(["text_nsc"]).values()
+    rollout = dataclasses.replace(rollout, text=none)
     for reduction in ("sum", "mean"):
-        assert (
-            function(dataclasses.replace(rollout, text=none), "guided", reduction).tolist()
-            == [0] * 4
-        )
+        assert intrinsic_reward("text_nsc", rollout, "guided", reduction).tolist() == [0] * 4
 
 
-def scored(rollout: Rollout, ranks, rewards: list[str], images: Any = None, **settings: Any):
-    config = quick("unused", reward_funcs=rewards, **settings)
-    return score(rollout, load_rewards(rewards), images, config, ranks)
+def scored(rollout: Rollout, ranks, rewards: list[str], decode: Any = None, **settings: Any):
+    return score(rollout, quick("unused", reward_funcs=rewards, **settings), ranks, decode)
 
 
 def test_the_reward_is_the_weighted_sum_of_its_terms(rollout, ranks):
@@ -94,7 +91,9 @@ def test_the_constant_reward_gives_no_advantage(rollout, ranks):
 
 
 def test_the_random_reward_depends_on_seed_and_sample_alone(rollout):
-    (function,) = load_rewards(["random"]).values()
+    def function(rollout: Rollout, *reads) -> torch.Tensor:
+        return intrinsic_reward("random", rollout, *reads)
+
     values = function(rollout, "conditional", "sum")
     assert len(set(values.tolist())) == 4
     assert ((values >= 0) & (values < 1)).all()
@@ -181,7 +180,7 @@ def call(my_rewards, rollout, ranks):
 
     def call(function: str) -> tuple[list[float], list[Any]]:
         name = f"{my_rewards}:{function}"
-        found = scored(rollout, ranks, [name], lambda: images)
+        found = scored(rollout, ranks, [name], lambda codes_NI: images)
         return found.reward_terms[name].tolist(), sys.modules[my_rewards].calls
 
     return call
@@ -239,7 +238,7 @@ def test_what_is_no_reward_is_told_by_name(call, my_rewards, function, message):
 def test_a_function_that_empties_its_list_takes_nothing_from_the_next(my_rewards, rollout, ranks):
     images = [Image.new("RGB", (2, 2), (shade, 0, 0)) for shade in range(4)]
     names = [f"{my_rewards}:empties", f"{my_rewards}:size"]
-    scored(rollout, ranks, names, lambda: images)
+    scored(rollout, ranks, names, lambda codes_NI: images)
     assert sys.modules[my_rewards].calls[-1][1] == images
 
 
@@ -283,10 +282,9 @@ def test_a_metric_that_cannot_be_taken_is_told(name, message):
 
 def test_metrics_stand_beside_the_rewards(my_rewards, rollout, ranks):
     images = [Image.new("RGB", (32, 32), (grey, 0, 0)) for grey in (0, 0, 0, 255)]
-    config = quick("unused", reward_funcs=["image_nsc"])
-    functions = load_metrics(["diversity"], rollout.prompts)
-    alone = score(rollout, load_rewards(["image_nsc"]), None, config, ranks)
-    found = score(rollout, load_rewards(["image_nsc"]), lambda: images, config, ranks, functions)
+    alone = scored(rollout, ranks, ["image_nsc"])
+    decode = {"decode": lambda codes_NI: images, "metric_funcs": ["diversity"]}
+    found = scored(rollout, ranks, ["image_nsc"], **decode)
     assert found.metrics["diversity"].tolist() == pytest.approx([0, 0, 3**-0.5, 3**-0.5])
     assert torch.equal(found.reward_N, alone.reward_N)
     assert alone.metrics == {}
@@ -295,11 +293,11 @@ def test_metrics_stand_beside_the_rewards(my_rewards, rollout, ranks):
 def test_pictures_are_decoded_once_and_only_for_functions_that_look(my_rewards, rollout, ranks):
     decoded = []
 
-    def images() -> list[Image.Image]:
+    def images(codes_NI: torch.Tensor) -> list[Image.Image]:
         decoded.append(1)
         return [Image.new("RGB", (2, 2))] * 4
 
-    scored(rollout, ranks, list(INTRINSIC), images)
+    scored(rollout, ranks, [name for name in REWARDS if name not in OF_IMAGES], images)
     assert decoded == []
     scored(rollout, ranks, [f"{my_rewards}:size", f"{my_rewards}:scorer"], images)
     assert decoded == [1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import metrics, quick, tensors
+from small_runs import metrics, open_run, quick, score, tensors
 from torch.distributed.fsdp import FSDPModule
 
 from iris_fast import distributed
@@ -17,14 +17,14 @@ from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError
 from iris_fast.grpo.fsdp import full
+from iris_fast.grpo.micro_batches import log_probs, prepare
 from iris_fast.grpo.optimizer import make_optimizer, set_learning_rate
 from iris_fast.grpo.packing import pack
 from iris_fast.grpo.policy import Models, copy_weights
-from iris_fast.grpo.update import Pieces, log_probs, prepare, update
+from iris_fast.grpo.update import Learner
 from iris_fast.preflight.inputs import open_inputs
 from iris_fast.records import Scored
-from iris_fast.rewards import load_rewards, score
-from iris_fast.train import load_inputs, repeat, train
+from iris_fast.train import take_samples, train
 
 
 @dataclasses.dataclass
@@ -34,22 +34,26 @@ class Step:
     config: TrainConfig
     ranks: Ranks
     models: Models
-    optimizer: torch.optim.Optimizer
+    learner: Learner
     scored: Scored
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.learner.optimizer
 
     def batches(self, **changes: Any):
         config = dataclasses.replace(self.config, **changes)
         return prepare(self.scored, self.models.policy, self.models.reference, config, self.ranks)
 
-    def update(self, batches, pieces: Pieces | None = None) -> dict[str, float]:
-        rest = (self.optimizer, batches, self.config, self.ranks)
-        return update(self.models.policy, *rest, pieces=pieces)
+    def update(self, batches) -> dict[str, float]:
+        """The learning rate of QUICK is constant, so the step does not matter."""
+        return self.learner.update(batches, step=0)
 
-    def gradients(self, pieces: Pieces | None = None) -> dict[str, torch.Tensor]:
+    def gradients(self) -> dict[str, torch.Tensor]:
         """Of an update that does not take place."""
         self.optimizer.step = lambda: None
         self.optimizer.zero_grad = lambda set_to_none: None
-        self.update(self.batches(), pieces)
+        self.update(self.batches())
         named = self.models.policy.named_parameters()
         return {name: full(p.grad).clone() for name, p in named if p.grad is not None}
 
@@ -63,17 +67,17 @@ def one_step(**settings: Any) -> Iterator[Step]:
     batch = 4 // settings.get("gradient_accumulation_steps", 1)
     config = quick("unused", **defaults | settings, per_device_train_batch_size=batch)
     with distributed.start("cpu", 60.0) as ranks:
-        models, prompts = load_inputs(config, ranks)
+        models, prompts = open_run(config, ranks)
         with torch.no_grad():  # a policy that has moved away from its reference
             for parameter in models.policy.model.language_model.layers.parameters():
                 parameter *= 1.05
         copy_weights(models.policy, models.sampler.janus)
-        samples = repeat(*prompts.take(4, 0, 1), config.num_generations)
-        rollout = models.sampler.rollout(*samples)
-        scored = score(rollout, load_rewards(config.reward_funcs), None, config, ranks)
-        step = Step(config, ranks, models, make_optimizer(models.policy, config), scored)
+        rollout = models.sampler.rollout(*take_samples(prompts, 0, config, ranks))
+        optimizer = make_optimizer(models.policy, config)
+        learner = Learner(models.policy, models.reference, optimizer, config, ranks)
+        step = Step(config, ranks, models, learner, score(rollout, config, ranks))
         yield step
-        del step.models, models
+        del step.models, step.learner, models, learner
 
 
 def gradients(**settings: Any) -> dict[str, torch.Tensor]:
@@ -120,7 +124,7 @@ class RunsOutOnce(torch.autograd.Function):
         return gradient
 
 
-def run_out_above(limit: int, step: Step, monkeypatch, pieces: Pieces) -> tuple[dict, list[int]]:
+def run_out_above(limit: int, step: Step, monkeypatch) -> tuple[dict, list[int]]:
     """A step on a device that holds `limit` samples: its metrics, and the sizes it tried."""
     forward = type(step.models.policy).forward
     tried = []
@@ -134,7 +138,7 @@ def run_out_above(limit: int, step: Step, monkeypatch, pieces: Pieces) -> tuple[
     batches = step.batches()
     with monkeypatch.context() as patched:
         patched.setattr(type(step.models.policy), "forward", small_device)
-        return step.update(batches, pieces), tried
+        return step.update(batches), tried
 
 
 @pytest.mark.skipif(not GOES_ON, reason="going on after out of memory needs torch 2.13")
@@ -142,15 +146,17 @@ def run_out_above(limit: int, step: Step, monkeypatch, pieces: Pieces) -> tuple[
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkeypatch, loss_type):
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
     with one_step(**settings) as step:
-        expected, tried = run_out_above(4, step, monkeypatch, Pieces())
+        expected, tried = run_out_above(4, step, monkeypatch)
         assert tried == [4, 4]
+        assert expected.pop("micro_batch_pieces") == 1
+        assert expected.pop("attn_implementation") == "sdpa"
         weights = step.weights()
     with one_step(**settings) as step:
-        pieces = Pieces()
-        losses, tried = run_out_above(1, step, monkeypatch, pieces)
+        losses, tried = run_out_above(1, step, monkeypatch)
         assert tried == [4, 2, *[1] * 8]
-        assert pieces.count == 4
+        assert losses.pop("micro_batch_pieces") == step.learner.pieces == 4
         cut_weights = step.weights()
+    losses.pop("attn_implementation")
     assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
     # Adam's first step is the sign of a gradient: where that is near 0, rounding decides.
     for name, weight in weights.items():
@@ -165,10 +171,9 @@ def test_gradients_of_a_backward_pass_that_ran_out_do_not_count():
         block = step.models.policy.model.language_model.layers[1]
         block.register_forward_hook(lambda module, inputs, output: RunsOutOnce.apply(output))
         RunsOutOnce.armed = True
-        pieces = Pieces()
-        found = step.gradients(pieces)
+        found = step.gradients()
+        assert step.learner.pieces == 2
     assert not RunsOutOnce.armed
-    assert pieces.count == 2
     assert_same_gradients(found, whole)
 
 
@@ -177,15 +182,16 @@ def test_a_single_sample_that_does_not_fit_is_told(monkeypatch):
     with one_step() as step:
         before = step.weights()
         with pytest.raises(UserError, match="single sample; add --gradient_checkpointing true"):
-            run_out_above(0, step, monkeypatch, Pieces())
+            run_out_above(0, step, monkeypatch)
         after = step.weights()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_out_of_memory_among_several_ranks_is_told_at_once():
-    ranks = Ranks(rank=0, world_size=2, device=torch.device("cpu"), mesh=None)
-    with pytest.raises(UserError, match="raise --gradient_accumulation_steps"):
-        Pieces().double(8, ranks)
+def test_out_of_memory_among_several_ranks_is_reported_at_once(monkeypatch):
+    with one_step() as step:
+        step.learner.ranks = dataclasses.replace(step.ranks, world_size=2)
+        with pytest.raises(UserError, match="raise --gradient_accumulation_steps"):
+            run_out_above(4, step, monkeypatch)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -243,7 +249,8 @@ def test_the_direct_gradient_is_the_same_in_pieces():
     settings = {"objective": "direct", "reward_funcs": ["image_nsc", "text_nsc"]}
     whole = gradients(**settings)
     with one_step(**settings) as step:
-        assert_same_gradients(step.gradients(Pieces(4)), whole)
+        step.learner.pieces = 4
+        assert_same_gradients(step.gradients(), whole)
 
 
 def test_the_direct_objective_raises_the_reward_of_the_same_tokens():

@@ -19,10 +19,10 @@ from iris_fast.errors import UserError
 def shard(
     module: nn.Module, blocks: nn.ModuleList, ranks: Ranks, bf16: bool, offload: bool = False
 ) -> None:
-    """FSDP2 in place: each block a unit of its own, the rest of `module` another.
+    """Apply FSDP2 in place: one unit per block, and one for the rest of `module`.
 
     Master weights and gradient sums stay float32; with `bf16` blocks compute in bfloat16. With
-    `offload` the shards stay in CPU memory, and a block is on the GPU while its turn lasts.
+    `offload` the shards stay in CPU memory, and a block is on the GPU only while it runs.
     """
     pinned = ranks.device.type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
@@ -31,28 +31,28 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    for block in blocks:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
-    fully_shard(module, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
+    for unit in (*blocks, module):
+        fully_shard(unit, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
 
 
-def give_up_pass(module: nn.Module) -> None:
-    """Make a sharded `module` ready again after a pass that an exception ended half-way; gradients
-    are dropped.
+def discard_pass(module: nn.Module) -> None:
+    """Reset a sharded `module` after a pass that an exception interrupted; gradients are dropped.
 
-    UserError where this torch cannot (2.13 can; older ones are left waiting for that pass's end).
+    UserError where this torch cannot do so (2.13 can; older versions wait for the end of that
+    pass).
     """
     if not hasattr(module, "reset_iter_state"):
         raise UserError(
-            "per_device_train_batch_size: out of memory in the training pass; to go on with "
-            f"smaller micro-batches by itself needs torch 2.13, this is {torch.__version__}: lower "
-            "it and raise --gradient_accumulation_steps, or add --gradient_checkpointing true"
+            "per_device_train_batch_size: out of memory in the training pass; to continue with "
+            f"smaller micro-batches automatically needs torch 2.13, this is {torch.__version__}: "
+            "lower it and raise --gradient_accumulation_steps, or add --gradient_checkpointing "
+            "true"
         )
-    module.zero_grad(set_to_none=True)  # of parameters that are gathered just now
+    module.zero_grad(set_to_none=True)  # of the parameters that are gathered now
     module.reset_iter_state()
     module.zero_grad(set_to_none=True)  # of their shards
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor (a collective), or the tensor itself."""
+    """The unsharded tensor (a collective), or the tensor itself if it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

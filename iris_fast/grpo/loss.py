@@ -1,6 +1,6 @@
-"""Log-probs and advantages -> the GRPO loss. A pure function.
+"""Log-probs and advantages -> the GRPO loss. Pure functions.
 
-M tokens of N samples, text and image tokens alike, in any order: `sample_M` says whose each is.
+M tokens of N samples, text and image tokens alike, in any order; `sample_M` is the sample of each.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Loss:
     """The scalar to differentiate, and per-token values (detached) to log."""
 
     value: Tensor
-    kl_M: Tensor  # k3 estimate of KL(policy || reference), 0 without a reference
+    kl_M: Tensor  # k3 estimate of KL(policy || reference); 0 without a reference
     ratio_M: Tensor
-    clipped_M: Tensor  # bool: the clip decided, so the token's policy gradient is 0
+    clipped_M: Tensor  # bool: the clipped term was the minimum, so the policy gradient is 0
 
 
 def token_weights(
@@ -37,11 +37,12 @@ def token_weights(
     mean over the ranks give what TRL's GRPOConfig.loss_type describes:
 
         grpo     mean over samples of each sample's mean over its tokens
-        bnpo     mean over the micro-batch's tokens (depends on how the batch is cut)
+        bnpo     mean over the micro-batch's tokens (depends on how the batch is split)
         dr_grpo  sum over tokens / (samples * max_completion_length)
         dapo     mean over all tokens of the optimizer step, on every rank
 
-    `tokens_per_rank`: all tokens of the step / ranks (dapo). `accumulation`: micro-batches a step.
+    `tokens_per_rank`: all tokens of the step / ranks (dapo). `accumulation`: micro-batches per
+    step.
     """
     if loss_type == "dapo":
         return torch.full_like(sample_M, 1.0 / max(tokens_per_rank, 1.0), dtype=torch.float32)
@@ -57,12 +58,12 @@ def token_weights(
 
 
 def truncated_importance(old_logprob_M: Tensor, sampler_logprob_M: Tensor, cap: float) -> Tensor:
-    """c = min(exp(old - sampler), cap): how much likelier the trainer found a token than the
-    sampler that drew it; the expectation is the trainer's again, up to the cap. No gradient.
+    """c = min(exp(old - sampler), cap): the trainer's probability of a token over the sampler's,
+    which makes the expectation the trainer's, up to the cap. Without gradient.
 
-    Both log-probs are of the same distribution, computed by two programs: in lower precision or by
-    other kernels they differ. Source: truncated importance sampling (Ionides 2008), per token as
-    in TRL's vLLM correction.
+    Both log-probs belong to the same distribution but are computed by two programs, so they differ
+    with the precision and the kernels. Source: truncated importance sampling (Ionides 2008), per
+    token as in TRL's vLLM correction.
     """
     return (old_logprob_M - sampler_logprob_M).exp().clamp(max=cap).detach()
 
@@ -83,10 +84,10 @@ def grpo_loss(
 
         rho = exp(logprob - old_logprob)
         k3  = exp(ref - logprob) - (ref - logprob) - 1  >= 0
-        c   = `correction_M`, see `truncated_importance`; 1 without
+        c   = `correction_M`, see `truncated_importance`; 1 if None
 
-    All inputs float32 [M]; the gradient flows through `logprob_M` alone.
-    Source: GRPO (arXiv 2402.03300) equation 3 and 4, token by token as in TRL.
+    All inputs are float32 [M]; the gradient flows through `logprob_M` only.
+    Source: GRPO (arXiv 2402.03300) equations 3 and 4, per token as in TRL.
     """
     ratio = torch.exp(logprob_M - old_logprob_M)
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
@@ -111,10 +112,10 @@ def direct_loss(
     *,
     beta: float,
 ) -> Loss:
-    """sum_m w_m * -(gain_m - beta k3): `gain_M` is the tokens' own reward, with its gradient.
+    """sum_m w_m * -(gain_m - beta k3): `gain_M` is the reward of each token, with its gradient.
 
-    The tokens are taken as they were drawn: what the reward of later tokens owes to the choice of
-    earlier ones, which the policy gradient sees, has no part in it. Inputs as in `grpo_loss`.
+    The sampled tokens are treated as constants: the effect of earlier tokens on the reward of later
+    ones, which the policy gradient accounts for, is ignored. Inputs as in `grpo_loss`.
     """
     kl_M = k3(logprob_M, reference_logprob_M)
     return Loss(
@@ -126,8 +127,8 @@ def direct_loss(
 
 
 def k3(logprob_M: Tensor, reference_logprob_M: Tensor | None) -> Tensor:
-    """exp(ref - lp) - (ref - lp) - 1 >= 0, an estimate of KL(policy || reference) from tokens that
-    the policy drew (Schulman's k3); 0 without a reference. [M]."""
+    """exp(ref - lp) - (ref - lp) - 1 >= 0, an estimate of KL(policy || reference) from tokens
+    sampled from the policy (Schulman's k3), [M]; 0 without a reference."""
     if reference_logprob_M is None:
         return torch.zeros_like(logprob_M)
     gap = reference_logprob_M - logprob_M

@@ -1,4 +1,4 @@
-"""AdamW over what is trained, its moments in 32, 16 or 8 bits, and the course of its rate."""
+"""AdamW over the trained parameters, its moments in 32, 16 or 8 bits, and its schedule."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ BLOCK = 64  # values that share a scale: divides the rows of all Janus models, t
 
 
 def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained, `config.optim` says how its moments are kept:
+    """AdamW over the trained parameters; `config.optim` selects the dtype of its moments:
 
         adamw_torch       float32, torch's own
-        adamw_torch_bf16  the first in bfloat16, the second in float32: a step changes it by a part
-                          in a thousand, which bfloat16's 8 bits would round away
-        adamw_torch_8bit  8 bits with a scale for every 64 values (arXiv 2110.02861), torchao's
+        adamw_torch_bf16  the first in bfloat16, the second in float32: a step changes the second by
+                          about one part in a thousand, which bfloat16 would round away
+        adamw_torch_8bit  8 bits with one scale per 64 values (arXiv 2110.02861), torchao's
 
-    Updates are computed in float32 whatever the moments are kept in. Vectors, and matrices of fewer
-    than 128 rows or whose rows 64 does not divide, keep float32 moments instead of 8-bit ones.
+    Updates are computed in float32 in every case. Vectors, matrices of fewer than 128 rows, and
+    matrices whose row length is no multiple of 64 keep float32 moments instead of 8-bit ones.
     UserError without torchao.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -44,8 +44,8 @@ def _compact(name: str) -> type[torch.optim.Optimizer]:
         from torchao.optim.subclass_8bit import OptimState8bit
 
     class CompactAdamW(AdamW8bit):
-        """torchao's AdamW, which compiles one kernel for each shape; on a CPU, where that would
-        need a C++ compiler and gain little, the same steps run one by one."""
+        """torchao's AdamW, which compiles one kernel per shape. On a CPU that would need a C++
+        compiler and gain little, so the same operations run eagerly."""
 
         def step(self, closure: None = None) -> None:
             on_gpu = self.param_groups[0]["params"][0].is_cuda
@@ -59,7 +59,7 @@ def _compact(name: str) -> type[torch.optim.Optimizer]:
                 return torch.zeros_like(p)
             shape = p.to_local().shape if isinstance(p, DTensor) else p.shape
             require(
-                shape[0] > 0, "optim", name, "a rank has no share of a matrix, and an 8-bit moment "
+                shape[0] > 0, "optim", name, "a rank has no rows of a matrix, and an 8-bit moment "
                 "cannot be empty: use --optim adamw_torch, or fewer ranks",
             )  # fmt: skip
             moment = OptimState8bit.zeros(shape, signed, BLOCK, p.device, p.dtype)
@@ -69,13 +69,13 @@ def _compact(name: str) -> type[torch.optim.Optimizer]:
 
 
 def fits_blocks(shape: torch.Size) -> bool:
-    """Whether a parameter's moments can have 8 bits. Rows are whole blocks, so scales are cut among
-    ranks as values are; and this does not depend on the ranks, whose number may change."""
+    """Whether a parameter can have 8-bit moments: rows consist of whole blocks, so that scales are
+    sharded as values are. Independent of the number of ranks, which may change on resume."""
     return len(shape) == 2 and shape[1] % BLOCK == 0 and shape[0] >= LEAST_ROWS
 
 
 def _sharded_like(p: Tensor, local: Tensor) -> Tensor:
-    """This rank's share of a tensor that has as many rows as `p`, sharded if `p` is."""
+    """Wrap this rank's rows of a tensor with as many rows as `p` as `p` is sharded."""
     if not isinstance(p, DTensor):
         return local
     shape = (p.shape[0], *local.shape[1:])
@@ -86,8 +86,8 @@ def _sharded_like(p: Tensor, local: Tensor) -> Tensor:
 
 
 def plain_parts(name: str, moment: Tensor) -> dict[str, Tensor]:
-    """A moment in use as named ordinary tensors that share its memory: itself, or of 8 bits the
-    codes [rows, columns] and the scales [rows, columns / 64]. Writing to them sets it."""
+    """A moment as named plain tensors that share its memory, for checkpoints: itself, or for 8 bits
+    the codes [rows, columns] and the scales [rows, columns / 64]. Writing to them sets it."""
     local = moment.to_local() if isinstance(moment, DTensor) else moment
     if not hasattr(local, "codes"):
         return {name: moment}
@@ -99,7 +99,7 @@ def plain_parts(name: str, moment: Tensor) -> dict[str, Tensor]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
-    """The rate of the update that leads from `step` to `step + 1`: a function of the step alone."""
+    """Set the rate of the update that leads from `step` to `step + 1`, which depends only on it."""
     if step < config.warmup_steps:
         share = (step + 1) / (config.warmup_steps + 1)
     else:
@@ -109,7 +109,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Train
         share = {"linear": left, "cosine": cosine.item(), "constant": 1.0}[config.lr_scheduler_type]
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
-            # A compiled step reads it: a number would be burnt in.
+            # In place, because a compiled step would treat a number as a constant.
             group["lr"].fill_(config.learning_rate * share)
         else:
             group["lr"] = config.learning_rate * share

@@ -1,4 +1,4 @@
-"""Rollout -> PackedBatch: the sequences to train on, laid end to end, and whose each token is."""
+"""Rollout -> PackedBatch: the training sequences laid end to end, and the sample of each token."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from iris_fast.records import CONDITIONAL, Guidance, PackedBatch, Rollout
 
 
 def pack(rollout: Rollout, guidance: Guidance = CONDITIONAL) -> tuple[PackedBatch, Tensor]:
-    """The packed batch of a rollout's text and image sequences, and `sample_M`.
+    """Pack the text and image sequences of a rollout; the packed batch, and `sample_M`.
 
     Each sample gives the sequences [CoT prompt, CoT] (if it has one) and [image prompt, codes],
-    less the last token, which predicts nothing. M, the trained tokens, counts the text rows of all
-    samples first, then the image rows; `sample_M` [M] int64 is the sample of each.
+    without the last token, which predicts nothing. M, the trained tokens, counts the text rows of
+    all samples first, then the image rows; `sample_M` [M] int64 is the sample of each token.
 
-    Guided, a sample also gives [unconditional prompt, codes], whose rows guide the image's.
+    With guidance a sample also gives [unconditional prompt, codes], whose rows guide the image's.
     """
     ids: list[int] = []
     is_image: list[bool] = []
@@ -38,7 +38,7 @@ def pack(rollout: Rollout, guidance: Guidance = CONDITIONAL) -> tuple[PackedBatc
         if rollout.cot_ids[sample]:
             append("text", sample, rollout.cot_prompt_ids[sample], rollout.cot_ids[sample])
         append("image", sample, rollout.image_prompt_ids[sample], codes)
-        if guidance.cfg_weight != 1:
+        if guidance.needs_unconditional:
             append("unconditional", sample, rollout.unconditional_prompt_ids[sample], codes)
     packed = PackedBatch(
         token_ids_T=torch.tensor(ids),

@@ -1,4 +1,4 @@
-"""The model in its three roles: the policy that is trained, the sampler's copy, the reference."""
+"""The model in its three roles: the trained policy, the sampler's copy, the frozen reference."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
-from iris_fast.grpo import fsdp
-from iris_fast.grpo import lora as adapters
+from iris_fast.grpo import lora
+from iris_fast.grpo.fsdp import shard
 from iris_fast.models.compilation import compile_blocks
 from iris_fast.models.janus import Janus
 from iris_fast.models.vq import VQModel
@@ -21,35 +21,35 @@ from iris_fast.rollout.sampler import Sampler
 
 @dataclass
 class Models:
-    """The three copies of the weights, and what turns codes into pixels.
+    """The three copies of the weights, and the model that turns codes into pixels.
 
-    `policy` is trained: float32 master weights, sharded over the ranks. `sampler` draws with a
-    whole copy, refreshed in place after each step. `reference` is the frozen start (beta > 0): a
-    copy, or with LoRA the policy without its adapters.
+    `policy` is trained: float32 master weights, sharded over the ranks. `sampler` samples with an
+    unsharded copy, refreshed in place after each step. `reference` is the frozen initial policy
+    (None with beta 0): a copy, or with LoRA the policy without its adapters.
     """
 
     policy: Janus
-    reference: Janus | adapters.Base | None
+    reference: Janus | lora.Base | None
     sampler: Sampler
     vq: VQModel
 
 
-def assign(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
-    """The opened model as policy, sampler and reference, on their devices."""
+def build_models(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
+    """Make policy, sampler and reference of the opened model, on their devices."""
     opened = inputs.checkpoint
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy, vq = opened.model, opened.vq.to(ranks.device)
     use_attention(policy, config, ranks.device)
     frozen = frozen_copy(policy, dtype, ranks.device)
     sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
-    reference: Janus | adapters.Base | None = None
-    lora = adapters.Lora.of(config)
-    if lora is not None:
+    reference: Janus | lora.Base | None = None
+    adapters = lora.Lora.of(config)
+    if adapters is not None:
         policy.to(dtype)  # never updated, so it needs no float32 master weights
-        adapters.add(policy, lora)
-        reference = adapters.Base(policy) if config.beta else None
+        lora.add(policy, adapters)
+        reference = lora.Base(policy) if config.beta else None
     else:
-        freeze(policy, config)
+        freeze_generation(policy, config.train_image_head)
         if config.beta:
             reference = frozen_copy(policy, dtype, torch.device("cpu"))
             place(reference, config, ranks, offload=config.offload_reference)
@@ -58,38 +58,40 @@ def assign(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
 
 
 def frozen_copy(model: Janus, dtype: torch.dtype, device: torch.device) -> Janus:
-    """The same weights in `dtype` on `device`, without a second copy in float32 on the way."""
+    """The same weights in `dtype` on `device`, without an intermediate float32 copy."""
     with torch.device("meta"):
-        twin = Janus(model.config)
-    twin.to(dtype).to_empty(device=device)
-    copy_weights(model, twin)
-    twin.attn_implementation = model.attn_implementation
-    return twin.requires_grad_(False)
+        copy = Janus(model.config)
+    copy.to(dtype).to_empty(device=device)
+    copy_weights(model, copy)
+    copy.attn_implementation = model.attn_implementation
+    return copy.requires_grad_(False)
 
 
 @torch.no_grad()
 def copy_weights(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Write `source`'s parameters, gathered and with adapters merged, into `target`'s, in place:
-    the addresses that a graph or a kernel holds stay right."""
+    """Write the parameters of `source`, gathered and with adapters merged, into those of `target`.
+
+    In place: addresses that a CUDA graph or a kernel holds stay valid.
+    """
     targets = dict(target.named_parameters())
-    for name, value in adapters.whole_weights(source):
+    for name, value in lora.merged_weights(source):
         targets[name].copy_(value)
 
 
-def freeze(policy: Janus, config: TrainConfig) -> None:
-    """Train the language model and its head; everything `gen*` stays, but for train_image_head."""
+def freeze_generation(policy: Janus, train_image_head: bool) -> None:
+    """Train the language model and its head; of everything `gen*`, at most the image head."""
     policy.model.generation_embeddings.requires_grad_(False)
     policy.model.generation_aligner.requires_grad_(False)
-    policy.model.generation_head.requires_grad_(config.train_image_head)
+    policy.model.generation_head.requires_grad_(train_image_head)
 
 
 def place(model: Janus, config: TrainConfig, ranks: Ranks, offload: bool = False) -> None:
-    """Shard a model over the ranks. From the CPU, block by block: no GPU ever holds all of what it
-    will hold a share of."""
+    """Shard a model over the ranks, block by block from the CPU, so that no GPU ever holds more
+    than its share."""
     blocks = model.model.language_model.layers
-    if config.torch_compile:  # first: recomputation and sharding go around a compiled block
+    if config.torch_compile:  # first: recomputation and sharding wrap a compiled block
         compile_blocks(model.model.language_model)
     if config.gradient_checkpointing and any(p.requires_grad for p in model.parameters()):
         for block in blocks:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
-    fsdp.shard(model, blocks, ranks, config.bf16, offload)
+    shard(model, blocks, ranks, config.bf16, offload)

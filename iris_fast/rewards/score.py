@@ -1,9 +1,9 @@
-"""Rollout -> Scored: every reward term, their weighted sum, the advantages."""
+"""Rollout -> Rewards: every reward term, their weighted sum, and metrics that are only logged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,41 +11,94 @@ from PIL.Image import Image
 from torch import Tensor
 
 from iris_fast.config import TrainConfig
-from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError
-from iris_fast.grpo.advantage import group_advantages
-from iris_fast.records import Prompt, Rollout, Scored
+from iris_fast.records import Prompt, Rewards, Rollout
 from iris_fast.rewards import external
+from iris_fast.rewards.intrinsic import Distribution, Reduction, intrinsic_reward
+from iris_fast.rewards.table import OF_IMAGES, REWARDS, is_external
 
-INTRINSIC = ("image_nsc", "text_nsc", "image_entropy", "text_entropy", "constant", "random")
-# External rewards that come with the package, by a short name.
-OF_IMAGES = {
-    "tiny_verifier": "iris_fast.tiny.verifier:reward",
-    "diversity": "iris_fast.tiny.verifier:diversity_reward",
-    "richness": "iris_fast.tiny.verifier:richness_reward",
-}
-
-Functions = dict[str, Callable[..., Any]]
+ImageFunctions = dict[str, Callable[..., Any]]  # name -> function(prompts, images, **fields)
 
 
-def load_rewards(names: list[str]) -> Functions:
-    """Name -> function; UserError for a name that is neither known nor importable."""
+@dataclass(frozen=True)
+class Scorer:
+    """Judges a rollout: rewards are trained on, metrics are only logged.
+
+    `weights`: reward name -> weight, in the order of the settings. `functions`: the external ones
+    among the rewards. `decode`: codes [N, I] -> N images.
+    """
+
+    weights: dict[str, float]
+    functions: ImageFunctions
+    metrics: ImageFunctions
+    decode: Callable[[Tensor], list[Image]]
+    distribution: Distribution = "conditional"
+    reduction: Reduction = "sum"
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        functions: ImageFunctions,
+        prompts: list[Prompt],
+        decode: Callable[[Tensor], list[Image]],
+    ) -> Scorer:
+        """The rewards (whose `functions` are loaded) and metrics that the settings name.
+
+        UserError, before anything is sampled, for a function that does not accept the fields of
+        these prompts, and for an unknown metric.
+        """
+        for name, function in functions.items():
+            external.wanted_fields(name, function, prompts)
+        assert config.reward_funcs and config.reward_weights, "filled in by TrainConfig"
+        weights = dict(zip(config.reward_funcs, config.reward_weights, strict=True))
+        metrics = load_metrics(config.metric_funcs or [], prompts)
+        reads = (config.reward_distribution, config.reward_reduction)
+        return cls(weights, functions, metrics, decode, *reads)
+
+    def score(self, rollout: Rollout) -> Rewards:
+        """Compute total_N = sum over the rewards of weight * term, and the metrics.
+
+        The images are decoded only if a function looks at them. UserError if a function raises, or
+        does not return one finite number per sample.
+        """
+        images = self.decode(rollout.codes_NI) if self.functions or self.metrics else []
+        terms = {}
+        for name in self.weights:
+            if name in self.functions:
+                function = self.functions[name]
+                terms[name] = external.call(name, function, rollout.prompts, images)
+            else:
+                terms[name] = intrinsic_reward(name, rollout, self.distribution, self.reduction)
+        weights = torch.tensor(list(self.weights.values()))
+        total_N = (torch.stack(list(terms.values()), dim=1).float() * weights).sum(dim=1)
+        return Rewards(terms, total_N, self.measure(rollout.prompts, images))
+
+    def measure(self, prompts: list[Prompt], images: list[Image]) -> dict[str, Tensor]:
+        """Name -> [N] of the metrics; UserError as for an external reward."""
+        return {
+            name: external.call(name, function, prompts, images, "metric_funcs")
+            for name, function in self.metrics.items()
+        }
+
+
+def load_rewards(names: list[str]) -> ImageFunctions:
+    """The functions of the external rewards among `names`; UserError for an unknown name."""
     functions = {}
     for name in names:
-        if name in INTRINSIC:
-            functions[name] = import_module(f"iris_fast.rewards.{name}").reward
-        elif name in OF_IMAGES or ":" in name:
-            functions[name] = external.load(OF_IMAGES.get(name, name))
-        else:
+        if name not in REWARDS and ":" not in name:
             raise UserError(
-                f"reward_funcs: there is no reward {name!r}; choose from "
-                f"{', '.join([*INTRINSIC, *OF_IMAGES])}, or write module:function"
+                f"reward_funcs: there is no reward {name!r}; choose from {', '.join(REWARDS)}, or "
+                "write module:function"
             )
+        if is_external(name):
+            functions[name] = _load(name, "reward_funcs")
     return functions
 
 
-def load_metrics(names: list[str], prompts: list[Prompt]) -> Functions:
-    """The same for functions that look at images alone, checked against the prompts' fields."""
+def load_metrics(names: list[str], prompts: list[Prompt]) -> ImageFunctions:
+    """The functions that `metric_funcs` names; UserError for an unknown name, or for a function
+    that does not accept the fields of these prompts."""
     functions = {}
     for name in names:
         if name not in OF_IMAGES and ":" not in name:
@@ -53,51 +106,10 @@ def load_metrics(names: list[str], prompts: list[Prompt]) -> Functions:
                 f"metric_funcs: {name!r} is no measure of images; choose from "
                 f"{', '.join(OF_IMAGES)}, or write module:function"
             )
-        functions[name] = external.load(OF_IMAGES.get(name, name), "metric_funcs")
+        functions[name] = _load(name, "metric_funcs")
         external.wanted_fields(name, functions[name], prompts, "metric_funcs")
     return functions
 
 
-def check_rewards(functions: Functions, prompts: list[Prompt]) -> None:
-    """UserError, before anything is drawn, for an external reward that these prompts' fields do not
-    fit."""
-    for name, function in functions.items():
-        if name not in INTRINSIC:
-            external.wanted_fields(name, function, prompts)
-
-
-def measure(functions: Functions, prompts: list[Prompt], images: list[Image]) -> dict[str, Tensor]:
-    """Name -> [N] of `metric_funcs`; UserError as for an external reward."""
-    return {
-        name: external.call(name, function, prompts, images, "metric_funcs")
-        for name, function in functions.items()
-    }
-
-
-def score(
-    rollout: Rollout,
-    functions: Functions,
-    images: Callable[[], list[Image]],
-    config: TrainConfig,
-    ranks: Ranks,
-    metrics: Functions | None = None,
-) -> Scored:
-    """reward = sum over terms of weight * term; advantage as `group_advantages`.
-
-    `images` decodes the rollout's pixels, and is called only if a reward or metric looks at them.
-    Advantages are taken over all ranks' rewards, so the number of ranks changes nothing.
-    """
-    terms: dict[str, Tensor] = {}
-    pictures = images() if metrics or not set(functions) <= set(INTRINSIC) else []
-    for name, function in functions.items():
-        if name in INTRINSIC:
-            terms[name] = function(rollout, config.reward_distribution, config.reward_reduction)
-        else:
-            terms[name] = external.call(name, function, rollout.prompts, pictures)
-    measured = measure(metrics or {}, rollout.prompts, pictures)
-    weights = torch.tensor(config.reward_weights)
-    reward_N = (torch.stack(list(terms.values()), dim=1).float() * weights).sum(dim=1)
-    everyone = ranks.gather(reward_N)
-    advantages = group_advantages(everyone, config.num_generations, config.scale_rewards)
-    mine = advantages.view(ranks.world_size, -1)[ranks.rank]
-    return Scored(rollout, terms, reward_N, mine, measured)
+def _load(name: str, setting: str) -> Callable[..., Any]:
+    return external.load(REWARDS[name].statistic if name in REWARDS else name, setting)

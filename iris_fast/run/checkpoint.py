@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, writing
 from iris_fast.grpo import lora as adapters
+from iris_fast.grpo.micro_batches import MicroBatch
 from iris_fast.grpo.optimizer import plain_parts
 from iris_fast.models.janus import Janus
 from iris_fast.records import Prompt, Rollout, Scored, Trace
@@ -59,6 +60,17 @@ class Progress:
     scored: Scored | None = None  # this rank's rollout, while num_iterations passes go over it
     old_logprobs: list[Tensor] | None = None
     lora: adapters.Lora | None = None
+
+    def advance(
+        self, cursor: int, scored: Scored, batches: list[MicroBatch], num_iterations: int
+    ) -> None:
+        """Count a finished step; its rollout is kept while further passes over it follow."""
+        self.step += 1
+        self.cursor = cursor
+        self.scored = self.old_logprobs = None
+        if self.step % num_iterations:
+            self.scored = scored
+            self.old_logprobs = [batch.old_logprob_M.cpu() for batch in batches]
 
 
 def save(

@@ -10,14 +10,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from iris_fast.config import TrainConfig
 from iris_fast.errors import replacing
-from iris_fast.models.images import decode_images, grid, save_png
-from iris_fast.models.vq import VQModel
+from iris_fast.models.images import grid, save_png
 from iris_fast.records import Prompt, Rollout
-from iris_fast.rewards import measure
-from iris_fast.rewards.reduction import reduce_tokens
-from iris_fast.rewards.score import Functions
+from iris_fast.rewards.intrinsic import reduce_tokens
+from iris_fast.rewards.score import Scorer
 from iris_fast.rollout.sampler import Sampler
 
 SAMPLES_PER_PROMPT = 4
@@ -40,21 +37,20 @@ class Samples:
 
 def draw_samples(
     sampler: Sampler,
-    vq: VQModel,
+    scorer: Scorer,
     prompts: list[Prompt],
-    metrics: Functions,
     folder: Path,
     step: int,
-    config: TrainConfig,
+    num_sample_prompts: int,
 ) -> Samples:
     """Draw the grid of a step into `folder`; prompts evenly spaced over all."""
-    count = min(config.num_sample_prompts, len(prompts))
+    count = min(num_sample_prompts, len(prompts))
     chosen = [prompts[n * len(prompts) // count] for n in range(count)]
     repeated = [prompt for prompt in chosen for _ in range(SAMPLES_PER_PROMPT)]
     # Numbers below 0: streams that no training sample uses.
     rollout = sampler.rollout(repeated, [-1 - n for n in range(len(repeated))])
-    images = decode_images(vq, rollout.codes_NI)
-    measured = measure(metrics, repeated, images)
+    images = scorer.decode(rollout.codes_NI)
+    measured = scorer.measure(repeated, images)
     samples = Samples(
         step=step,
         prompts=[prompt.text for prompt in chosen],

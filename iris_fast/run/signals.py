@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
-
-from iris_fast.distributed import Ranks
-from iris_fast.run.random_state import random_state, set_random_state
 
 
 class Interrupted(Exception):
@@ -49,20 +44,3 @@ class StopSignal:
             if os.environ.get("RANK", "0") == "0":  # os.write: print is not safe in a handler
                 os.write(2, b"stopping: a checkpoint is saved at the next opportunity\n")
         self.requested = True
-
-    def check(self, ranks: Ranks) -> None:
-        """Raise Interrupted on every rank if any rank received a signal. A collective call."""
-        if ranks.any(self.requested):
-            raise Interrupted
-
-
-@contextlib.contextmanager
-def restore_if_interrupted() -> Iterator[None]:
-    """Restore the global random state of before the `with` block if it raises Interrupted, so that
-    the abandoned step can be repeated exactly."""
-    before = random_state()
-    try:
-        yield
-    except Interrupted:
-        set_random_state(before)
-        raise

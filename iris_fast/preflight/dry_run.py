@@ -1,0 +1,41 @@
+"""`--dry_run true`, and the same estimate as a check before a run starts on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from iris_fast.config import TrainConfig
+from iris_fast.distributed import Ranks
+from iris_fast.models.templates import get_template, image_prompt_ids
+from iris_fast.preflight.estimate import Estimate, check_fits, estimate, this_gpu
+from iris_fast.preflight.inputs import Inputs, check_device, open_inputs
+
+PROMPTS_COUNTED = 100
+
+
+def dry_run(config: TrainConfig, ranks: Ranks) -> None:
+    """Print what the run will need; UserError if it does not fit."""
+    if ranks.device.type == "cuda":  # otherwise the estimate is for another machine
+        check_device(config, ranks.device)
+    needs = estimate_run(config, open_inputs(config, torch.float32), ranks)
+    if ranks.is_first:
+        print(needs.table())
+    check_fits(needs, config)
+
+
+def estimate_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Estimate:
+    """The estimate for these inputs, with the mean length of their first prompts."""
+    tokenizer, template = inputs.checkpoint.tokenizer, get_template(config.template)
+    counted = inputs.prompts[:PROMPTS_COUNTED]
+    lengths = [len(image_prompt_ids(tokenizer, template, prompt.text)) for prompt in counted]
+    mean_length = round(sum(lengths) / len(lengths))
+    gpu = this_gpu(ranks.device)
+    return estimate(config, inputs.checkpoint.config, ranks.world_size, gpu, mean_length)
+
+
+def open_checked(config: TrainConfig, ranks: Ranks) -> Inputs:
+    """Open model and prompts; UserError if a GPU is used and cannot hold the run."""
+    inputs = open_inputs(config, torch.float32)
+    if ranks.device.type == "cuda":
+        check_fits(estimate_run(config, inputs, ranks), config)
+    return inputs

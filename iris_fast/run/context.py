@@ -1,0 +1,146 @@
+"""What a run writes to and what stops it: folder, log, checkpoints, ranks, stop signal."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from iris_fast.config import TrainConfig
+from iris_fast.distributed import Ranks
+from iris_fast.errors import UserError
+from iris_fast.grpo.update import Learner
+from iris_fast.records import Prompt
+from iris_fast.rewards.score import Scorer
+from iris_fast.rollout.sampler import Sampler
+from iris_fast.run import checkpoint
+from iris_fast.run.checkpoint import Progress
+from iris_fast.run.folder import RunFolder
+from iris_fast.run.log import Log
+from iris_fast.run.random_state import random_state, set_random_state
+from iris_fast.run.report import write_report
+from iris_fast.run.samples import draw_samples
+from iris_fast.run.signals import Interrupted, StopSignal
+
+
+@dataclass
+class Run:
+    """One training run of one process; `saved_at` is the step of its newest checkpoint."""
+
+    config: TrainConfig
+    folder: RunFolder
+    log: Log
+    ranks: Ranks
+    signal: StopSignal
+    saved_at: int
+
+    @property
+    def stopped(self) -> bool:
+        """Whether any rank was asked to stop; a collective."""
+        return self.ranks.any(self.signal.requested)
+
+    def pause(self) -> None:
+        """Raise Interrupted, on all ranks, if any was asked to stop. For use inside a step."""
+        if self.stopped:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def step_or_rollback(self, learner: Learner) -> Iterator[None]:
+        """Complete the step in this block, or after `Interrupted` leave everything as before it.
+
+        Nothing that a checkpoint holds changes before the optimizer step, so that only the random
+        state has to be restored; after resuming, the step is done again.
+        """
+        before = random_state()
+        try:
+            yield
+        except Interrupted:
+            learner.discard_gradients()
+            set_random_state(before)
+
+    def show_samples(
+        self, sampler: Sampler, scorer: Scorer, prompts: list[Prompt], step: int
+    ) -> None:
+        """Write the sample grid of a step, if it is due, and log its metrics. Rank 0 samples."""
+        config = self.config
+        last = config.sample_steps > 0 and step == config.max_steps
+        if not (last or is_due(config.sample_steps, step)):
+            return
+        with self.ranks.first_does() as mine:
+            if mine:
+                samples = draw_samples(
+                    sampler, scorer, prompts, self.folder.samples, step, config.num_sample_prompts
+                )
+                means = "  ".join(f"{name} {mean:.3f}" for name, mean in samples.means().items())
+                self.log.say(f"samples at step {step}: {means}")
+
+    def save(self, learner: Learner, progress: Progress) -> None:
+        """Write a checkpoint, unless this step has one."""
+        if self.saved_at != progress.step:
+            checkpoint.save(
+                self.folder.checkpoints,
+                learner.policy,
+                learner.optimizer,
+                progress,
+                self.ranks,
+                self.config.save_total_limit,
+            )
+            self.saved_at = progress.step
+
+    def close(self) -> None:
+        """Close the log and write report.html; a full disk does not make the run fail."""
+        self.log.close()
+        if self.ranks.is_first:
+            try:
+                write_report(self.folder)
+            except UserError as error:
+                print(f"iris_fast.train: warning: {error}", file=sys.stderr)
+
+    def print_end(self, step: int) -> None:
+        """Print where the run ended, and how to resume it."""
+        if not self.ranks.is_first:
+            return
+        if step >= self.config.max_steps:
+            print(f"finished at step {step}; report: {self.folder.report}")
+            return
+        saved = f"saved at step {step}" if step else "before the first step"
+        print(f"stopped by a signal, {saved}; report: {self.folder.report}")
+        print(
+            f"to resume, repeat the command with: --output_dir {self.folder.path} "
+            "--resume_from_checkpoint true"
+        )
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) happens at `step`."""
+    return every > 0 and step % every == 0
+
+
+class StepClock:
+    """Wall times of a step on this rank."""
+
+    def __init__(self) -> None:
+        self._started = self._rolled_out = time.perf_counter()
+
+    def rollout_done(self) -> None:
+        """The time until now counts as rollout, the time from now on as training."""
+        self._rolled_out = time.perf_counter()
+
+    def metrics(self, images: int, device: torch.device) -> dict[str, float]:
+        """Seconds by phase, images per second (of all ranks), and the peak memory in bytes."""
+        now = time.perf_counter()
+        if device.type == "cuda":
+            peak_memory_bytes = torch.cuda.max_memory_allocated()
+        else:
+            peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "rollout_s": self._rolled_out - self._started,
+            "train_s": now - self._rolled_out,
+            "images_per_s": images / (now - self._started),
+            "peak_memory_bytes": peak_memory_bytes,
+        }
