@@ -1,27 +1,28 @@
-"""Benchmarks: each op against the floor of what the machine can do, and against its peers.
+"""Benchmarks: each op against the machine's limits and against its peers.
 
     python -m bench.run [--suite kernels] [--only token_stats ...] [--out FILE.json] [--append]
                         [--profile false]
     pytest bench --benchmark-only            the same cases through pytest-benchmark
-    python -m bench.scaling                  a step on several ranks; modelled: on 8 and 64 GPUs
-    python -m bench.report                   RESULTS.md, the README's table and plots, from results/
+    python -m bench.trainer.scaling          one step on several ranks; modelled for 8 and 64 GPUs
+    python -m bench.kernels.compile_gates    registers, spills and load widths, without a GPU
+    python -m bench.report                   RESULTS.md, docs/benchmarks.md and plots from results/
 
-A benchmark is a file here with `SUITE = "name"` and one of
+A benchmark is a file in `kernels/` or `trainer/` with `SUITE = "name"` and one of
 
-    def cases(device) -> Iterator[Case]      what to run; _measure.py checks, times and weighs it
-    def rows(bench) -> Iterator[dict]        finished rows, where the file measures by itself;
-                                             `bench` is the `Bench` of _measure.py
+    def cases(device) -> Iterator[Case]      the harness checks, times and weighs each case
+    def rows(bench) -> Iterator[dict]        finished rows, for a file that measures by itself;
+                                             `bench` is a `bench.harness.measure.Bench`
 
-and, if whole calls of it are worth looking into,
+and optionally, to profile whole calls,
 
-    def profiles(bench)                      `bench.profile("SUITE/what", call)` for each
+    def profiles(bench)                      calls `bench.profile("SUITE/what", call)` for each
 
-`run.py` finds it by itself. Files with a leading underscore are the machinery.
+`run.py` finds these files by itself. `harness/` holds what they share.
 """
 
 import importlib.util
 import sys
 from pathlib import Path
 
-if importlib.util.find_spec("iris_kernels") is None:  # run from a copy that is not installed
+if importlib.util.find_spec("iris_kernels") is None:  # run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))

@@ -1,11 +1,11 @@
-"""Run the benchmarks and write what they measured as JSON.
+"""Run the benchmarks and write the measurements as JSON.
 
     python -m bench.run [--suite kernels] [--only token_stats ...] [--out FILE.json] [--append]
 
-On a GPU where there is one, else on the CPU with smaller shapes. Every benchmark file runs in a
-process of its own; rows are on disk as soon as they are measured, so a run that is cut short
-leaves what it had; `--append` then adds to it, on the same device with the same code. What fails is
-a row, or a peer, with "error"; the exit status is then 1. Beside the rows are "profiles" of whole
+Runs on a GPU if there is one, else on the CPU with smaller shapes. Every benchmark file runs in its
+own process, and rows are on disk as soon as they are measured: an interrupted run keeps its rows,
+and `--append` adds to them, on the same device with the same code. A failure is recorded as a row,
+or as a peer, with "error"; the exit status is then 1. The file also holds "profiles" of whole
 calls, by `SUITE/what`, unless `--profile false`.
 """
 
@@ -23,37 +23,46 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench._rows import Measured, make_row
+from bench.harness.results import add_profiles, append, check_same, read, write
+from bench.harness.rows import CEILINGS, Row, failed_row
+from bench.harness.tables import console_line
 
 FOLDER = Path(__file__).parent
-BENCHMARK = re.compile(r"^def (cases|rows)\(", re.MULTILINE)
+SUITE = re.compile(r'^SUITE = "(\w+)"$', re.MULTILINE)
 PROFILES = re.compile(r"^def profiles\(", re.MULTILINE)
-SUITE = re.compile(r"^SUITE = (.+)$", re.MULTILINE)
 
 
-def benchmarks(folder: Path = FOLDER) -> dict[str, str]:
-    """File stem -> suite of every benchmark; the machine's ceilings first. Imports nothing."""
+class Benchmark(NamedTuple):
+    """One benchmark file."""
+
+    module: str  # such as bench.kernels.token_stats
+    suite: str
+    has_profiles: bool
+
+
+def benchmarks(folder: Path = FOLDER) -> dict[str, Benchmark]:
+    """File stem -> benchmark, the machine's ceilings first.
+
+    Reads the sources instead of importing them, which would import torch.
+    """
     found = {}
-    for path in sorted(folder.glob("[!_]*.py")):
+    paths = [*folder.glob("kernels/*.py"), *folder.glob("trainer/*.py")]
+    for path in [folder / "harness" / "ceilings.py", *sorted(paths, key=lambda path: path.stem)]:
         text = path.read_text(encoding="utf-8")
-        if BENCHMARK.search(text) and (suite := SUITE.search(text)):
-            found[path.stem] = suite[1].strip("\"'")
-    found.pop("ceilings", None)
-    return {"ceilings": "ceilings", **found}
+        if suite := SUITE.search(text):
+            module = f"bench.{path.parent.name}.{path.stem}"
+            found[path.stem] = Benchmark(module, suite[1], bool(PROFILES.search(text)))
+    return found
 
 
-def has_profiles(stem: str) -> bool:
-    return bool(PROFILES.search((FOLDER / f"{stem}.py").read_text(encoding="utf-8")))
-
-
-def head(commit: str | None) -> dict[str, Any]:
-    """Where and with what this run was made."""
+def head(commit_name: str | None) -> dict[str, Any]:
+    """The machine and the software of this run."""
     import torch
 
-    from bench import _peers
-    from iris_fast.run.provenance import cpu_name
+    from bench.harness import peers
+    from iris_fast.run.provenance import commit, cpu_name
 
     gpu = torch.cuda.is_available()
     return {
@@ -61,12 +70,12 @@ def head(commit: str | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "driver": _driver() if gpu else None,
-        "commit": commit or _commit(),
+        "commit": commit_name or commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "peers": _peers.versions(),
-        "absent": _peers.absent(),
+        "peers": peers.versions(),
+        "absent": peers.absent(),
     }
 
 
@@ -84,164 +93,92 @@ def _driver() -> str | None:
     return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or None
 
 
-def _commit() -> str | None:
-    """The commit, with "-dirty" where tracked files differ from it; None outside a repository or
-    without git."""
-    if not shutil.which("git"):
-        return None
-    git = [
-        "git",
-        "-C",
-        str(FOLDER),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--exclude=*",
-    ]
-    done = subprocess.run(git, capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to the file, in one step that cannot be seen half done."""
-    document = read(path)
-    document["rows"].append(row)
-    write(path, document)
-
-
-def add_profiles(path: Path, profiles: dict[str, Any]) -> None:
-    document = read(path)
-    document.setdefault("profiles", {}).update(profiles)
-    write(path, document)
-
-
-def write(path: Path, document: dict[str, Any]) -> None:
-    text = json.dumps(document, indent=1, allow_nan=False)
-    aside = path.with_suffix(".partial")
-    aside.write_text(text + "\n", encoding="utf-8")
-    aside.replace(path)
-
-
-def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    """Rows of one file are of one machine and one code: exits with a message where they are not."""
-    for key in ("device", "torch", "triton", "driver", "commit"):
-        if before[key] != now[key]:
-            sys.exit(f"{out} was written with {key} {before[key]}, not {now[key]}: no --append")
-
-
-def failed_row(suite: str, case: str, error: str) -> dict[str, Any]:
-    return make_row(suite, case, {}, None, None, None, Measured(error=error))
-
-
 def run_one(stem: str, out: Path, profiling: bool) -> int:
-    """All rows, or all profiles, of one benchmark file, added to `out`. Runs in a process of its
-    own: what the profiler leaves behind slows no row, and takes none with it where it crashes."""
+    """Add all rows, or all profiles, of one benchmark file to `out`; return the exit status.
+
+    Rows and profiles run in separate processes: the state the profiler leaves behind would slow
+    down the rows, and a crash of the profiler would lose them.
+    """
     import torch
 
-    from bench._measure import CEILINGS, Bench
+    from bench.harness.measure import Bench
 
-    # transformers imports torchao, which tells of each of its parts that does not load here.
+    # transformers imports torchao, which warns about each of its parts that does not load here.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = [row for row in read(out)["rows"] if row["suite"] == CEILINGS]
     bench = Bench(device, ceilings)
-    suite = benchmarks()[stem]
+    benchmark = benchmarks()[stem]
     try:
         if profiling:
-            importlib.import_module(f"bench.{stem}").profiles(bench)
+            importlib.import_module(benchmark.module).profiles(bench)
         else:
-            for row in _rows(stem, suite, bench):
+            for row in _rows(benchmark, bench):
                 append(out, row)
-                print(one_line(row), flush=True)
-    except Exception as error:  # becomes a row: the other benchmarks go on
+                print(console_line(row), flush=True)
+    except Exception as error:  # becomes a row; the other benchmarks still run
         traceback.print_exc()
         bench.failures.append(stem)
-        append(out, failed_row(suite, stem, f"{type(error).__name__}: {error}"[:2000]))
+        append(out, failed_row(benchmark.suite, stem, f"{type(error).__name__}: {error}"[:2000]))
     add_profiles(out, bench.profiles)
     for failure in bench.failures:
         print(f"FAILED {failure}", file=sys.stderr, flush=True)
     return int(bool(bench.failures))
 
 
-def _rows(stem: str, suite: str, bench: Any) -> Iterator[dict[str, Any]]:
-    module = importlib.import_module(f"bench.{stem}")
+def _rows(benchmark: Benchmark, bench: Any) -> Iterator[Row]:
+    module = importlib.import_module(benchmark.module)
     if hasattr(module, "rows"):
         yield from module.rows(bench)
     else:
         for case in module.cases(bench.device):
-            yield bench.measure(suite, case)
-
-
-def one_line(row: dict[str, Any]) -> str:
-    """A row for the console."""
-    shape = " ".join(f"{k}={v}" for k, v in row["shape"].items())
-    line = f"{row['case']:20} {row['metric'] or '':16} {shape:28} {row['dtype'] or '':9}"
-    line += f" {_amount(row)}"
-    if row["fraction_of_floor"]:
-        line += f"  {row['fraction_of_floor']:.0%} of floor {row['floor']}"
-    if row["fraction_of_copy"] is not None:
-        line += f", {row['fraction_of_copy']:.0%} of copy"
-    if row["peak_memory_bytes"] is not None:
-        line += f", {row['peak_memory_bytes'] / 2**20:.0f} MiB"
-    peers = [f"{name} {_amount(peer)}" for name, peer in row["peers"].items()]
-    return line + ("  | " + "; ".join(peers) if peers else "")
-
-
-def _amount(measured: dict[str, Any]) -> str:
-    if "error" in measured:
-        return f"ERROR {measured['error'].splitlines()[0][:80]}"
-    return f"{measured['value']} {measured['unit']}"
+            yield bench.measure(benchmark.suite, case)
 
 
 def main() -> int:
+    found = benchmarks()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    suites = sorted(set(benchmarks().values()) - {"ceilings"})
-    parser.add_argument("--suite", choices=suites, help="only this suite")
-    parser.add_argument("--only", nargs="+", choices=[*benchmarks()], help="only these files")
-    parser.add_argument("--out", type=Path, help="default: bench/results/<device>.json")
-    parser.add_argument("--append", action="store_true", help="keep the rows that FILE has")
+    suites = sorted({benchmark.suite for benchmark in found.values()} - {CEILINGS})
+    parser.add_argument("--suite", choices=suites, help="run only this suite")
+    parser.add_argument("--only", nargs="+", choices=[*found], help="run only these files")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<device>-<date>.json")
+    parser.add_argument("--append", action="store_true", help="keep the rows already in --out")
     parser.add_argument(
         "--profile", choices=("true", "false"), default="true", help="also profile whole calls"
     )
-    parser.add_argument("--commit", help="where the run is not in a git repository")
+    parser.add_argument("--commit", help="name of the code, for a copy without git")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--profiling", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        from iris_fast.distributed import leave  # imports torch: not for what starts the children
+        from iris_fast.distributed import leave  # imports torch, which the parent does without
 
         leave(run_one(arguments.child, arguments.out, arguments.profiling))
 
-    document = {"head": head(arguments.commit), "rows": []}
-    out = arguments.out or FOLDER / "results" / f"{_file_name(document['head'])}.json"
+    run = {"head": head(arguments.commit), "rows": []}
+    out = arguments.out or FOLDER / "results" / f"{_file_name(run['head'])}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.append and out.exists():
-        check_same(read(out)["head"], document["head"], out)
+        check_same(read(out)["head"], run["head"], out)
     else:
-        write(out, document)
-    print(json.dumps(document["head"], indent=1), flush=True)
-    (ceilings, suite), *others = benchmarks().items()
-    status = _run_in_process(ceilings, suite, out)
+        write(out, run)
+    print(json.dumps(run["head"], indent=1), flush=True)
+    status = _run_in_process(CEILINGS, found.pop(CEILINGS).suite, out)
     if status:
-        return status  # without them there is no floor to compare with
-    for stem, suite in others:
-        if arguments.suite in (None, suite) and stem in (arguments.only or [stem]):
-            status |= _run_in_process(stem, suite, out)
-            if arguments.profile == "true" and has_profiles(stem):
-                status |= _run_in_process(stem, suite, out, "--profiling")
+        return status  # there is no floor to compare with
+    for stem, benchmark in found.items():
+        if arguments.suite in (None, benchmark.suite) and stem in (arguments.only or [stem]):
+            status |= _run_in_process(stem, benchmark.suite, out)
+            if arguments.profile == "true" and benchmark.has_profiles:
+                status |= _run_in_process(stem, benchmark.suite, out, "--profiling")
     print(f"wrote {out}")
     return status
 
 
 def _run_in_process(stem: str, suite: str, out: Path, *flags: str) -> int:
-    """A crash, not only an exception, of one benchmark leaves the others their turn."""
+    """Run one benchmark in a process of its own, so that its crash does not end the run."""
     command = [sys.executable, "-m", "bench.run", "--child", stem, "--out", str(out.absolute())]
     command += flags
     status = subprocess.run(command, cwd=FOLDER.parent).returncode

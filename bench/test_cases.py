@@ -1,8 +1,8 @@
-"""The same cases under pytest-benchmark, for one's own regression tracking.
+"""The same cases under pytest-benchmark, for regression tracking.
 
     pytest bench --benchmark-only [--benchmark-autosave] [--benchmark-compare]
 
-Times here include the launch from the host; `python -m bench.run` leaves it out.
+On a GPU, times here include the kernel launch; those of `python -m bench.run` do not.
 """
 
 import importlib
@@ -10,16 +10,16 @@ import importlib
 import pytest
 import torch
 
-from bench._case import Absent
-from bench._clock import restore
+from bench.harness.case import Absent
+from bench.harness.clock import restore
 from bench.run import benchmarks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _collect():
-    for stem in benchmarks():
-        module = importlib.import_module(f"bench.{stem}")
+    for benchmark in benchmarks().values():
+        module = importlib.import_module(benchmark.module)
         for case in getattr(module, "cases", lambda device: ())(DEVICE):
             for name in case.candidates:
                 yield pytest.param(case, name, id=f"{case.name} {name}".replace(" ", "-"))

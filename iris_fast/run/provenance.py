@@ -21,7 +21,7 @@ OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "dry_run")
 
 
 def commit() -> str:
-    """The commit of this code, and whether files of it were changed since; `unknown` for an
+    """The commit of this code, and whether tracked files were changed since; `unknown` for an
     installed package."""
     here = Path(__file__).parent
 
@@ -37,7 +37,7 @@ def commit() -> str:
     # A package that merely lies inside somebody's checkout is not of that commit.
     if not git("ls-files", "--error-unmatch", Path(__file__).name):
         return "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no", ".")
+    changed = git("status", "--porcelain", "--untracked-files=no")
     return f"{git('rev-parse', 'HEAD')}{', with uncommitted changes' if changed else ''}"
 
 

@@ -1,4 +1,4 @@
-"""`bench` is run from the repository's root, and is not installed."""
+"""`bench` is not installed: it runs from the root of the repository."""
 
 import sys
 from pathlib import Path

@@ -1,10 +1,13 @@
-"""The kernels' cases: their counts by hand, and checks that accept right and refuse wrong."""
+"""The kernels' cases: counts by hand, and checks that accept correct and reject wrong results."""
 
 import pytest
 import torch
 
-from bench import (
-    _models,
+from bench.harness.case import Absent, WrongResult
+from bench.harness.clock import restore
+from bench.harness.measure import Bench
+from bench.harness.rows import Measured
+from bench.kernels import (
     add_rms_norm,
     decode_attention,
     guided_sample,
@@ -13,12 +16,9 @@ from bench import (
     rope_append,
     silu_mul,
     token_stats,
-    training,
 )
-from bench._case import Absent, WrongResult
-from bench._clock import restore
-from bench._measure import Bench
-from bench._rows import Measured
+from bench.trainer import training
+from bench.trainer.models import make_model, model_configs
 
 CPU = torch.device("cpu")
 
@@ -59,18 +59,18 @@ def test_implementations_of_token_stats_agree(inputs, metric, name):
     given = token_stats.make_inputs(24, 300, inputs.logits.dtype, CPU, seed=3)
     call = token_stats.METRICS[metric](compute, given)
     check = token_stats.check_forward if metric == "forward" else token_stats.check_backward
-    for _ in range(2):  # the second finds what it needs too
+    for _ in range(2):  # a call can be repeated
         restore(call)
         check(inputs, call())
 
 
 @pytest.mark.parametrize("name", ["liger", "flash-attn"])
-def test_peers_for_gpus_are_absent_on_a_cpu(name):
+def test_gpu_peers_are_absent_on_a_cpu(name):
     with pytest.raises(Absent):
         token_stats.CANDIDATES[name](CPU)
 
 
-def test_in_place_overwrites_the_logits_and_restore_brings_them_back(inputs):
+def test_in_place_overwrites_the_logits_and_restore_undoes_it(inputs):
     before = inputs.logits.detach().clone()
     call = token_stats.METRICS["forward+backward in place"](
         token_stats.IN_PLACE["ours"](CPU), inputs
@@ -83,7 +83,7 @@ def test_in_place_overwrites_the_logits_and_restore_brings_them_back(inputs):
     assert torch.equal(inputs.logits.detach(), before)
 
 
-def test_wrong_statistics_are_refused(inputs):
+def test_wrong_statistics_are_rejected(inputs):
     result = token_stats.plain(inputs.logits.detach(), inputs.token_ids)
     for name in result:
         wrong = result | {name: result[name] * 1.01}
@@ -91,7 +91,7 @@ def test_wrong_statistics_are_refused(inputs):
             token_stats.check_forward(inputs, wrong)
 
 
-def test_a_wrong_gradient_is_refused(inputs):
+def test_a_wrong_gradient_is_rejected(inputs):
     names, gradient = token_stats._forward_backward(token_stats.plain, inputs)()
     with pytest.raises(WrongResult):
         token_stats.check_backward(inputs, (names, gradient.roll(1, 1)))
@@ -99,10 +99,10 @@ def test_a_wrong_gradient_is_refused(inputs):
         token_stats.check_backward(inputs, (names[:2], gradient))  # without the entropy's part
 
 
-def test_guided_sample_agrees_and_a_wrong_token_is_refused():
+def test_guided_sample_agrees_and_a_wrong_token_is_rejected():
     inputs = guided_sample.make_inputs(8, 300, torch.float32, CPU, seed=4)
-    for prepare in (guided_sample.ours, guided_sample.eager):
-        result = prepare(inputs)()
+    for name in ("ours", "eager"):
+        result = guided_sample.CANDIDATES[name](CPU)(*inputs)
         guided_sample.check(inputs, result)
     with pytest.raises(WrongResult, match="CDF"):
         guided_sample.check(inputs, result._replace(token_ids=(result.token_ids + 1) % 300))
@@ -142,7 +142,7 @@ def test_implementations_of_linear_token_stats_agree(head, name, forward):
     check(head, call())
 
 
-def test_a_wrong_gradient_of_the_head_is_refused(head):
+def test_a_wrong_gradient_of_the_head_is_rejected(head):
     eager = linear_token_stats.CANDIDATES["eager"]
     names, gradients = linear_token_stats._prepare(False, eager, CPU, head)()
     assert len(gradients) == 1 + head.weight.requires_grad
@@ -162,7 +162,7 @@ def test_bytes_of_decode_attention():
     assert (lengths.min(), lengths.max()) == (352, 448)
 
 
-def test_implementations_of_decode_attention_agree_and_a_wrong_one_is_refused():
+def test_implementations_of_decode_attention_agree_and_a_wrong_one_is_rejected():
     inputs = decode_attention.make_inputs(3, 2, torch.float32, CPU, seed=6)
     for name in ("ours", "sdpa, masked", "sdpa, cut"):
         context = decode_attention.CANDIDATES[name](CPU)(inputs)()
@@ -174,20 +174,20 @@ def test_implementations_of_decode_attention_agree_and_a_wrong_one_is_refused():
         decode_attention.check(inputs, decode_attention.ours(CPU)(longer)())
 
 
-BETWEEN_PRODUCTS = {
+BETWEEN_MATMULS = {
     add_rms_norm: ("add_rms_norm forward R=64 D=2048 bfloat16", (4 * 64 + 1) * 2048 * 2),
     silu_mul: ("silu_mul forward R=64 I=5632 bfloat16", 3 * 64 * 5632 * 2),
     quantize_rows: ("quantize_rows forward R=64 D=5632 bfloat16", 64 * (3 * 5632 + 4)),
     rope_append: (
         "rope_append forward H=16 B=64 S=8 Dh=128 bfloat16",
-        2 * 64 * 3 * 16 * 128 * 2 + 64 * (2 * 64 * 4 + 8),  # in and out, then tables and slots
+        2 * 64 * 3 * 16 * 128 * 2 + 64 * (2 * 64 * 4 + 8),  # read, written; tables and slots
     ),
 }
 
 
-@pytest.mark.parametrize("module", BETWEEN_PRODUCTS, ids=lambda module: module.__name__)
-def test_bytes_between_products(module):
-    name, moved = BETWEEN_PRODUCTS[module]
+@pytest.mark.parametrize("module", BETWEEN_MATMULS, ids=lambda module: module.__name__)
+def test_bytes_between_matmuls(module):
+    name, moved = BETWEEN_MATMULS[module]
     case = by_name(module, "cuda")[name]
     assert case.bytes == moved
     assert case.in_graph
@@ -205,12 +205,12 @@ def result_of(module, name):
 
 
 @pytest.mark.parametrize("name", ["ours", "eager"])
-@pytest.mark.parametrize("module", BETWEEN_PRODUCTS, ids=lambda module: module.__name__)
-def test_implementations_between_products_agree(module, name):
+@pytest.mark.parametrize("module", BETWEEN_MATMULS, ids=lambda module: module.__name__)
+def test_implementations_between_matmuls_agree(module, name):
     module.check(small_inputs(module), result_of(module, name))
 
 
-def test_wrong_results_between_products_are_refused():
+def test_wrong_results_between_matmuls_are_rejected():
     norm, total = result_of(add_rms_norm, "ours")
     for wrong, what in (((norm * 1.01, total), "norm"), ((norm, total * 1.01), "sum")):
         with pytest.raises(WrongResult, match=what):
@@ -231,12 +231,12 @@ def test_wrong_results_between_products_are_refused():
             )
 
 
-def test_a_training_pass_is_told_as_time_tokens_and_operations(monkeypatch):
-    """2 ms for 8 sequences of 79 tokens; on a GPU also beside its data sheet."""
+def test_a_training_pass_is_reported_as_time_tokens_and_operations(monkeypatch):
+    """2 ms for 8 sequences of 79 tokens; on a GPU also relative to its data sheet."""
     bench = Bench(CPU, [{"case": "matmul", "dtype": "float32", "value": 1.0}])
     monkeypatch.setattr(training, "flops", lambda *_: 10**9)
     monkeypatch.setattr(bench, "compare", lambda *_: {"ours": Measured(2e-3)})
-    config = _models.sizes(CPU)["tiny"]
+    config = model_configs(CPU)["tiny"]
 
     def rows():
         return {row["metric"]: row for row in training.measure(bench, "tiny", config, 8)}
@@ -247,7 +247,7 @@ def test_a_training_pass_is_told_as_time_tokens_and_operations(monkeypatch):
     tokens = 8 * (training.PROMPT_TOKENS + config.image_tokens - 1)
     assert found["tokens"]["value"] == pytest.approx(tokens / 2e-3, rel=1e-3)
     assert found["tokens"]["fraction_of_floor"] == pytest.approx(0.5, rel=1e-3)
-    monkeypatch.setattr(training, "make_policy", lambda config, device: _models.make_model(
+    monkeypatch.setattr(training, "make_policy", lambda config, device: make_model(
         config, CPU, torch.float32))  # fmt: skip
     monkeypatch.setattr(training, "make_inputs", lambda *_: None)
     bench.device = torch.device("cuda")
@@ -256,7 +256,7 @@ def test_a_training_pass_is_told_as_time_tokens_and_operations(monkeypatch):
     assert mfu["fraction_of_floor"] == pytest.approx(0.5 / 989, rel=1e-3)
 
 
-def test_what_is_done_to_transformers_ends_with_its_measurement():
+def test_changes_to_transformers_end_with_the_measurement():
     before = training.modeling_llama.LlamaRMSNorm
     with pytest.raises(RuntimeError), training.unpatched():
         training.modeling_llama.LlamaRMSNorm = None

@@ -1,4 +1,4 @@
-"""The GPU clock on a device whose time is counted, not run: what is inside the events."""
+"""The GPU clock on a simulated device: what lies between the events."""
 
 import contextlib
 import types
@@ -6,14 +6,14 @@ import types
 import pytest
 import torch
 
-from bench._clock import CudaClock
-from bench._measure import Bench
+from bench.harness.clock import CudaClock
+from bench.harness.measure import Bench
 
 from test_bench_measure import CEILINGS, make_case  # isort: skip
 
 
 class Device:
-    """A queue that takes `now` microseconds so far, and a log of what was queued."""
+    """A simulated queue: `now` is its total time in microseconds, `log` lists what was queued."""
 
     def __init__(self):
         self.now = 0.0
@@ -69,7 +69,7 @@ def call_of(device, microseconds):
     return lambda: device.spend("call", microseconds)
 
 
-def test_median_of_what_lies_between_the_events(device):
+def test_median_of_the_time_between_the_events(device):
     calls = [call_of(device, t) for t in (10.0, 30.0, 20.0)]
     assert CudaClock().time(calls, in_graph=False) == pytest.approx(20e-6)
     start = device.log.index("hold")
@@ -80,8 +80,8 @@ def test_restoring_inputs_is_not_timed(device):
     call = call_of(device, 7.0)
     call.restore = lambda: device.spend("restore", 500.0)
     assert CudaClock().time([call], in_graph=False) == pytest.approx(7e-6)
-    held = device.log.index("hold")
-    assert device.log[held - 1] == "restore"
+    hold = device.log.index("hold")
+    assert device.log[hold - 1] == "restore"
 
 
 def test_a_graph_holds_one_call_per_set_of_inputs(device):
@@ -90,7 +90,7 @@ def test_a_graph_holds_one_call_per_set_of_inputs(device):
     assert "replay" in device.log
 
 
-def test_peak_is_beyond_what_was_there(device):
+def test_peak_excludes_what_was_allocated_before(device):
     assert CudaClock().peak_bytes(call_of(device, 1.0)) == 250
 
 

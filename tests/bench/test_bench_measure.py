@@ -1,13 +1,13 @@
-"""From a case to a row: what is recorded, and what can go wrong in it."""
+"""From a case to a row: what is recorded, and how failures are recorded."""
 
 import json
 
 import pytest
 import torch
 
-from bench._case import Absent, Case, WrongResult, check_close
-from bench._clock import CpuClock
-from bench._measure import Bench
+from bench.harness.case import Absent, Case, WrongResult, check_close
+from bench.harness.clock import CpuClock
+from bench.harness.measure import Bench
 
 CEILINGS = [
     {"case": "copy", "dtype": "float32", "value": 10.0},  # GB/s
@@ -68,7 +68,7 @@ def test_floor_of_bytes_and_of_operations(bench):
     assert row["fraction_of_floor"] == pytest.approx(row["floor"] / row["value"], rel=2e-3)
     assert row["fraction_of_copy"] == row["fraction_of_floor"]
     row = bench.measure("kernels", make_case(flops=250_000_000, unit="us"))
-    assert row["floor"] == 5000.0  # us: 250 MFLOP at 0.05 TFLOP/s, longer than the bytes
+    assert row["floor"] == 5000.0  # us: 250 MFLOP at 0.05 TFLOP/s, longer than the bytes take
     assert row["fraction_of_copy"] == pytest.approx(2000 / row["value"], rel=2e-3)
 
 
@@ -89,13 +89,13 @@ def test_a_wrong_result_is_not_timed(bench):
     assert bench.failures
 
 
-def test_an_absent_peer_is_left_out_and_no_failure(bench):
+def test_an_absent_peer_is_left_out_and_is_no_failure(bench):
     row = bench.measure("kernels", make_case({"ours": double, "peer": absent}))
     assert row["peers"] == {}
     assert bench.failures == []
 
 
-def test_a_peer_out_of_memory_is_told_and_no_failure(bench):
+def test_a_peer_out_of_memory_is_recorded_and_is_no_failure(bench):
     def prepare(inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -104,16 +104,16 @@ def test_a_peer_out_of_memory_is_told_and_no_failure(bench):
     assert bench.failures == []
 
 
-def test_inputs_outgrow_the_cache(bench):
+def test_inputs_exceed_the_cache(bench):
     cache = bench.clock.cache_bytes()
-    assert bench._sets(torch.empty(cache // 4, dtype=torch.uint8)) == 16
-    assert bench._sets(torch.empty(cache * 3, dtype=torch.uint8)) == 2
-    assert bench._sets(torch.empty(1)) == 256
+    assert bench._input_sets(torch.empty(cache // 4, dtype=torch.uint8)) == 16
+    assert bench._input_sets(torch.empty(cache * 3, dtype=torch.uint8)) == 2
+    assert bench._input_sets(torch.empty(1)) == 256
     seeds = []
 
     def make_inputs(seed):
         seeds.append(seed)
-        return torch.full((cache // 4,), float(seed))  # four bytes each: one cache full
+        return torch.full((cache // 4,), float(seed))  # four bytes each: the size of the cache
 
     bench.measure("kernels", make_case({"ours": double}, make_inputs=make_inputs))
     assert seeds == [0, 1, 2, 3]
@@ -123,21 +123,21 @@ def test_inputs_outgrow_the_cache(bench):
 def test_peak_memory_of_a_call(mebibytes):
     clock = CpuClock()
 
-    def held():
+    def kept():
         return torch.ones(mebibytes << 18)  # 4 bytes each
 
     def freed():
-        held()
+        kept()
 
     def untouched():
         return torch.empty(mebibytes << 18)
 
-    held()
-    for call, expected in ((held, mebibytes), (freed, mebibytes), (untouched, 0)):
+    kept()
+    for call, expected in ((kept, mebibytes), (freed, mebibytes), (untouched, 0)):
         assert clock.peak_bytes(call) / 2**20 == pytest.approx(expected, abs=2), call
 
 
-def test_check_close_knows_precision_and_nan():
+def test_check_close_allows_for_precision_and_rejects_nan():
     reference = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     check_close("x", reference.float(), reference)
     check_close("x", reference.bfloat16(), reference)

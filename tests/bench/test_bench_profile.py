@@ -1,4 +1,4 @@
-"""What a profile says: kernels by their total time, and when the GPU had nothing to do."""
+"""What a profile contains: kernels by total time, and the idle time of the GPU."""
 
 import contextlib
 import types
@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import _profile, rollout, step, training
-from bench._measure import Bench
-from bench._peers import generate_is_broken
-from bench._profile import Span, Total
+from bench.harness import profile
+from bench.harness.measure import Bench
+from bench.harness.peers import generate_is_broken
+from bench.harness.profile import Span, Total
+from bench.trainer import rollout, step, training
 
 
-def test_busy_is_the_union_of_what_ran():
+def test_busy_time_is_the_union_of_all_spans():
     spans = [Span("c", 30, 40), Span("a", 0, 10), Span("b", 5, 12), Span("inside", 1, 2)]
-    assert _profile.busy_us(spans) == 12 + 10
-    assert _profile.busy_us([]) == 0
+    assert profile.busy_us(spans) == 12 + 10
+    assert profile.busy_us([]) == 0
 
 
 def event(name, start, end, device=DeviceType.CUDA, is_range=False):
@@ -36,8 +37,8 @@ def test_a_profile_of_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(found))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     clock = iter([2.0, 2.0002])  # 200 us
-    monkeypatch.setattr(_profile.time, "perf_counter", lambda: next(clock))
-    result = _profile.profile(lambda: None, torch.device("cuda"))
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: next(clock))
+    result = profile.profile(lambda: None, torch.device("cuda"))
     assert result["wall_ms"] == pytest.approx(0.2)
     assert result["idle_share"] == pytest.approx(1 - 80 / 200)
     assert result["longest"] == [
@@ -46,9 +47,9 @@ def test_a_profile_of_a_gpu(monkeypatch):
     ]
 
 
-def test_the_longest_are_fifteen_and_shares_are_of_all():
+def test_the_longest_are_fifteen_and_shares_are_of_the_total():
     totals = [Total(f"k{i}", 1, 10.0) for i in range(20)] + [Total("n" * 500, 3, 200.0)]
-    found = _profile.longest(totals)
+    found = profile.longest(totals)
     assert len(found) == 15
     assert found[0]["share"] == 0.5 and found[0]["calls"] == 3
     assert len(found[0]["name"]) == 100
@@ -56,14 +57,14 @@ def test_the_longest_are_fifteen_and_shares_are_of_all():
 
 def test_ops_on_a_cpu():
     a = torch.randn(64, 64)
-    result = _profile.profile(lambda: [a @ a for _ in range(5)], torch.device("cpu"))
+    result = profile.profile(lambda: [a @ a for _ in range(5)], torch.device("cpu"))
     (product,) = (each for each in result["longest"] if each["name"] == "aten::mm")
     assert product["calls"] == 5
     assert result["idle_share"] is None
     assert sum(each["share"] for each in result["longest"]) == pytest.approx(1, abs=1e-3)
 
 
-def test_a_bench_keeps_a_warm_call_and_tells_what_fails():
+def test_bench_profiles_the_second_call_and_records_failures():
     def fails():
         raise RuntimeError("no profiler")
 

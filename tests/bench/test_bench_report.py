@@ -1,4 +1,4 @@
-"""The rendered page, table and pictures, and that the committed ones are those of the JSON."""
+"""The rendered pages, tables and plots; the committed ones match the committed JSON."""
 
 import shutil
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from bench import report
-from bench.run import write
+from bench.harness import plots
+from bench.harness.results import write
 
 ROOT = Path(__file__).parent.parent.parent
-README = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nlast line\n"
+PAGE = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nlast line\n"
 
 
 def make_row(R=64, V=16384, value=50.0, **changes):
@@ -30,31 +31,32 @@ def make_run(rows, driver="580", date="2026-01-02T00:00:00+00:00", device="NVIDI
 
 def render(root, **runs):
     (root / "bench" / "results").mkdir(parents=True, exist_ok=True)
-    (root / "README.md").write_text(README)
+    (root / "docs").mkdir(exist_ok=True)
+    (root / "docs" / "benchmarks.md").write_text(PAGE)
     for stem, run in runs.items():
         write(root / "bench" / "results" / f"{stem}.json", run)
     pytest.importorskip("matplotlib", reason="matplotlib is in the extra [bench]")
 
 
-def test_the_page_and_the_readme_show_time_floor_memory_and_peers(tmp_path, monkeypatch):
+def test_both_pages_show_time_floor_memory_and_peers(tmp_path, monkeypatch):
     rows = [make_row(), make_row(R=128, value=100.0)]
     render(tmp_path, gpu=make_run(rows))
     monkeypatch.setattr("sys.argv", ["report", "--root", str(tmp_path)])
     assert report.main() == 0
-    page = (tmp_path / "bench" / "RESULTS.md").read_text()
-    assert "| op forward | R=64 V=16384 bfloat16 | 50 us | 40 | 80% | 80% | 2 |" in page
-    assert "200 us (4x), 6 MiB" in page
-    assert "absent: xformers" in page
-    readme = (tmp_path / "README.md").read_text()
-    assert "| op forward | R=64 V=16384 bfloat16 | 50 us | 80% | 2 | 4x (3x MiB) |" in readme
-    assert readme.startswith("# Title") and readme.endswith("last line\n")
-    assert "old" not in readme
-    picture = (tmp_path / "bench" / "plots" / "gpu-time.svg").read_text()
-    assert "<svg" in picture
-    assert "plots/gpu-time.svg" in page
+    results = (tmp_path / "bench" / "RESULTS.md").read_text()
+    assert "| op forward | R=64 V=16384 bfloat16 | 50 us | 40 | 80% | 80% | 2 |" in results
+    assert "200 us (4x), 6 MiB" in results
+    assert "absent: xformers" in results
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| op forward | R=64 V=16384 bfloat16 | 50 us | 80% | 2 | 4x (3x MiB) |" in page
+    assert page.startswith("# Title") and page.endswith("last line\n")
+    assert "old" not in page
+    plot = (tmp_path / "bench" / "plots" / "gpu-time.svg").read_text()
+    assert "<svg" in plot
+    assert "plots/gpu-time.svg" in results
     report.main()
-    assert (tmp_path / "README.md").read_text() == readme
-    assert (tmp_path / "bench" / "plots" / "gpu-time.svg").read_text() == picture
+    assert (tmp_path / "docs" / "benchmarks.md").read_text() == page
+    assert (tmp_path / "bench" / "plots" / "gpu-time.svg").read_text() == plot
 
 
 def test_errors_are_shown(tmp_path):
@@ -68,7 +70,7 @@ def test_errors_are_shown(tmp_path):
     assert "op forward R=64 V=16384, eager: `out of memory`" in page
 
 
-def test_a_profile_stands_below_the_table_of_its_suite():
+def test_a_profile_is_below_the_table_of_its_suite():
     kernel = {"name": "gemm<a|b>", "calls": 24, "ms": 12.5, "share": 0.625}
     run = make_run([make_row(), make_row(suite="step")])
     run["profiles"] = {"step/1B": {"wall_ms": 40.0, "idle_share": 0.25, "longest": [kernel]}}
@@ -81,7 +83,7 @@ def test_a_profile_stands_below_the_table_of_its_suite():
     assert "not applicable on a CPU" in report.results_page({"cpu": run}, {})
 
 
-def test_the_readme_shows_the_newest_gpu_run():
+def test_the_summary_shows_the_newest_gpu_run():
     cpu = make_run([make_row(value=999.0)], None, "2026-03-01T00:00:00+00:00", "some CPU")
     old = make_run([make_row(value=70.0)], date="2026-01-01T00:00:00+00:00")
     new = make_run([make_row(value=60.0)], date="2026-02-01T00:00:00+00:00")
@@ -98,7 +100,7 @@ def hours_row(value):
     }  # fmt: skip
 
 
-def test_the_papers_training_in_hours_is_told_of_a_gpu_alone():
+def test_hours_of_the_papers_training_are_reported_from_a_gpu_only():
     gpu = make_run([make_row(), hours_row(0.75)])
     cpu = make_run([hours_row(0.01)], None, "2026-03-01T00:00:00+00:00", "some CPU")
     without = make_run([make_row()], date="2026-04-01T00:00:00+00:00")
@@ -111,23 +113,22 @@ def test_the_papers_training_in_hours_is_told_of_a_gpu_alone():
     assert "800 steps" not in report.summary({"gpu": failed})
 
 
-def test_images_a_second_are_drawn_over_the_batch(tmp_path):
+def test_images_per_second_are_plotted_over_the_batch(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is in the extra [bench]")
-    from bench import _plots
 
     def row(sequences, value):
         shape = {"model": "1B", "sequences": sequences, "cot": 0, "tokens": 576}
         return make_row(value=value, suite="rollout", metric="images", unit="images/s", shape=shape)
 
-    assert _plots.draw("gpu", make_run([row(16, 10.0)]), tmp_path) == []  # one point is no line
+    assert plots.draw("gpu", make_run([row(16, 10.0)]), tmp_path) == []  # one point is no line
     run = make_run([row(16, 10.0), row(64, 25.0)])
-    assert _plots.draw("gpu", run, tmp_path) == ["gpu-images.svg"]
-    picture = (tmp_path / "gpu-images.svg").read_text()
-    for label in ("ours", "eager", _plots.FLOOR, "images, images/s"):
-        assert f"<!-- {label} -->" in picture, label
+    assert plots.draw("gpu", run, tmp_path) == ["gpu-images.svg"]
+    plot = (tmp_path / "gpu-images.svg").read_text()
+    for label in ("ours", "eager", plots.FLOOR, "images, images/s"):
+        assert f"<!-- {label} -->" in plot, label
 
 
-def test_a_readme_without_markers_is_refused():
+def test_a_page_without_markers_is_rejected():
     with pytest.raises(ValueError, match="benchmark table"):
         report.with_table("nothing here", "text")
 
@@ -135,14 +136,15 @@ def test_a_readme_without_markers_is_refused():
 @pytest.mark.skipif(
     not (ROOT / "bench" / "results").is_dir(), reason="no results have been committed yet"
 )
-def test_the_committed_page_and_table_are_those_of_the_committed_json(tmp_path, monkeypatch):
-    """Whoever adds a result runs `python -m bench.report`."""
+def test_the_committed_pages_match_the_committed_json(tmp_path, monkeypatch):
+    """Run `python -m bench.report` after adding a result."""
     pytest.importorskip("matplotlib", reason="matplotlib is in the extra [bench]")
     shutil.copytree(ROOT / "bench" / "results", tmp_path / "bench" / "results")
-    shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path / "docs")
     monkeypatch.setattr("sys.argv", ["report", "--root", str(tmp_path)])
     assert report.main() == 0
-    for name in ("README.md", "bench/RESULTS.md"):
+    for name in ("docs/benchmarks.md", "bench/RESULTS.md"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
     rendered = {p.name for p in (tmp_path / "bench" / "plots").glob("*.svg")}
     assert rendered <= {p.name for p in (ROOT / "bench" / "plots").glob("*.svg")}

@@ -1,9 +1,9 @@
-"""The row that all benchmarks write."""
+"""The JSON row that all benchmarks write."""
 
 import pytest
 import torch
 
-from bench._rows import Measured, make_row
+from bench.harness.rows import Measured, make_row
 
 
 def row_of(ours, unit="ms", **more):
@@ -20,12 +20,12 @@ def test_a_time_and_its_peer():
     }  # fmt: skip
 
 
-def test_of_a_rate_more_is_better():
+def test_a_higher_rate_is_better():
     row = row_of(Measured(10.0), unit="images/s", floor=40.0)
     assert row["fraction_of_floor"] == 0.25
 
 
-def test_what_failed_has_no_number():
+def test_a_failed_measurement_has_no_value():
     row = row_of(Measured(error="boom"), floor=2.0, peers={"eager": Measured(error="no")})
     assert (row["value"], row["fraction_of_floor"], row["error"]) == (None, None, "boom")
     assert row["peers"]["eager"]["error"] == "no"
@@ -38,5 +38,5 @@ def test_units():
     assert Measured(error="e").times(2.0) == Measured(error="e").inverse(2.0) == Measured(error="e")
 
 
-def test_numbers_have_four_digits():
+def test_numbers_have_four_significant_digits():
     assert row_of(Measured(1.23456), floor=0.123456)["value"] == 1.235

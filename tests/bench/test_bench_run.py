@@ -1,4 +1,4 @@
-"""The command: what it finds, what it survives, what it writes."""
+"""The command: which benchmarks it finds, which failures it survives, what it writes."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import run
+from bench.harness import results
 
 ROOT = Path(__file__).parent.parent.parent
 HEAD = {"device", "torch", "triton", "driver", "commit", "date"}
@@ -57,11 +58,23 @@ def rows(bench):
 
 
 def test_benchmarks_are_found_by_what_they_define(tmp_path):
-    (tmp_path / "ceilings.py").write_text('SUITE = "ceilings"\ndef rows(bench): ...\n')
-    (tmp_path / "alpha.py").write_text('SUITE = "kernels"\ndef cases(device): ...\n')
-    (tmp_path / "_private.py").write_text('SUITE = "kernels"\ndef cases(device): ...\n')
-    (tmp_path / "tool.py").write_text("def main(): ...\n")
-    assert run.benchmarks(tmp_path) == {"ceilings": "ceilings", "alpha": "kernels"}
+    for name, text in {
+        "harness/ceilings": 'SUITE = "ceilings"\ndef rows(bench): ...\n',
+        "trainer/alpha": 'SUITE = "step"\ndef rows(bench): ...\ndef profiles(bench): ...\n',
+        "kernels/beta": 'SUITE = "kernels"\ndef cases(device): ...\n',
+        "kernels/tool": "def main(): ...\n",
+        "harness/shared": 'SUITE = "kernels"\ndef cases(device): ...\n',
+        "top": 'SUITE = "kernels"\ndef cases(device): ...\n',
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
+    found = run.benchmarks(tmp_path)
+    assert found == {
+        "ceilings": ("bench.harness.ceilings", "ceilings", False),
+        "alpha": ("bench.trainer.alpha", "step", True),
+        "beta": ("bench.kernels.beta", "kernels", False),
+    }
+    assert list(found) == ["ceilings", "alpha", "beta"]
 
 
 def test_every_op_of_the_package_has_a_benchmark():
@@ -74,17 +87,19 @@ def test_every_op_of_the_package_has_a_benchmark():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run over a good benchmark, one that raises, one that dies, one of another suite."""
+    """A run of a good benchmark, one that raises, one whose process dies, one of another suite."""
     root = tmp_path_factory.mktemp("tree")
-    (root / "bench").mkdir()
-    for path in (ROOT / "bench").glob("*.py"):
-        if path.name.startswith("_") or path.stem in ("run", "ceilings"):
-            shutil.copy(path, root / "bench")
+    kernels = root / "bench" / "kernels"
+    kernels.mkdir(parents=True)
+    (kernels / "__init__.py").touch()
+    for name in ("__init__.py", "run.py"):
+        shutil.copy(ROOT / "bench" / name, root / "bench")
+    shutil.copytree(ROOT / "bench" / "harness", root / "bench" / "harness")
     for name, text in {
         "good": GOOD, "a_raises": RAISES, "b_dies": DIES, "other": OTHER, "profiled": PROFILED,
         "c_profiler_dies": PROFILER_DIES,
     }.items():  # fmt: skip
-        (root / "bench" / f"{name}.py").write_text(text)
+        (kernels / f"{name}.py").write_text(text)
     out = root / "new" / "result.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench.run", "--suite", "kernels", "--out", str(out),
@@ -95,14 +110,14 @@ def finished(tmp_path_factory):
     return done, json.loads(out.read_text())
 
 
-def test_the_head_says_where_and_with_what(finished):
+def test_the_head_names_the_machine_and_the_software(finished):
     head = finished[1]["head"]
     assert set(head) >= HEAD
     assert head["commit"] == "0123abc"
     assert isinstance(head["absent"], list)
 
 
-def test_what_fails_is_a_row_and_the_rest_goes_on(finished):
+def test_a_failure_is_a_row_and_the_rest_still_runs(finished):
     done, document = finished
     rows = {row["case"]: row for row in document["rows"]}
     assert "RuntimeError: no cases today" in rows["a_raises"]["error"]
@@ -112,12 +127,12 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(finished):
     assert done.returncode == 1, done.stderr
 
 
-def test_profiles_are_kept_beside_the_rows(finished):
+def test_profiles_are_kept_next_to_the_rows(finished):
     assert set(finished[1]["profiles"]) == {"kernels/good"}
     assert finished[1]["profiles"]["kernels/good"]["idle_share"] is None
 
 
-def test_a_profiler_that_dies_takes_no_row_with_it(finished):
+def test_a_profiler_that_dies_loses_no_row(finished):
     rows = {row["case"]: row for row in finished[1]["rows"]}
     assert rows["before"]["value"] == 2.0
     assert "status 8" in rows["c_profiler_dies"]["error"]
@@ -132,26 +147,29 @@ def test_the_ceilings_of_the_machine_reach_the_benchmarks(finished):
 
 def test_a_row_is_added_whole_or_not_at_all(tmp_path):
     out = tmp_path / "r.json"
-    run.write(out, {"head": {}, "rows": []})
-    run.append(out, {"case": "first"})
-    run.add_profiles(out, {"kernels/a": {"wall_ms": 1.0}})
-    run.add_profiles(out, {"kernels/b": {"wall_ms": 2.0}})
+    results.write(out, {"head": {}, "rows": []})
+    results.append(out, {"case": "first"})
+    results.add_profiles(out, {"kernels/a": {"wall_ms": 1.0}})
+    results.add_profiles(out, {"kernels/b": {"wall_ms": 2.0}})
     with pytest.raises(ValueError, match="JSON compliant"):
-        run.append(out, {"case": "second", "value": float("nan")})
-    assert [row["case"] for row in run.read(out)["rows"]] == ["first"]
-    assert list(run.read(out)["profiles"]) == ["kernels/a", "kernels/b"]
+        results.append(out, {"case": "second", "value": float("nan")})
+    assert [row["case"] for row in results.read(out)["rows"]] == ["first"]
+    assert list(results.read(out)["profiles"]) == ["kernels/a", "kernels/b"]
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
 
 
-def test_append_keeps_rows_of_the_same_machine_and_code_only(tmp_path, monkeypatch):
+def test_append_needs_the_same_machine_and_code(tmp_path, monkeypatch):
     out = tmp_path / "r.json"
     here = {key: key for key in (*HEAD, "absent")}
     monkeypatch.setattr(run, "head", lambda commit: here)
-    monkeypatch.setattr(run, "benchmarks", lambda: {"ceilings": "ceilings", "a": "kernels"})
-    monkeypatch.setattr(run, "has_profiles", lambda stem: False)
+    found = {
+        "ceilings": run.Benchmark("bench.harness.ceilings", "ceilings", False),
+        "a": run.Benchmark("bench.kernels.a", "kernels", False),
+    }
+    monkeypatch.setattr(run, "benchmarks", lambda: dict(found))
 
     def run_one(stem, suite, path):
-        run.append(path, {"case": stem})
+        results.append(path, {"case": stem})
         return 0
 
     monkeypatch.setattr(run, "_run_in_process", run_one)
@@ -159,20 +177,20 @@ def test_append_keeps_rows_of_the_same_machine_and_code_only(tmp_path, monkeypat
     def cases(*flags):
         monkeypatch.setattr("sys.argv", ["run", "--out", str(out), *flags])
         assert run.main() == 0
-        return [row["case"] for row in run.read(out)["rows"]]
+        return [row["case"] for row in results.read(out)["rows"]]
 
     assert cases() == ["ceilings", "a"]
     assert cases("--append") == ["ceilings", "a", "ceilings", "a"]
     here = here | {"date": "later"}
     assert len(cases("--append")) == 6
     here = here | {"commit": "another"}
-    with pytest.raises(SystemExit, match="commit commit, not another"):
+    with pytest.raises(SystemExit, match="commit commit, this run has another"):
         cases("--append")
     assert cases() == ["ceilings", "a"]
 
 
-def test_bench_finds_the_kernels_where_they_are_not_installed(tmp_path):
-    """`-S` hides what is installed; torch is then not there either, and is not needed for this."""
+def test_bench_finds_kernels_that_are_not_installed(tmp_path):
+    """`-S` hides installed packages, including torch, which is not needed for this."""
     program = "import bench, importlib.util as u; print(u.find_spec('iris_kernels').origin)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

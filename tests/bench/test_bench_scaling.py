@@ -1,15 +1,16 @@
-"""Ranks that are measured, and the model of those that are not here: by hand."""
+"""Measured ranks, and the model of larger clusters, checked by hand."""
 
 import sys
 
 import pytest
 import torch
 
-from bench import _models, scaling
-from bench._measure import Bench
-from bench.run import write
-from bench.scaling import Cluster, Work
-from bench.step import Phases
+from bench.harness.measure import Bench
+from bench.harness.results import write
+from bench.trainer import scaling
+from bench.trainer.models import model_configs
+from bench.trainer.scaling import Cluster, Work
+from bench.trainer.step import Phases
 
 WORK = Work(
     blocks=100_000_000, outside=20_000_000, trained=110_000_000, layers=10, tensors=50,
@@ -19,7 +20,7 @@ CLUSTER = Cluster(gpus_per_node=8, node_bytes_per_s=1e9, network_bytes_per_s=0.5
 ALONE = Phases(rollout=3.0, training=2.0)
 
 
-def test_what_fsdp_exchanges():
+def test_what_fsdp_communicates():
     """A micro-batch gathers 2 bytes x (300 M + 20 M) and reduces 4 x 110 M: 1.08 GB, two of them
     2.16 GB, in 2 x 42 rings."""
     assert WORK.fsdp_s(4, CLUSTER) == pytest.approx(2.16 * 3 / 4 + 84 * 3e-3)
@@ -45,8 +46,8 @@ def test_the_network_counts_from_the_second_node_on():
 
 
 def test_parameters_are_counted_from_the_model():
-    """Heads and embeddings of 512 words and 256 codes around 4 blocks; the image's are frozen."""
-    work = Work.of(_models.sizes(torch.device("cpu"))["tiny"], micro_batches=4)
+    """4 blocks, and heads and embeddings of 512 words and 256 codes; the image's are frozen."""
+    work = Work.of(model_configs(torch.device("cpu"))["tiny"], micro_batches=4)
     frozen = 256 * 8 + (8 * 128 + 128 + 128 * 128 + 128) + (128 * 128 + 128 + 128 * 256 + 256)
     assert work.blocks == 803_840
     assert work.trained == 803_840 + 2 * 512 * 128 + 128
@@ -74,13 +75,13 @@ def test_rows_of_ranks_are_compared_with_one(monkeypatch):
 
 
 def test_two_ranks_are_measured():
-    halves = scaling.measure_ranks(2)
-    assert halves.rollout > 0 and halves.training > 0
+    phases = scaling.measure_ranks(2)
+    assert phases.rollout > 0 and phases.training > 0
 
 
-def test_a_rank_that_fails_is_told(monkeypatch):
+def test_a_rank_that_fails_is_reported(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match=r"ranks ended with \[1, 1\]"):
+    with pytest.raises(RuntimeError, match=r"ranks exited with \[1, 1\]"):
         scaling.measure_ranks(2)
 
 
@@ -98,11 +99,11 @@ def test_the_model_starts_from_the_newest_step_of_a_gpu(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["scaling", "--model_only"])
     save("cpu.json", None, "2026-04", 9.0, 9.0)
     assert scaling.main() == 0
-    assert "no step has been measured on a GPU" in capsys.readouterr().out
+    assert "no step measured on a GPU" in capsys.readouterr().out
     save("old.json", "580", "2026-01", 5.0, 5.0)
     save("new.json", "580", "2026-02", 2.0, 1.0)
     save("failed.json", "580", "2026-03", None, None)
     assert scaling.main() == 0
-    said = capsys.readouterr().out
-    assert "2 s of rollout, 1 s of training" in said
-    assert "| 1 | 0 | 0 | 3 to 3 | 100% to 100% |" in said
+    output = capsys.readouterr().out
+    assert "2 s of rollout, 1 s of training" in output
+    assert "| 1 | 0 | 0 | 3 to 3 | 100% to 100% |" in output

@@ -13,7 +13,15 @@ def test_compile_gates(tmp_path):
     """In a process of its own, where triton compiles instead of interpreting."""
     path = tmp_path / "gates.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "bench.compile_gates", "--json", str(path)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "bench.kernels.compile_gates",
+        "--json",
+        str(path),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     table = json.loads(path.read_text())

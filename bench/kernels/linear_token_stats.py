@@ -1,8 +1,8 @@
-"""linear_token_stats: the statistics of hidden [R, D] @ weight [V, D].T, without the logits.
+"""linear_token_stats: statistics of hidden [R, D] @ weight [V, D].T, without holding the logits.
 
-Least operations: forward one product of 2 R D V; backward one more for the hidden states and one
-for the weight where that is trained. Least bytes: the inputs once, and each gradient once. The peer
-"matmuls" is the library's matrix products alone, with nothing between them and all logits held.
+Minimum operations: forward one matmul of 2 R D V; backward one more for the hidden states and one
+for the weight if it is trained. Minimum bytes: the inputs once, and each gradient once. The peer
+"matmuls" is torch's matmuls alone, with nothing between them and all logits in memory.
 """
 
 import math
@@ -13,18 +13,19 @@ from typing import NamedTuple
 
 import torch
 from iris_kernels import linear_token_stats
+from iris_kernels.linear_token_stats import linear_token_stats_reference
 from torch import Tensor
 
-from bench import _peers
-from bench._case import Call, Case, check_close
-from bench.token_stats import statistics
+from bench.harness import peers
+from bench.harness.case import Call, Case, check_close
+from bench.kernels import token_stats
+from bench.kernels.token_stats import OUTPUTS
 
 SUITE = "kernels"
-SAMPLED_ROWS = 16  # of the forward's, checked in float64
+SAMPLED_ROWS = 16  # of the forward pass, checked in float64
 GPU_GRID = ((4608,), 2048, (16384, 102400), torch.bfloat16)
 CPU_GRID = ((256,), 256, (16384,), torch.float32)
-PRODUCTS = {"forward": 1, "forward+backward": 3, "forward+backward, frozen weight": 2}
-OUTPUTS = ("logprob", "nsc", "entropy")
+MATMULS = {"forward": 1, "forward+backward": 3, "forward+backward, frozen weight": 2}
 
 
 class Inputs(NamedTuple):
@@ -41,8 +42,8 @@ Compute = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 def cases(device: torch.device) -> Iterator[Case]:
     rows, D, vocabularies, dtype = GPU_GRID if device.type == "cuda" else CPU_GRID
-    for V, R, (metric, products) in product(vocabularies, rows, PRODUCTS.items()):
-        moved = {1: R * D + V * D, 2: 2 * R * D + V * D, 3: 2 * (R * D + V * D)}[products]
+    for V, R, (metric, count) in product(vocabularies, rows, MATMULS.items()):
+        moved = {1: R * D + V * D, 2: 2 * R * D + V * D, 3: 2 * (R * D + V * D)}[count]
         yield Case(
             case="linear_token_stats",
             shape={"R": R, "D": D, "V": V},
@@ -50,13 +51,13 @@ def cases(device: torch.device) -> Iterator[Case]:
             metric=metric,
             unit="us" if device.type == "cuda" else "ms",
             bytes=moved * dtype.itemsize,
-            flops=2 * products * R * D * V,
-            make_inputs=partial(make_inputs, R, D, V, dtype, device, products == 3),
+            flops=2 * count * R * D * V,
+            make_inputs=partial(make_inputs, R, D, V, dtype, device, count == 3),
             candidates={
                 name: partial(_prepare, metric == "forward", load, device)
                 for name, load in CANDIDATES.items()
             }
-            | {"matmuls": partial(matmuls, products)},
+            | {"matmuls": partial(matmuls, count)},
             check=check_forward if metric == "forward" else check_backward,
         )
 
@@ -66,14 +67,14 @@ def make_inputs(
 ) -> Inputs:
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
     return Inputs(
-        draw(R, D).requires_grad_(),
-        draw(V, D).mul_(3 / math.sqrt(D)).requires_grad_(trained),
+        randn(R, D).requires_grad_(),
+        randn(V, D).mul_(3 / math.sqrt(D)).requires_grad_(trained),
         torch.randint(0, V, (R,), device=device, generator=generator),
-        {name: draw(R, dtype=torch.float32) for name in OUTPUTS},
+        {name: randn(R, dtype=torch.float32) for name in OUTPUTS},
     )
 
 
@@ -100,17 +101,17 @@ def _leaves(inputs: Inputs) -> list[Tensor]:
     return [t for t in (inputs.hidden, inputs.weight) if t.requires_grad]
 
 
-def matmuls(products: int, inputs: Inputs) -> Call:
-    """The same products by torch.mm, into tensors that are there already."""
+def matmuls(count: int, inputs: Inputs) -> Call:
+    """The same matmuls by torch.mm, into preallocated tensors."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     logits = hidden @ weight.t()
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def call():
         torch.mm(hidden, weight.t(), out=logits)
-        if products > 1:
+        if count > 1:
             torch.mm(logits, weight, out=d_hidden)
-        if products > 2:
+        if count > 2:
             torch.mm(logits.t(), hidden, out=d_weight)
 
     return call
@@ -129,22 +130,13 @@ def ours(device: torch.device) -> Compute:
 
 def plain(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
     """Plain torch: the logits in the head's dtype, the statistics in float32."""
-    return statistics((hidden @ weight.t()).float(), token_ids)
-
-
-def eager(device: torch.device) -> Compute:
-    return plain
-
-
-def compiled(device: torch.device) -> Compute:
-    torch._dynamo.config.recompile_limit = 64
-    return torch.compile(plain, dynamic=False, fullgraph=True)
+    return token_stats.plain(hidden @ weight.t(), token_ids)
 
 
 def trl(device: torch.device) -> Compute:
     """TRL's fused head: logprob and entropy."""
-    module = _peers.load("trl.kernels.chunked_logprob", device, needs_gpu=False)
-    function, columns = module.ChunkedLogProbFunction, 32768  # what its trainers pass
+    module = peers.load("trl.kernels.chunked_logprob", device, needs_gpu=False)
+    function, columns = module.ChunkedLogProbFunction, 32768  # the value its trainers pass
 
     def compute(hidden, weight, token_ids):
         logprob, entropy, *_ = function.apply(
@@ -157,22 +149,21 @@ def trl(device: torch.device) -> Compute:
 
 def liger(device: torch.device) -> Compute:
     """Liger's fused linear cross entropy: logprob."""
-    module = _peers.load("liger_kernel.ops.fused_linear_cross_entropy", device)
+    module = peers.load("liger_kernel.ops.fused_linear_cross_entropy", device)
     apply = module.LigerFusedLinearCrossEntropyFunction.apply
     options = (None, None, -100, 0.0, 0.0, "none")
     return lambda h, w, ids: {"logprob": -apply(h, w, ids, *options)[0]}
 
 
 def cut_cross_entropy(device: torch.device) -> Compute:
-    """cut-cross-entropy: logprob. Its backward leaves out what is below its default threshold."""
-    function = _peers.load("cut_cross_entropy", device).linear_cross_entropy
+    """cut-cross-entropy: logprob. Its backward drops terms below its default threshold."""
+    function = peers.load("cut_cross_entropy", device).linear_cross_entropy
     return lambda h, w, ids: {"logprob": -function(h, w, ids, reduction="none")}
 
 
 CANDIDATES = {
     "ours": ours,
-    "eager": eager,
-    "torch.compile": compiled,
+    **peers.in_torch(plain),
     "trl": trl,
     "liger": liger,
     "cut-cross-entropy": cut_cross_entropy,
@@ -183,16 +174,16 @@ CANDIDATES = {
 
 
 def check_forward(inputs: Inputs, result: dict[str, Tensor] | None) -> None:
-    if result is None:  # the matmuls alone
+    if result is None:  # the peer "matmuls"
         return
     count = len(inputs.token_ids)
     rows = torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long().to(inputs.hidden.device)
-    logits = inputs.hidden.detach()[rows].double() @ inputs.weight.detach().double().t()
-    reference = statistics(logits, inputs.token_ids[rows])
-    # Logits of half precision are off by up to half a unit in their last place.
-    slack = None if inputs.hidden.dtype == torch.float32 else 1e-2
+    hidden, weight = inputs.hidden.detach()[rows].double(), inputs.weight.detach().double()
+    reference = linear_token_stats_reference(hidden, weight, inputs.token_ids[rows])
+    # Half-precision logits have an error of up to half a unit in the last place.
+    allowed = None if inputs.hidden.dtype == torch.float32 else 1e-2
     for name, value in result.items():
-        check_close(name, value[rows], reference[name], slack)
+        check_close(name, value[rows], getattr(reference, name), allowed)
 
 
 def check_backward(inputs: Inputs, result: tuple[list[str], tuple[Tensor, ...]] | None) -> None:
@@ -200,10 +191,10 @@ def check_backward(inputs: Inputs, result: tuple[list[str], tuple[Tensor, ...]] 
         return
     names, gradients = result
     leaves = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs[:2]]
-    reference = statistics(leaves[0] @ leaves[1].t(), inputs.token_ids)
-    total = sum((reference[name] * inputs.upstream[name].double()).sum() for name in names)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    reference = linear_token_stats_reference(*leaves, inputs.token_ids)
+    total = sum((getattr(reference, name) * inputs.upstream[name].double()).sum() for name in names)
+    trained = [leaf for leaf in leaves if leaf.requires_grad]
     for name, gradient, expected in zip(
-        ("d hidden", "d weight"), gradients, torch.autograd.grad(total, wanted), strict=False
+        ("d hidden", "d weight"), gradients, torch.autograd.grad(total, trained), strict=False
     ):
         check_close(name, gradient, expected)

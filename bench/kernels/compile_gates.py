@@ -1,11 +1,11 @@
-"""Compile every kernel as its launcher would launch it, without a GPU, and read what came out.
+"""Compile every kernel as its launcher would launch it, without a GPU, and inspect the result.
 
-    python -m bench.compile_gates [--json FILE]
+    python -m bench.kernels.compile_gates [--json FILE]
 
 For sm_80, sm_90 and sm_100 and for real vocabularies: registers, shared memory, spills, and the
 widths of global loads and stores. The launchers themselves run, on tensors without storage; only
-the launch is replaced by a compilation. The exit status is 1 where a kernel spills, or where a
-wide load was expected and is missing.
+the kernel launch is replaced by a compilation. The exit status is 1 if a kernel spills or has no
+16-byte load.
 """
 
 import argparse
@@ -40,13 +40,13 @@ ARCHITECTURES = (80, 90, 100)
 VOCABULARIES = (16384, 102400, 151936)
 HEAD_WIDTHS = (64, 128)
 WIDTHS = ((2048, 5632), (4096, 11008))  # hidden and intermediate, of Janus-Pro-1B and 7B
-FP8_FROM = 89  # older GPUs have no e4m3
+FIRST_FP8_ARCHITECTURE = 89  # older GPUs have no e4m3
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What one kernel became on one architecture."""
+    """The result of compiling one kernel for one architecture."""
 
     kernel: str
     case: str
@@ -59,7 +59,10 @@ class Gate:
 
 
 class _CompileOnlyDriver:
-    """What JITFunction.run asks of a driver before it launches; the device number is the arch."""
+    """The part of a driver that JITFunction.run needs before the launch.
+
+    The device index is the architecture, so that each architecture compiles anew.
+    """
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -76,7 +79,7 @@ class _CompileOnlyDriver:
 
 @contextmanager
 def captured(arch: int) -> Iterator[list]:
-    """Launches inside compile for `arch` instead, and are collected."""
+    """Kernel launches in the `with` block compile for `arch` instead; yields what they compile."""
     compiled: list = []
     run = JITFunction.run
 
@@ -127,7 +130,7 @@ def _widths(sass: str, instruction: str) -> dict[int, int]:
     return dict(sorted(widths.items()))
 
 
-# --- Cases: each calls a launcher as the op would -------------------------------------------------
+# --- Cases: each calls a launcher as the op does --------------------------------------------------
 
 
 def _rows(count: int, rows: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -160,7 +163,7 @@ def _guided_sample(vocab_size: int, dtype: torch.dtype) -> None:
 
 
 def _linear_tile(vocab_size: int, dtype: torch.dtype) -> None:
-    """A tile in the middle of a row, with a bias: fp32 logits, gradients in `dtype`."""
+    """A tile in the middle of a row, with a bias; fp32 logits, gradients in `dtype`."""
     (ids,) = _rows(1, 2048, torch.int64)
     (bias,) = _rows(1, 2048, dtype)
     state = torch.empty(5, 2048, device="meta")
@@ -182,25 +185,25 @@ def _cache(rows: int, length: int, width: int, dtype: torch.dtype) -> torch.Tens
     return torch.empty(rows, 16, length, width, dtype=dtype, device="meta")
 
 
-def _decode(width: int, dtype: torch.dtype, kept: torch.dtype) -> None:
-    """64 sequences of 16 heads, with a shared prefix; caches in `kept`."""
+def _decode(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """64 sequences of 16 heads, with a shared prefix."""
     query = torch.empty(64, 16, width, dtype=dtype, device="meta")
     lengths, index = _rows(2, 64, torch.int32)
     own, shared = (
-        [_cache(rows, n, width, kept) for _ in range(2)] for rows, n in ((64, 576), (9, 64))
+        [_cache(rows, n, width, cache_dtype) for _ in range(2)] for rows, n in ((64, 576), (9, 64))
     )
     decode_triton(query, *own, lengths, (*shared, lengths, index), width**-0.5)
 
 
-def _append(width: int, dtype: torch.dtype, kept: torch.dtype) -> None:
-    """Query, key and value of 64 sequences out of one projection."""
+def _append(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """Query, key and value of 64 sequences from one projection."""
     fused = torch.empty(64, 48, width, dtype=dtype, device="meta")
     tables = [torch.empty(64, width // 2, device="meta") for _ in range(2)]
-    caches = [_cache(64, 576, width, kept) for _ in range(2)]
+    caches = [_cache(64, 576, width, cache_dtype) for _ in range(2)]
     rope_append_triton(*fused.split(16, dim=1), *tables, *caches, *_rows(1, 64, torch.int64))
 
 
-def _between_products(hidden: int, inner: int, dtype: torch.dtype) -> None:
+def _between_matmuls(hidden: int, inner: int, dtype: torch.dtype) -> None:
     stream, delta = (torch.empty(64, hidden, dtype=dtype, device="meta") for _ in range(2))
     add_rms_norm_triton(stream, delta, *_rows(1, hidden, dtype), 1e-6)
     silu_mul_triton(torch.empty(64, 2 * inner, dtype=dtype, device="meta"))
@@ -213,16 +216,16 @@ def _quantize(hidden: int, inner: int) -> None:
 
 def _cases(vocabularies) -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype in (torch.bfloat16, torch.float32):
-        of_type = str(dtype).removeprefix("torch.")
+        type_name = str(dtype).removeprefix("torch.")
         for name, launch in CASES.items():
             for V in vocabularies:
-                yield f"{name} V={V} {of_type}", partial(launch, V, dtype)
+                yield f"{name} V={V} {type_name}", partial(launch, V, dtype)
         for width in HEAD_WIDTHS:
-            yield f"decode_attention Dh={width} {of_type}", partial(_decode, width, dtype, dtype)
-            yield f"rope_append Dh={width} {of_type}", partial(_append, width, dtype, dtype)
+            yield f"decode_attention Dh={width} {type_name}", partial(_decode, width, dtype, dtype)
+            yield f"rope_append Dh={width} {type_name}", partial(_append, width, dtype, dtype)
         for sizes in WIDTHS:
-            launch = partial(_between_products, *sizes, dtype)
-            yield f"add_rms_norm, silu_mul D={sizes[0]} {of_type}", launch
+            launch = partial(_between_matmuls, *sizes, dtype)
+            yield f"add_rms_norm, silu_mul D={sizes[0]} {type_name}", launch
 
 
 def _fp8_cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -237,7 +240,7 @@ def _fp8_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 def gates(architectures=ARCHITECTURES, vocabularies=VOCABULARIES) -> Iterator[Gate]:
     """Compile every case for every architecture."""
     for arch in architectures:
-        fp8 = _fp8_cases() if arch >= FP8_FROM else ()
+        fp8 = _fp8_cases() if arch >= FIRST_FP8_ARCHITECTURE else ()
         for case, launch in (*_cases(vocabularies), *fp8):
             with captured(arch) as compiled:
                 launch()
@@ -246,7 +249,7 @@ def gates(architectures=ARCHITECTURES, vocabularies=VOCABULARIES) -> Iterator[Ga
 
 
 def failures(gate: Gate) -> list[str]:
-    """What this gate should not be, in words."""
+    """What is wrong with this kernel, as text."""
     wrong = []
     if gate.spill_bytes:
         wrong.append(f"{gate.spill_bytes} bytes of local memory")
@@ -257,7 +260,7 @@ def failures(gate: Gate) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=VOCABULARIES)
     arguments = parser.parse_args()
@@ -270,7 +273,8 @@ def main() -> int:
         failed |= bool(wrong)
         print(
             f"| {gate.case} | {gate.arch} | {gate.registers} | {gate.shared_bytes} "
-            f"| {gate.spill_bytes} | {_words(gate.load_bits)} | {_words(gate.store_bits)} "
+            f"| {gate.spill_bytes} "
+            f"| {_format_widths(gate.load_bits)} | {_format_widths(gate.store_bits)} "
             f"| {'; '.join(wrong) or 'ok'} |",
             flush=True,
         )
@@ -279,7 +283,7 @@ def main() -> int:
     return int(failed)
 
 
-def _words(widths: dict[int, int]) -> str:
+def _format_widths(widths: dict[int, int]) -> str:
     return " ".join(f"{count}x{bits}" for bits, count in widths.items())
 
 

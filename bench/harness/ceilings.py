@@ -1,16 +1,17 @@
-"""What this machine can do: the bandwidth of a large copy, the rate of a large matmul.
+"""The machine's ceilings: bandwidth of a large copy, rate of a large matmul.
 
-Every floor in the same run is counted from these. Random data: a matmul of zeros runs faster.
+All floors of the same run are computed from these. The data are random, since a matmul of zeros is
+faster.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from bench._measure import CEILINGS, Bench
-from bench._rows import Measured, Row, make_row
+from bench.harness.measure import Bench
+from bench.harness.rows import Measured, Row, make_row
 
-SUITE = CEILINGS
+SUITE = "ceilings"
 
 
 def rows(bench: Bench) -> Iterator[Row]:

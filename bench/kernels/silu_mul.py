@@ -1,24 +1,27 @@
-"""silu_mul: gates and ups [R, 2 I] of one product -> [R, I].
+"""silu_mul: gate and up projections [R, 2 I] of one matmul -> [R, I].
 
-Shapes of a decoding step of Janus-Pro-1B and 7B. Least bytes: input once, output once. At these
-sizes a launch takes longer than the bytes do; on a GPU timed inside a CUDA graph, as a decoding
-loop runs it.
+Shapes of a decoding step of Janus-Pro-1B and 7B. Minimum bytes: input once, output once. At these
+sizes the launch takes longer than moving the bytes; on a GPU timed inside a CUDA graph, as in a
+decoding loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 
 import torch
 from iris_kernels import silu_mul
+from iris_kernels.silu_mul import silu_mul_reference
 from torch import Tensor
 
-from bench import _peers
-from bench._case import Call, Case, check_close
+from bench.harness import peers
+from bench.harness.case import Call, Case, check_close
 
 SUITE = "kernels"
 GPU_GRID = ((64, 256), (5632, 11008), torch.bfloat16)
 CPU_GRID = ((64,), (5632,), torch.float32)
+
+Compute = Callable[[Tensor], Tensor]
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -44,8 +47,13 @@ def make_inputs(R: int, width: int, dtype: torch.dtype, device: torch.device, se
     return torch.randn(R, 2 * width, dtype=dtype, device=device, generator=generator) * 2
 
 
-def ours(device: torch.device, inputs: Tensor) -> Call:
-    return lambda: silu_mul(inputs)
+def _prepare(load: Callable[[torch.device], Compute], device: torch.device, inputs: Tensor) -> Call:
+    compute = load(device)
+    return lambda: compute(inputs)
+
+
+def ours(device: torch.device) -> Compute:
+    return silu_mul
 
 
 def plain(gate_up: Tensor) -> Tensor:
@@ -53,24 +61,17 @@ def plain(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def eager(device: torch.device, inputs: Tensor) -> Call:
-    return lambda: plain(inputs)
-
-
-def compiled(device: torch.device, inputs: Tensor) -> Call:
-    function = _peers.compiled(plain, device)
-    return lambda: function(inputs)
-
-
-def liger(device: torch.device, inputs: Tensor) -> Call:
-    """Its kernel, forward only, on halves that are laid apart beforehand: it takes no others."""
-    forward = _peers.load("liger_kernel.ops.swiglu", device).swiglu_forward
+def _liger(device: torch.device, inputs: Tensor) -> Call:
+    """Liger's kernel, forward only; it takes contiguous halves, which are made beforehand."""
+    forward = peers.load("liger_kernel.ops.swiglu", device).swiglu_forward
     gate, up = (half.contiguous() for half in inputs.chunk(2, dim=-1))
     return lambda: forward(gate, up)[2]
 
 
-CANDIDATES = {"ours": ours, "eager": eager, "torch.compile": compiled, "liger": liger}
+CANDIDATES = {
+    name: partial(_prepare, load) for name, load in {"ours": ours, **peers.in_torch(plain)}.items()
+} | {"liger": _liger}
 
 
 def check(inputs: Tensor, result: Tensor) -> None:
-    check_close("product", result, plain(inputs.double()))
+    check_close("product", result, silu_mul_reference(inputs.double()))

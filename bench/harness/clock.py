@@ -1,4 +1,4 @@
-"""Time and peak memory of a call, on a GPU and on a CPU."""
+"""Time and peak memory of a call, on a GPU or a CPU."""
 
 import ctypes
 import gc
@@ -10,32 +10,32 @@ from pathlib import Path
 
 import torch
 
-from bench._case import Call
+from bench.harness.case import Call
 
-HOLD_CLOCK = 2e9  # cycles a second at which torch.cuda._sleep is taken to count
-GPU_SECONDS, CPU_SECONDS = 0.3, 3.0  # of measuring per implementation
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-MOST_ROUNDS, FEWEST_ROUNDS = 200, 5
+HOLD_CYCLES_PER_S = 2e9  # rate at which torch.cuda._sleep is assumed to count
+GPU_SECONDS, CPU_SECONDS = 0.3, 3.0  # measuring time per implementation
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+MAX_ROUNDS, MIN_ROUNDS = 200, 5
 
 
 def restore(call: Call) -> None:
-    """Undo what the last call did to its inputs, where it has something to undo; never timed."""
+    """Restore the inputs that the last call overwrote, if it overwrites any; never timed."""
     if hasattr(call, "restore"):
         call.restore()
 
 
 class CudaClock:
-    """CUDA events around each call, the queue held until the host is ahead; median, seconds."""
+    """CUDA events around each call, recorded while the host is ahead of the device."""
 
     def warm_up(self, calls: Sequence[Call]) -> None:
-        """Compilation, handles, allocator: two calls on every set of inputs."""
+        """Two calls per set of inputs, for compilation, library handles and the allocator."""
         for call in (*calls, *calls):
             restore(call)
             call()
         torch.cuda.synchronize()
 
     def time(self, calls: Sequence[Call], in_graph: bool) -> float:
-        """Seconds of one call; the calls take turns, one set of inputs each."""
+        """Median seconds of one call. Each of `calls` has its own inputs; they alternate."""
         self.warm_up(calls)
         if in_graph:
             graph = self._capture(calls)
@@ -50,9 +50,9 @@ class CudaClock:
         host_seconds = time.perf_counter() - started
         torch.cuda.synchronize()
         once = max(time.perf_counter() - started, 1e-6)
-        rounds = int(min(max(GPU_SECONDS / once, FEWEST_ROUNDS), MOST_ROUNDS))
-        # While the device sleeps, the host queues the call: launch gaps are not timed.
-        hold = int(min(2 * host_seconds, 0.02) * HOLD_CLOCK)
+        rounds = int(min(max(GPU_SECONDS / once, MIN_ROUNDS), MAX_ROUNDS))
+        # The host queues the call while the device sleeps, so that launch gaps are not timed.
+        hold = int(min(2 * host_seconds, 0.02) * HOLD_CYCLES_PER_S)
         events = []
         for i in range(rounds):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -75,7 +75,7 @@ class CudaClock:
         return graph
 
     def peak_bytes(self, call: Call) -> int:
-        """Device memory that one call needs beside what is there already."""
+        """Device memory that one call allocates on top of what is allocated already."""
         restore(call)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -86,21 +86,21 @@ class CudaClock:
         return torch.cuda.max_memory_allocated() - before
 
     def cache_bytes(self) -> int:
-        """What inputs must not fit into, several times over."""
+        """Size of the L2 cache; the inputs of a measurement must exceed it several times."""
         return torch.cuda.get_device_properties(0).L2_cache_size
 
 
 class CpuClock:
-    """perf_counter; implementations take turns, so that a noisy machine is noisy for all."""
+    """perf_counter; implementations alternate, so that noise of the machine affects all alike."""
 
     def time_together(self, calls: dict[str, Sequence[Call]]) -> dict[str, float]:
-        """Median seconds of one call of each."""
+        """Median seconds of one call, per implementation."""
         for each in calls.values():
             for call in each:
                 restore(call)
                 call()
         slowest = sum(self._once(each[0]) for each in calls.values())
-        rounds = int(min(max(CPU_SECONDS * len(calls) / slowest, FEWEST_ROUNDS), MOST_ROUNDS))
+        rounds = int(min(max(CPU_SECONDS * len(calls) / slowest, MIN_ROUNDS), MAX_ROUNDS))
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for i in range(rounds):
             for name, each in calls.items():
@@ -114,26 +114,26 @@ class CpuClock:
         return time.perf_counter() - started
 
     def peak_bytes(self, call: Call) -> int:
-        """Resident memory that one call needs beside what is there already.
+        """Resident memory that one call needs on top of what is resident already.
 
-        The kernel's high-water mark, set back before the call; untouched memory does not count.
+        Linux's high-water mark, reset before the call; memory never touched does not count.
         """
         restore(call)
         gc.collect()
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)  # freed memory that malloc keeps would hide new use
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)  # what is freed goes back at once
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+        libc.malloc_trim(0)  # memory that malloc keeps after a free would hide new use
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 18)  # freed memory returns to the system at once
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
         before = _status_bytes("VmRSS")
         call()
         peak = _status_bytes("VmHWM")
-        # Where malloc's moving thresholds end once large blocks have been freed.
+        # The values that malloc's dynamic thresholds reach after large blocks have been freed.
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
         return max(0, peak - before)
 
     def cache_bytes(self) -> int:
-        """The last-level cache as Linux tells it; 32 MB where it does not."""
+        """Size of the last-level cache as Linux reports it, else 32 MB."""
         found = [
             int(p.read_text().removesuffix("K\n")) * 1024
             for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")

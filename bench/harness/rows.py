@@ -1,4 +1,4 @@
-"""The JSON rows that every benchmark writes. Imports nothing that is slow to import."""
+"""The JSON rows that every benchmark writes. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ if TYPE_CHECKING:
     import torch
 
 Row = dict[str, Any]
+CEILINGS = "ceilings"  # the suite that measures the machine, before all others
 
 
 class Measured(NamedTuple):
-    """What one implementation did: an amount (None if it failed), its peak bytes, or its error."""
+    """Result of one implementation: a value (None if it failed), its peak bytes, or its error."""
 
     value: float | None = None
     peak_bytes: int | None = None
     error: str | None = None
 
     def times(self, factor: float) -> Measured:
-        """The same in another unit."""
+        """The value multiplied by `factor`, to convert its unit."""
         return self._replace(value=None if self.value is None else self.value * factor)
 
     def inverse(self, numerator: float) -> Measured:
-        """A rate: `numerator` over the amount."""
+        """`numerator` divided by the value, to convert a time to a rate."""
         return self._replace(value=None if self.value is None else numerator / self.value)
 
 
@@ -38,9 +39,11 @@ def make_row(
     copy_floor: float | None = None,
     peers: dict[str, Measured] | None = None,
 ) -> Row:
-    """One row. `floor`, the best that the machine allows, and `copy_floor`, the best that its copy
-    bandwidth alone allows, are in `unit`, as all values are; a unit that ends in /s is a rate, of
-    which more is better. Numbers are rounded to four digits."""
+    """One row, its numbers rounded to four significant digits.
+
+    All values are in `unit`; a unit that ends in "/s" is a rate, where higher is better. `floor` is
+    the best value the machine allows, `copy_floor` the best that its copy bandwidth alone allows.
+    """
     row = {
         "suite": suite,
         "case": case,
@@ -58,6 +61,10 @@ def make_row(
     return row | ({} if ours.error is None else {"error": ours.error})
 
 
+def failed_row(suite: str, case: str, error: str) -> Row:
+    return make_row(suite, case, {}, None, None, None, Measured(error=error))
+
+
 def _peer(peer: Measured, unit: str | None) -> Row:
     row = {"value": _rounded(peer.value), "unit": unit, "peak_memory_bytes": peer.peak_bytes}
     return row | ({} if peer.error is None else {"error": peer.error})
@@ -66,12 +73,8 @@ def _peer(peer: Measured, unit: str | None) -> Row:
 def _fraction(floor: float | None, value: float | None, unit: str | None) -> float | None:
     if floor is None or not value:
         return None
-    return rounded(value / floor if is_rate(unit) else floor / value)
-
-
-def is_rate(unit: str | None) -> bool:
-    """Whether more of this unit is better."""
-    return unit is not None and unit.endswith("/s")
+    is_rate = unit is not None and unit.endswith("/s")
+    return rounded(value / floor if is_rate else floor / value)
 
 
 def rounded(number: float) -> float:

@@ -1,8 +1,8 @@
-"""add_rms_norm: what a block gives added to the residual stream [R, D], and the norm that follows.
+"""add_rms_norm: add a block's output to the residual stream [R, D], then RMSNorm of the sum.
 
-Shapes of a decoding step of Janus-Pro-1B and 7B. Least bytes: both addends read, sum and norm
-written, the weight once. At these sizes a launch takes longer than the bytes do; on a GPU timed
-inside a CUDA graph, as a decoding loop runs it.
+Shapes of a decoding step of Janus-Pro-1B and 7B. Minimum bytes: both addends read, sum and norm
+written, the weight once. At these sizes the launch takes longer than moving the bytes; on a GPU
+timed inside a CUDA graph, as in a decoding loop.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 from iris_kernels import add_rms_norm
+from iris_kernels.add_rms_norm import add_rms_norm_reference
 from torch import Tensor
 
-from bench import _peers
-from bench._case import Call, Case, check_close
+from bench.harness import peers
+from bench.harness.case import Call, Case, check_close
 
 SUITE = "kernels"
 EPS = 1e-6
@@ -56,14 +57,14 @@ def cases(device: torch.device) -> Iterator[Case]:
 def make_inputs(R: int, D: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(*shape: int) -> Tensor:
+    def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
-    return Inputs(draw(R, D), draw(R, D), draw(D))
+    return Inputs(randn(R, D), randn(R, D), randn(D))
 
 
 def _prepare(load: Callable[[torch.device], Compute], device: torch.device, inputs: Inputs) -> Call:
-    """On a residual stream of its own, since a call may add to it in place."""
+    """A call on its own copy of the residual stream, since it may add to it in place."""
     compute, residual = load(device), inputs.residual.clone()
     return lambda: compute(residual, inputs.delta, inputs.weight)
 
@@ -76,24 +77,16 @@ def ours(device: torch.device) -> Compute:
 
 
 def plain(residual: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As transformers' Llama does it."""
+    """The norm of transformers' Llama, with its roundings."""
     total = residual + delta
     wide = total.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
     return weight * normed.to(total.dtype), total
 
 
-def eager(device: torch.device) -> Compute:
-    return plain
-
-
-def compiled(device: torch.device) -> Compute:
-    return _peers.compiled(plain, device)
-
-
 def liger(device: torch.device) -> Compute:
-    """Its fused addition and norm, forward only; the roundings are Llama's too."""
-    forward = _peers.load("liger_kernel.ops.fused_add_rms_norm", device)
+    """Liger's fused addition and norm, forward only, with Llama's roundings."""
+    forward = peers.load("liger_kernel.ops.fused_add_rms_norm", device)
     function = forward.fused_add_rms_norm_forward
 
     def compute(residual: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,12 +95,11 @@ def liger(device: torch.device) -> Compute:
     return compute
 
 
-CANDIDATES = {"ours": ours, "eager": eager, "torch.compile": compiled, "liger": liger}
+CANDIDATES = {"ours": ours, **peers.in_torch(plain), "liger": liger}
 
 
 def check(inputs: Inputs, result: tuple[Tensor, Tensor]) -> None:
     norm, total = result
-    reference = inputs.residual.double() + inputs.delta.double()
-    check_close("sum", total, reference)
-    scale = (reference.square().mean(-1, keepdim=True) + EPS).sqrt()
-    check_close("norm", norm, inputs.weight.double() * reference / scale)
+    residual, delta, weight = (t.double() for t in inputs)
+    check_close("sum", total, residual + delta)
+    check_close("norm", norm, add_rms_norm_reference(residual, weight, EPS, delta))

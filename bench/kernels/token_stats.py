@@ -1,7 +1,8 @@
 """token_stats: logprob, nsc, entropy and lse of logits [R, V], forward and backward.
 
-Least bytes: forward reads the logits once, backward reads them and writes as many; forward+backward
-reads twice and writes once. Peers compute less where they have less: the functions say what.
+Minimum bytes: forward reads the logits once, backward reads them and writes as many;
+forward+backward reads twice and writes once. Some peers compute fewer statistics; their docstrings
+say which.
 """
 
 import math
@@ -12,15 +13,16 @@ from typing import NamedTuple
 
 import torch
 from iris_kernels import token_stats
+from iris_kernels.token_stats import token_stats_reference
 from torch import Tensor
 
-from bench import _peers
-from bench._case import Call, Case, WrongResult, check_close
+from bench.harness import peers
+from bench.harness.case import Call, Case, WrongResult, check_close
 
 SUITE = "kernels"
 SAMPLED_ROWS = 16  # checked in float64
 GPU_GRID = ((4608, 36864), (16384, 102400, 151936), torch.bfloat16)
-# One shape: where malloc can hand out memory again, without page faults, depends on what else ran.
+# One shape: whether malloc reuses memory, without page faults, depends on what else has run.
 CPU_GRID = ((1152,), (16384,), torch.float32)
 
 
@@ -73,8 +75,8 @@ OUTPUTS = ("logprob", "nsc", "entropy")
 # --- What is timed --------------------------------------------------------------------------------
 
 
-def _prepare(time: Callable, load: Callable, device: torch.device, inputs: Inputs) -> Call:
-    return time(load(device), inputs)
+def _prepare(metric: Callable, load: Callable, device: torch.device, inputs: Inputs) -> Call:
+    return metric(load(device), inputs)
 
 
 def _gradient(outputs: dict[str, Tensor], inputs: Inputs, again: bool) -> Tensor:
@@ -103,8 +105,8 @@ def _forward_backward(compute: Compute, inputs: Inputs) -> Call:
     return call
 
 
-class _Produced(torch.autograd.Function):
-    """The same memory, as if an operation had just written it there: neither a leaf nor a view."""
+class _OpOutput(torch.autograd.Function):
+    """An alias of the logits that autograd takes for an op's output: neither a leaf nor a view."""
 
     @staticmethod
     def forward(ctx, logits):
@@ -117,12 +119,11 @@ class _Produced(torch.autograd.Function):
 
 
 def _in_place(compute: Compute, inputs: Inputs) -> Call:
-    """forward+backward on logits that may be overwritten, as those of a model may."""
+    """forward+backward on logits that may be overwritten, as a model's output may be."""
     source = inputs.logits.detach().clone()
 
     def call():
-        held = _Produced.apply(inputs.logits)
-        outputs = compute(held, inputs.token_ids)
+        outputs = compute(_OpOutput.apply(inputs.logits), inputs.token_ids)
         return [*outputs], _gradient(outputs, inputs, again=False)
 
     call.restore = lambda: inputs.logits.data.copy_(source)
@@ -149,13 +150,8 @@ def ours(device: torch.device, in_place: bool = False) -> Compute:
 
 
 def plain(logits: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
-    """The best plain torch: one log_softmax, everything from it."""
-    return statistics(logits.float(), token_ids)
-
-
-def statistics(logits: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
-    """The definitions, in the dtype of the logits."""
-    logprobs = logits.log_softmax(-1)
+    """Fastest plain torch: one log_softmax in float32 and everything from it, without the lse."""
+    logprobs = logits.float().log_softmax(-1)
     return {
         "logprob": logprobs.gather(-1, token_ids[:, None])[:, 0],
         "nsc": logprobs.mean(-1) + math.log(logits.shape[-1]),
@@ -163,23 +159,12 @@ def statistics(logits: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-def eager(device: torch.device) -> Compute:
-    return plain
-
-
-def compiled(device: torch.device) -> Compute:
-    import torch._functorch.config
-
-    torch._functorch.config.donated_buffer = False  # else a backward cannot be timed twice
-    return _peers.compiled(plain, device, fullgraph=True)
-
-
 def trl(device: torch.device) -> Compute:
-    """TRL: logprob and entropy. Its Triton kernel on a GPU, its torch function on a CPU."""
+    """TRL: logprob and entropy; a Triton kernel on a GPU, a torch function on a CPU."""
     if device.type == "cuda":
-        function = _peers.load("trl.kernels.logprob_entropy", device)
+        function = peers.load("trl.kernels.logprob_entropy", device)
     else:
-        function = _peers.load("trl.trainer.utils", device, needs_gpu=False)
+        function = peers.load("trl.trainer.utils", device, needs_gpu=False)
     function = function.selective_log_softmax_and_entropy
 
     def compute(logits, token_ids):
@@ -190,22 +175,21 @@ def trl(device: torch.device) -> Compute:
 
 
 def liger(device: torch.device) -> Compute:
-    """Liger's cross entropy: logprob. Where there is a gradient, forward writes it in place."""
-    function = _peers.load("liger_kernel.ops.cross_entropy", device).LigerCrossEntropyFunction
+    """Liger's cross entropy: logprob. Where a gradient is needed, it overwrites the logits."""
+    function = peers.load("liger_kernel.ops.cross_entropy", device).LigerCrossEntropyFunction
     options = (None, -100, 0.0, 0.0, "none", None, False, False, False)
     return lambda logits, ids: {"logprob": -function.apply(logits, ids, *options)[0]}
 
 
 def flash_attn(device: torch.device, in_place: bool = False) -> Compute:
     """flash-attn's cross entropy: logprob."""
-    function = _peers.load("flash_attn.ops.triton.cross_entropy", device).cross_entropy_loss
+    function = peers.load("flash_attn.ops.triton.cross_entropy", device).cross_entropy_loss
     return lambda logits, ids: {"logprob": -function(logits, ids, inplace_backward=in_place)[0]}
 
 
 CANDIDATES = {
     "ours": ours,
-    "eager": eager,
-    "torch.compile": compiled,
+    **peers.in_torch(plain, repeats_backward=True),
     "trl": trl,
     "liger": liger,
     "flash-attn": flash_attn,
@@ -214,29 +198,29 @@ IN_PLACE = CANDIDATES | {
     "ours": partial(ours, in_place=True),
     "flash-attn": partial(flash_attn, in_place=True),
 }
-COMPUTES = {"liger": ("forward", "forward+backward in place")}  # the only ones that it has
+COMPUTES = {"liger": ("forward", "forward+backward in place")}  # all that it offers
 
 
 # --- Correctness ----------------------------------------------------------------------------------
 
 
-def _sample(inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Row numbers, float64 logits of these rows as a leaf, and their statistics."""
+def _sampled_rows(inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Row indices, float64 logits of these rows as a leaf, and their statistics."""
     count = len(inputs.token_ids)
     rows = torch.linspace(0, count - 1, min(SAMPLED_ROWS, count)).long().to(inputs.logits.device)
     logits = inputs.logits.detach()[rows].double().requires_grad_()
-    return rows, logits, statistics(logits, inputs.token_ids[rows])
+    return rows, logits, token_stats_reference(logits, inputs.token_ids[rows])._asdict()
 
 
 def check_forward(inputs: Inputs, result: dict[str, Tensor]) -> None:
-    rows, _, reference = _sample(inputs)
+    rows, _, reference = _sampled_rows(inputs)
     for name, value in result.items():
         check_close(name, value[rows], reference[name])
 
 
 def check_backward(inputs: Inputs, result: tuple[list[str], Tensor]) -> None:
     names, gradient = result
-    rows, logits, reference = _sample(inputs)
+    rows, logits, reference = _sampled_rows(inputs)
     total = sum((reference[name] * inputs.upstream[name][rows].double()).sum() for name in names)
     if gradient.shape != inputs.logits.shape:
         raise WrongResult(f"gradient of shape {tuple(gradient.shape)}")

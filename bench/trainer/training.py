@@ -1,13 +1,13 @@
-"""The training pass of Janus-Pro shapes: image log-probs of packed sequences, forward and backward.
+"""The training pass at Janus-Pro shapes: image log-probs of packed sequences, forward and backward.
 
-Operations: 6 a parameter and token in the decoder's blocks, 6 a parameter and image token in the
-head, and 6 L^2 D a block for the causal attention of a sequence of L tokens. `fraction_of_floor` is
-the MFU: of time and tokens against the bf16 matmul rate that was measured in the same run, of the
-row called MFU against the 989 TFLOP/s of an H100's or H200's data sheet.
-Weights and gradients are in the compute dtype; no optimizer. All train the blocks alone: the floor
-has no gradient of the head, which stays frozen as in the trainer.
+Operations: 6 per parameter and token in the decoder's blocks, 4 per parameter and image token in
+the head, and 6 L^2 D per block for the causal attention of a sequence of L tokens.
+`fraction_of_floor` is the MFU: for time and tokens relative to the matmul rate measured in the same
+run, for the row named MFU relative to the 989 TFLOP/s of an H100's or H200's data sheet.
+Weights and gradients are in the compute dtype; there is no optimizer. Only the blocks are trained:
+the head is frozen, as in the trainer, so that the floor excludes its weight gradient.
 
-Sequences are equally long here, so that peers without packing waste nothing on padding.
+All sequences have the same length here, so that peers without packing waste nothing on padding.
 """
 
 import contextlib
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-from bench import _models, _peers
-from bench._case import check_close
-from bench._measure import Bench
-from bench._rows import Measured, Row, dtype_name, make_row
-from bench._t2i_r1 import image_logprobs
+from bench.harness import peers
+from bench.harness.case import check_close
+from bench.harness.measure import Bench
+from bench.harness.rows import Measured, Row, dtype_name, make_row
+from bench.trainer.models import in_transformers, make_model, model_configs
+from bench.trainer.t2i_r1 import image_logprobs
 from iris_fast.grpo.packing import pack
 from iris_fast.models.attention import IMPLEMENTATIONS, PackedAttention, choose, why_not
 from iris_fast.models.compilation import compile_blocks
@@ -37,33 +38,33 @@ from iris_fast.rollout.sampler import empty_trace
 SUITE = "training"
 PROMPT_TOKENS = 64
 WARM_UPS, RUNS = 2, 5
-DATA_SHEET = 989e12  # bf16 operations a second, dense
+DATA_SHEET = 989e12  # dense bf16 operations per second
 GPU_SAMPLES, CPU_SAMPLES = {"1B": 32, "7B": 8}, {"tiny": 8}
 
 
 class Inputs(NamedTuple):
-    """Prompts [N, 64], codes [N, I], and an upstream gradient for each log-prob [N, I]."""
+    """Prompts [N, 64], codes [N, I], and upstream gradients of the log-probs [N, I]."""
 
     prompts: Tensor
     codes: Tensor
     upstream: Tensor
 
 
-# log-probs [N, I] of inputs
+# inputs -> log-probs [N, I]
 Forward = Callable[[Inputs], Tensor]
 
 
 def rows(bench: Bench) -> Iterator[Row]:
     gpu = bench.device.type == "cuda"
-    for model, config in _models.sizes(bench.device).items():
+    for model, config in model_configs(bench.device).items():
         yield from measure(bench, model, config, (GPU_SAMPLES if gpu else CPU_SAMPLES)[model])
         bench.release()
 
 
 def profiles(bench: Bench) -> None:
-    """Our pass of each model, and transformers'."""
+    """Our pass and transformers', for each model."""
     counts = GPU_SAMPLES if bench.device.type == "cuda" else CPU_SAMPLES
-    for model, config in _models.sizes(bench.device).items():
+    for model, config in model_configs(bench.device).items():
         for name in ("ours", "transformers"):
             inputs = make_inputs(config, counts[model], bench.device)
             run = CANDIDATES[name](make_policy(config, bench.device), inputs)
@@ -78,17 +79,17 @@ def profiles(bench: Bench) -> None:
 
 
 def make_policy(config: JanusConfig, device: torch.device) -> Janus:
-    """Blocks are trained."""
+    """A model whose blocks alone are trained."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    janus = _models.make_model(config, device, dtype)
+    janus = make_model(config, device, dtype)
     janus.attn_implementation = choose("auto", device, dtype, config.decoder.head_dim)
     janus.model.language_model.layers.requires_grad_(True)
     return janus
 
 
 def measure(bench: Bench, model: str, config: JanusConfig, samples: int) -> Iterator[Row]:
-    """The rows of one model: the time of a pass, its tokens a second, and on a GPU its operations a
-    second beside what the data sheet of an H100 or H200 promises."""
+    """Rows of one model: time of a pass, tokens per second, and on a GPU operations per second
+    relative to the data sheet of an H100 or H200."""
     janus = make_policy(config, bench.device)
     dtype = janus.lm_head.weight.dtype
     inputs = make_inputs(config, samples, bench.device)
@@ -97,7 +98,7 @@ def measure(bench: Bench, model: str, config: JanusConfig, samples: int) -> Iter
         with unpatched():
             return timed(bench, candidates[name](janus, inputs), inputs, janus)
 
-    candidates = CANDIDATES | other_ways(janus)
+    candidates = CANDIDATES | variants(janus)
     results = bench.compare(
         f"training {model}", {name: partial(measure_one, name) for name in candidates}
     )
@@ -120,7 +121,7 @@ def measure(bench: Bench, model: str, config: JanusConfig, samples: int) -> Iter
 
 
 def timed(bench: Bench, run: "Pass", inputs: Inputs, janus: Janus) -> Measured:
-    """Checked, then the median seconds, and on a GPU the peak bytes of a call."""
+    """Check, then measure the median seconds, and on a GPU the peak bytes of a call."""
     check(janus, inputs, *run())
     seconds = []
     for _ in range(WARM_UPS + RUNS):
@@ -139,7 +140,7 @@ def timed(bench: Bench, run: "Pass", inputs: Inputs, janus: Janus) -> Measured:
 
 
 def flops(janus: Janus, samples: int) -> int:
-    """Of the forward and the backward pass, the frozen head's weight gradient left out."""
+    """Operations of forward and backward pass, without the frozen head's weight gradient."""
     config, image_tokens = janus.config.decoder, janus.config.image_tokens
     length = PROMPT_TOKENS + image_tokens - 1
     blocks = sum(p.numel() for p in janus.model.language_model.layers.parameters())
@@ -151,16 +152,16 @@ def flops(janus: Janus, samples: int) -> int:
 def make_inputs(config: JanusConfig, samples: int, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     tokens = config.image_tokens
-    drawn = [
+    sampled = [
         torch.randint(10, 400, (samples, PROMPT_TOKENS), generator=generator),
         torch.randint(0, config.codebook_size, (samples, tokens), generator=generator),
         torch.randn(samples, tokens, generator=generator),
     ]
-    return Inputs(*(t.to(device) for t in drawn))
+    return Inputs(*(t.to(device) for t in sampled))
 
 
 class Pass:
-    """Forward and backward of some implementation, and where its blocks' gradients are."""
+    """Forward and backward pass of one implementation, which trains `blocks`."""
 
     def __init__(self, blocks: torch.nn.ModuleList, forward: Forward, inputs: Inputs):
         self._blocks, self._forward, self._inputs = blocks, forward, inputs
@@ -172,7 +173,7 @@ class Pass:
         return logprobs.detach(), self._blocks[0].self_attn.o_proj.weight.grad
 
     def forget(self) -> None:
-        """No gradients."""
+        """Drop all gradients."""
         for parameter in self._blocks.parameters():
             parameter.grad = None
 
@@ -183,8 +184,8 @@ class Pass:
 def ours(
     janus: Janus, inputs: Inputs, attention: str | None = None, compiled: bool = False
 ) -> Pass:
-    """The trainer's: packed, head rows through linear_token_stats. With the attention that `auto`
-    stands for, or another."""
+    """The trainer's pass: packed, head rows through linear_token_stats; with the attention that
+    `auto` selects, or a given one."""
     packed = packed_batch(inputs)
     if attention or compiled:
         janus = copy.deepcopy(janus)
@@ -198,19 +199,19 @@ def ours(
     return Pass(janus.model.language_model.layers, forward, inputs)
 
 
-def other_ways(janus: Janus) -> dict[str, Callable[[Janus, Inputs], Pass]]:
-    """Ours with each other attention that works here, and with compiled blocks: on a GPU, to
-    measure what `auto` and the default should be."""
+def variants(janus: Janus) -> dict[str, Callable[[Janus, Inputs], Pass]]:
+    """On a GPU, ours with every other attention that works here and with compiled blocks, to
+    compare with the default settings."""
     weight, head_dim = janus.lm_head.weight, janus.config.decoder.head_dim
     if not weight.is_cuda:
         return {}
-    works = [n for n in IMPLEMENTATIONS if not why_not(n, weight.device, weight.dtype, head_dim)]
-    ways = {
+    working = [n for n in IMPLEMENTATIONS if not why_not(n, weight.device, weight.dtype, head_dim)]
+    variants = {
         f"ours, {name}": partial(ours, attention=name)
-        for name in works
+        for name in working
         if name != janus.attn_implementation
     }
-    return ways | {"ours, compiled blocks": partial(ours, compiled=True)}
+    return variants | {"ours, compiled blocks": partial(ours, compiled=True)}
 
 
 def packed_batch(inputs: Inputs) -> PackedBatch:
@@ -234,8 +235,10 @@ def packed_batch(inputs: Inputs) -> PackedBatch:
 
 @contextlib.contextmanager
 def unpatched() -> Iterator[None]:
-    """Whatever is done to transformers' Llama in the `with` block ends with it: Liger replaces
-    names of that module, for every model that is built or run afterwards."""
+    """Undo changes to transformers' Llama module at the end of the `with` block.
+
+    Liger replaces names in that module, which would change every model built or run afterwards.
+    """
     names = vars(modeling_llama)
     before = dict(names)
     try:
@@ -245,10 +248,10 @@ def unpatched() -> Iterator[None]:
 
 
 def transformers(janus: Janus, inputs: Inputs, liger: bool = False) -> Pass:
-    """transformers' decoder on a batch, all logits of the image rows, log-softmax in float32."""
-    model = _models.in_transformers(janus)
+    """transformers' decoder on a batch, with log-softmax over all image logits in float32."""
+    model = in_transformers(janus)
     if liger:
-        kernels = _peers.load("liger_kernel.transformers", inputs.prompts.device)
+        kernels = peers.load("liger_kernel.transformers", inputs.prompts.device)
         kernels.apply_liger_kernel_to_llama(
             rope=True, swiglu=True, rms_norm=True, cross_entropy=False,
             fused_linear_cross_entropy=False, model=model.model.language_model,
@@ -269,7 +272,7 @@ CANDIDATES = {
 
 
 def check(janus: Janus, inputs: Inputs, logprobs: Tensor, gradient: Tensor) -> None:
-    """Against plain torch on the same weights: our decoder, all logits, log-softmax in float32."""
+    """Compare with plain torch: our decoder, log-softmax over all logits in float32."""
     packed = packed_batch(inputs)
     attention = PackedAttention(packed.sequence_lengths, logprobs.device)
     hidden = janus.decode(janus._embed_packed(packed), packed.positions_T, attention)

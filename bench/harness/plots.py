@@ -1,13 +1,15 @@
-"""The pictures of a run: fraction of the floor over V, time over rows, and images a second over the
-sequences that are decoded at a time."""
+"""The plots of a run: fraction of the floor over V, time over rows, and images per second over the
+number of sequences decoded together."""
 
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from bench.harness.results import Run
+from bench.harness.rows import Row
+
 OURS = "#0b6e4f"
-FLOOR = "the floor's"  # the most images a second that memory bandwidth allows
+FLOOR = "the floor's"  # images per second that memory bandwidth allows
 COLOURS = {
     FLOOR: "#444444",
     "eager": "#9a9a9a",
@@ -17,8 +19,8 @@ COLOURS = {
 }
 
 
-def draw(stem: str, run: dict[str, Any], folder: Path) -> list[str]:
-    """Write the pictures that the run's rows allow; their file names."""
+def draw(stem: str, run: Run, folder: Path) -> list[str]:
+    """Write the plots that the run's rows allow; return their file names."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,9 +34,9 @@ def draw(stem: str, run: dict[str, Any], folder: Path) -> list[str]:
     images = [row for row in rows if row["metric"] == "images"]
     times = [row for row in rows if row["metric"] != "images"]
     for name, figure in (
-        (f"{stem}-floor.svg", _over(times, "V", _of_floor, "fraction of floor")),
-        (f"{stem}-time.svg", _over(times, "R", _value, "time")),
-        (f"{stem}-images.svg", _over(images, "sequences", _value, "images")),
+        (f"{stem}-floor.svg", _over(times, "V", "fraction of floor", of_floor=True)),
+        (f"{stem}-time.svg", _over(times, "R", "time")),
+        (f"{stem}-images.svg", _over(images, "sequences", "images")),
     ):
         if figure is not None:
             figure.savefig(folder / name, metadata={"Date": None}, bbox_inches="tight")
@@ -42,16 +44,11 @@ def draw(stem: str, run: dict[str, Any], folder: Path) -> list[str]:
     return names
 
 
-def _of_floor(row: Row, value: float) -> float:
-    return row["floor"] / value
+def _over(rows: list[Row], axis: str, label: str, of_floor: bool = False) -> Any:
+    """A figure with one panel per case, metric and rest of the shape; None without panels.
 
-
-def _value(row: Row, value: float) -> float:
-    return value
-
-
-def _over(rows: list[Row], axis: str, measure: Any, label: str) -> Any:
-    """One panel a case, metric and rest of the shape, wherever `axis` takes several values."""
+    Only where `axis` takes several values. `of_floor` plots floor / time instead of the value.
+    """
     from matplotlib.figure import Figure
 
     panels: dict[tuple, list[Row]] = defaultdict(list)
@@ -67,10 +64,10 @@ def _over(rows: list[Row], axis: str, measure: Any, label: str) -> Any:
     figure = Figure(figsize=(3.4 * columns, 2.8 * lines), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel, ((case, metric, _, rest), each) in zip(axes, panels.items(), strict=False):
-        _panel(panel, sorted(each, key=lambda row: row["shape"][axis]), axis, measure)
-        words = [f"{case} {metric}", " ".join(f"{k}={v}" for k, v in rest)]
-        panel.set_title("\n".join(words), fontsize=8)
-        unit = f", {each[0]['unit']}" if measure is _value else ""
+        _panel(panel, sorted(each, key=lambda row: row["shape"][axis]), axis, of_floor)
+        title = [f"{case} {metric}", " ".join(f"{k}={v}" for k, v in rest)]
+        panel.set_title("\n".join(title), fontsize=8)
+        unit = f", {each[0]['unit']}" if not of_floor else ""
         panel.set_ylabel(label + unit)
     for panel in axes[len(panels) :]:
         panel.set_visible(False)
@@ -84,14 +81,15 @@ def _over(rows: list[Row], axis: str, measure: Any, label: str) -> Any:
     return figure
 
 
-def _panel(panel: Any, rows: list[Row], axis: str, measure: Any) -> None:
+def _panel(panel: Any, rows: list[Row], axis: str, of_floor: bool) -> None:
     series: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for row in rows:
         values = [("ours", row["value"]), *_peer_values(row)]
         if row["metric"] == "images":
             values.append((FLOOR, row["floor"]))
         for name, value in values:
-            series[name].append((row["shape"][axis], measure(row, value)))
+            y = row["floor"] / value if of_floor else value
+            series[name].append((row["shape"][axis], y))
     for name, points in series.items():
         ours = name == "ours"
         panel.plot(
@@ -103,7 +101,7 @@ def _panel(panel: Any, rows: list[Row], axis: str, measure: Any) -> None:
     ticks = sorted({row["shape"][axis] for row in rows})
     panel.set_xticks(ticks, [thousands(tick) for tick in ticks])
     panel.set_xlabel(axis)
-    if measure is _of_floor:
+    if of_floor:
         panel.set_ylim(0, 1.05)
     else:
         panel.set_yscale("log")

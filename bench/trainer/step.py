@@ -1,20 +1,22 @@
 """One whole GRPO step: chain of thought, images, rewards, reference, forward, backward, AdamW, and
-the new weights in the sampler's copy. Against the same step as T2I-R1 takes it.
+copying the new weights to the sampler. The peer is the same step as in T2I-R1.
 
-Weights are random, the reward is the NSC of text and image, all chains of thought are equally long.
-Both sides train the same micro-batches. Peak memory is all that a step holds, weights and optimizer
-included. `hours_for_800_steps`, the paper's training, is the measured step 800 times.
+Weights are random, the reward is the NSC of text and image, all chains of thought have the same
+length. Both sides train the same micro-batches. Peak memory is everything that a step holds,
+including weights and optimizer. `hours_for_800_steps`, the paper's training, is the measured step
+times 800.
 
-The floor is that of the rollout and of the training, one after the other:
+The floor is the sum of the floors of rollout and training:
 
     decoding   a step reads the blocks and the head in use once, and the live keys and values, a
-               prefix that several sequences share once; or computes 2 operations a parameter and
-               sequence, where that takes longer
-    prompts    2 operations a parameter and token, a shared prefix once
-    training   6 operations a parameter and token and those of attention, 4 where a weight is
-               frozen; 2 for the reference
-    optimizer  7 numbers of 4 bytes a trained parameter (weight, gradient and two moments read,
-               three of them written), then each weight read and written in the compute dtype
+               prefix that several sequences share once; or computes 2 operations per parameter and
+               sequence, if that takes longer
+    prompts    2 operations per parameter and token, a shared prefix once
+    training   6 operations per parameter and token (4 if the weight is frozen), those of attention,
+               and 2 per parameter and token for the reference
+    optimizer  7 numbers of 4 bytes per trained parameter (weight, gradient and two moments read,
+               all but the gradient written), then each weight read in float32 and written in the
+               compute dtype
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bench import _models
-from bench._case import check_close
-from bench._measure import Bench
-from bench._rows import Measured, Row, dtype_name, make_row
-from bench._t2i_r1 import T2IR1, Drawn, image_logprobs, text_logprobs
+from bench.harness.case import check_close
+from bench.harness.measure import Bench
+from bench.harness.rows import Measured, Row, dtype_name, make_row
+from bench.trainer.models import NumberTokenizer, make_model, model_configs
+from bench.trainer.t2i_r1 import T2IR1, Samples, image_logprobs, text_logprobs
 from iris_fast import distributed
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
@@ -51,14 +53,14 @@ from iris_fast.rewards.score import Scorer, load_rewards
 
 SUITE = "step"
 PEER = "T2I-R1's step"
-PROMPT_WORDS = 60  # with the template 64 tokens, as in the other suites
+PROMPT_WORDS = 60  # 64 tokens with the template, as in the other suites
 RUNS = 3
 PAPER_STEPS = 800
 GPU_MODELS = ("1B",)
 
 
 class Size(NamedTuple):
-    """Of a step: prompts, images of each, tokens of a chain of thought, prompts a micro-batch."""
+    """Prompts, images per prompt, tokens of a chain of thought, prompts per micro-batch."""
 
     prompts: int
     group: int
@@ -70,23 +72,23 @@ GPU_SIZE, CPU_SIZE = Size(8, 8, 128, 2), Size(2, 4, 16, 1)
 
 
 class Phases(NamedTuple):
-    """Seconds of a step's two halves."""
+    """Seconds of a step's two phases."""
 
     rollout: float
     training: float
 
 
 class Step(Protocol):
-    """What is timed: two calls."""
+    """What is timed: the two phases."""
 
     def rollout(self) -> Any: ...
 
-    def train(self, drawn: Any) -> Any: ...
+    def train(self, rollout: Any) -> Any: ...
 
 
 def rows(bench: Bench) -> Iterator[Row]:
     gpu = bench.device.type == "cuda"
-    sizes = _models.sizes(bench.device)
+    sizes = model_configs(bench.device)
     with distributed.start("auto", timeout_s=600) as ranks:
         for model in GPU_MODELS if gpu else sizes:
             yield from measure(bench, ranks, model, sizes[model], GPU_SIZE if gpu else CPU_SIZE)
@@ -99,16 +101,16 @@ def profiles(bench: Bench) -> None:
 
 
 def _profile(bench: Bench, ranks: Ranks) -> None:
-    """In a function of its own: no sharded tensor may outlive the process group."""
+    """A separate function, because no sharded tensor may outlive the process group."""
     gpu = bench.device.type == "cuda"
-    sizes = _models.sizes(bench.device)
+    sizes = model_configs(bench.device)
     for model in GPU_MODELS if gpu else sizes:
         ours = Ours(sizes[model], settings(GPU_SIZE if gpu else CPU_SIZE, gpu), ranks)
         bench.profile(f"{SUITE}/{model}", lambda ours=ours: ours.train(ours.rollout()))
 
 
 def settings(size: Size, bf16: bool) -> TrainConfig:
-    """The paper's, at this size."""
+    """The paper's settings at this size."""
     return TrainConfig(
         model="random",
         prompts="random",
@@ -123,30 +125,30 @@ def settings(size: Size, bf16: bool) -> TrainConfig:
 
 
 def make_texts(prompts: int, group: int, first: int = 0) -> list[str]:
-    """Prompts of numbers, each `group` times; `first`: how many other prompts came before."""
+    """Prompts made of numbers, each `group` times; `first` is the index of the first prompt."""
     generator = torch.Generator().manual_seed(first)
-    drawn = torch.randint(10, 400, (prompts, PROMPT_WORDS), generator=generator)
-    return [" ".join(map(str, words)) for words in drawn.tolist() for _ in range(group)]
+    words_PW = torch.randint(10, 400, (prompts, PROMPT_WORDS), generator=generator).tolist()
+    return [" ".join(map(str, words)) for words in words_PW for _ in range(group)]
 
 
 def measure(
     bench: Bench, ranks: Ranks, model: str, janus: JanusConfig, size: Size
 ) -> Iterator[Row]:
-    """Rows of the step, its halves, its images a second, and the paper's training."""
+    """Rows for the step, its phases, its images per second, and the paper's training."""
     gpu = bench.device.type == "cuda"
     config = settings(size, gpu)
     phases: dict[str, Phases] = {}
-    seen: list[Seen] = []
+    first_steps: list[FirstStep] = []
 
     def measure_ours() -> Measured:
         ours = Ours(janus, config, ranks)
-        seen.append(ours.first_step())
+        first_steps.append(ours.first_step())
         phases["ours"], measured = timed(bench, ours, RUNS)
         return measured
 
     def measure_peer() -> Measured:
         peer = Peer(janus, config, bench.device)
-        check(peer, seen[0])
+        check(peer, first_steps[0])
         peer.warm_up()
         phases[PEER], measured = timed(bench, peer, 1 if gpu else RUNS)
         return measured
@@ -159,7 +161,7 @@ def measure(
 
 
 def timed(bench: Bench, step: Step, runs: int) -> tuple[Phases, Measured]:
-    """Median seconds of the halves and of the whole, and on a GPU the most that was allocated."""
+    """Median seconds of the phases and of the whole, and on a GPU the peak of allocated memory."""
     gpu = bench.device.type == "cuda"
     if gpu:
         bench.release()
@@ -173,13 +175,13 @@ def timed(bench: Bench, step: Step, runs: int) -> tuple[Phases, Measured]:
     seconds = []
     for _ in range(runs):
         started = now()
-        drawn = step.rollout()
-        drawn_at = now()
-        step.train(drawn)
-        seconds.append(Phases(drawn_at - started, now() - drawn_at))
+        rollout = step.rollout()
+        rollout_done = now()
+        step.train(rollout)
+        seconds.append(Phases(rollout_done - started, now() - rollout_done))
     peak = torch.cuda.max_memory_allocated() if gpu else None
-    halves = Phases(*(statistics.median(half) for half in zip(*seconds, strict=True)))
-    return halves, Measured(statistics.median(sum(each) for each in seconds), peak)
+    phases = Phases(*(statistics.median(phase) for phase in zip(*seconds, strict=True)))
+    return phases, Measured(statistics.median(sum(each) for each in seconds), peak)
 
 
 def make_rows(
@@ -189,22 +191,22 @@ def make_rows(
     phases: dict[str, Phases],
     floor: Phases,
 ) -> Iterator[Row]:
-    """One row a metric. `found`: seconds of a step by name, ours first; `phases`: its halves."""
+    """One row per metric. `found`: seconds of a step by name, ours first; `phases`: its parts."""
     images = config.prompts_per_step * config.num_generations
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     hours = PAPER_STEPS / 3600
 
-    def halves(place: int) -> dict[str, Measured]:
+    def phase(which: str) -> dict[str, Measured]:
         return {
-            name: whole._replace(value=phases[name][place] if name in phases else None)
+            name: whole._replace(value=getattr(phases[name], which) if name in phases else None)
             for name, whole in found.items()
         }
 
     least = sum(floor)
     for metric, unit, best, results in (
         ("step", "s", least, found),
-        ("rollout", "s", floor.rollout, halves(0)),
-        ("training", "s", floor.training, halves(1)),
+        ("rollout", "s", floor.rollout, phase("rollout")),
+        ("training", "s", floor.training, phase("training")),
         ("images", "images/s", images / least, {n: m.inverse(images) for n, m in found.items()}),
         (
             f"hours_for_{PAPER_STEPS}_steps",
@@ -223,34 +225,33 @@ def make_rows(
 
 
 class Tokens(NamedTuple):
-    """Of a sample: the prompt that asks for text, the text, the prompt of the image, the image."""
+    """Numbers of tokens per sample; all samples have the same lengths."""
 
-    asked: int
-    text: int
-    prompt: int
+    cot_prompt: int
+    cot: int
+    image_prompt: int
     image: int
 
 
-def tokens_of(janus: JanusConfig, config: TrainConfig) -> Tokens:
-    """Of every sample, as all are equally long."""
+def token_counts(janus: JanusConfig, config: TrainConfig) -> Tokens:
     (text,) = make_texts(1, 1)
-    encode = _models.Numbers(janus.decoder.vocab_size).encode
+    encode = NumberTokenizer(janus.decoder.vocab_size).encode
     template = TEMPLATES[config.template]
     instruction = fill_instruction(load_instruction(config.cot_instruction), text)
     length = config.max_completion_length
     return Tokens(
-        asked=len(encode(template.cot_prompt(instruction))),
-        text=length,
-        prompt=len(encode(template.image_prompt(text))) + 1 + length,  # and the stop between
+        cot_prompt=len(encode(template.cot_prompt(instruction))),
+        cot=length,
+        image_prompt=len(encode(template.image_prompt(text))) + 1 + length,  # "PROMPT. COT"
         image=janus.image_tokens,
     )
 
 
 def floor_phases(bench: Bench, janus: JanusConfig, config: TrainConfig, size: Size) -> Phases:
-    """The least seconds of both halves on this machine; see the top of the file."""
+    """Minimum seconds of both phases on this machine, as in the module docstring."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     copy, rate = bench.copy_bytes_per_second, bench.flops_per_second[dtype_name(dtype)]
-    tokens, item = tokens_of(janus, config), dtype.itemsize
+    tokens, item = token_counts(janus, config), dtype.itemsize
     with torch.device("meta"):
         shapes = Janus(janus)
     blocks, text_head, image_head = (
@@ -268,14 +269,15 @@ def floor_phases(bench: Bench, janus: JanusConfig, config: TrainConfig, size: Si
         moved = ((blocks + head) * item + slot * live) / copy
         return steps * max(moved, 2 * (blocks + head) * sequences / rate)
 
-    asked, drawn = size.prompts * tokens.asked, (samples + 1) * tokens.prompt
+    cot_prompts = size.prompts * tokens.cot_prompt
+    image_prompts = (samples + 1) * tokens.image_prompt  # the unconditional one is shared
     rollout = (
-        2 * blocks * (asked + drawn) / rate
-        + decoding(text_head, samples, asked, tokens.text)
-        + decoding(image_head, 2 * samples, drawn, tokens.image)
+        2 * blocks * (cot_prompts + image_prompts) / rate
+        + decoding(text_head, samples, cot_prompts, tokens.cot)
+        + decoding(image_head, 2 * samples, image_prompts, tokens.image)
     )
-    sequences = tokens.asked + tokens.text - 1, tokens.prompt + tokens.image - 1
-    heads = 8 * text_head * tokens.text + 6 * image_head * tokens.image
+    sequences = tokens.cot_prompt + tokens.cot - 1, tokens.image_prompt + tokens.image - 1
+    heads = 8 * text_head * tokens.cot + 6 * image_head * tokens.image
     width = decoder.num_layers * decoder.num_heads * decoder.head_dim
     attention = 8 * width * sum(length**2 for length in sequences)
     flops = samples * (8 * blocks * sum(sequences) + heads + attention)
@@ -286,21 +288,21 @@ def floor_phases(bench: Bench, janus: JanusConfig, config: TrainConfig, size: Si
 # --- Ours and the peer ----------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
-    """What our first step drew and computed, on the CPU: the peer must find the same."""
+class FirstStep(NamedTuple):
+    """What our first step sampled and computed, on the CPU, for comparison with the peer."""
 
     scored: Scored
-    logprobs: Tensor  # of the first micro-batch: all of text, then all of the image
+    logprobs: Tensor  # of the first micro-batch: all text tokens, then all image tokens
     norm: float  # of the whole gradient
-    gradient: Tensor  # of one weight, clipped
+    gradient: Tensor  # of one weight, after clipping
 
 
 class Ours:
-    """The trainer's own functions, in the order of its loop."""
+    """A step by the trainer's own functions, in the order of its loop."""
 
     def __init__(self, janus: JanusConfig, config: TrainConfig, ranks: Ranks) -> None:
-        policy = _models.make_model(janus, ranks.device, torch.float32).requires_grad_(True)
-        tokenizer = _models.Numbers(janus.decoder.vocab_size)
+        policy = make_model(janus, ranks.device, torch.float32).requires_grad_(True)
+        tokenizer = NumberTokenizer(janus.decoder.vocab_size)
         opened = LoadedJanus(policy, VQModel(janus.vq), tokenizer, janus, {})
         self.config, self.ranks = config, ranks
         self.models = build_models(Inputs(opened, [], janus.image_tokens), config, ranks)
@@ -323,13 +325,13 @@ class Ours:
         return Scored.of(rollout, rewards, self.ranks.own_part(advantages))
 
     def train(self, scored: Scored) -> float:
-        """The gradient's norm."""
+        """Returns the gradient's norm."""
         metrics = self.learner.update(self.learner.prepare(scored, None), step=0)
         self.learner.copy_weights_to(self.models.sampler.janus)
         return metrics["grad_norm"]
 
-    def first_step(self) -> Seen:
-        """A step, and what the peer is compared with."""
+    def first_step(self) -> FirstStep:
+        """Take a step and record what the peer is compared with."""
         models, scored = self.models, self.rollout()
         batches = prepare(scored, models.policy, None, self.config, self.ranks)
         logprobs = log_probs(models.policy, batches[0].packed).cpu()
@@ -340,49 +342,49 @@ class Ours:
         )
         norm = self.train(scored)
         hook.remove()
-        return Seen(scored, logprobs, norm, gradients[0])
+        return FirstStep(scored, logprobs, norm, gradients[0])
 
 
 class Peer:
-    """T2I-R1's step from the same weights and prompts."""
+    """T2I-R1's step with the same weights and prompts."""
 
     def __init__(self, janus: JanusConfig, config: TrainConfig, device: torch.device) -> None:
         dtype = torch.bfloat16 if config.bf16 else torch.float32
-        # Drawn in float32 and then rounded, as ours are.
-        weights = _models.make_model(janus, device, torch.float32).to(dtype)
-        self.model = T2IR1(weights, _models.Numbers(janus.decoder.vocab_size), config)
+        # Sampled in float32 and then rounded, as ours are.
+        weights = make_model(janus, device, torch.float32).to(dtype)
+        self.model = T2IR1(weights, NumberTokenizer(janus.decoder.vocab_size), config)
         self._texts = make_texts(config.prompts_per_step, config.num_generations)
         self._image_tokens = janus.image_tokens
         self.train = self.model.train
 
-    def rollout(self) -> Drawn:
+    def rollout(self) -> Samples:
         return self.model.rollout(self._texts, self._image_tokens)
 
     def warm_up(self) -> None:
-        """A rollout of few image tokens; the comparison of gradients has warmed the training."""
+        """A rollout of a few image tokens; `check` has already warmed up the training."""
         self.model.rollout(self._texts, 4)
 
 
-def check(peer: Peer, seen: Seen) -> None:
-    """The peer's log-probs of our tokens and its gradient are ours; WrongResult otherwise."""
-    rollout, model = seen.scored.rollout, peer.model
-    drawn = Drawn(
+def check(peer: Peer, ours: FirstStep) -> None:
+    """Raise WrongResult unless the peer finds our log-probs and our gradient for our samples."""
+    rollout, model = ours.scored.rollout, peer.model
+    samples = Samples(
         text_prompts=torch.tensor(rollout.cot_prompt_ids),
         text=torch.tensor(rollout.cot_ids),
         image_prompts=torch.tensor(rollout.image_prompt_ids),
         codes=rollout.codes_NI,
-        advantages=seen.scored.advantage_N,
+        advantages=ours.scored.advantage_N,
     )
-    drawn = Drawn(*(field.to(model.device) for field in drawn))
+    samples = Samples(*(field.to(model.device) for field in samples))
     config = model.config
-    batch = next(drawn.cut(config.per_device_train_batch_size * config.num_generations))
+    batch = next(samples.micro_batches(config.per_device_train_batch_size * config.num_generations))
     with torch.no_grad():
         text = text_logprobs(model.policy, batch.text_prompts, batch.text)
         image = image_logprobs(model.policy, batch.image_prompts, batch.codes)
     logprobs = torch.cat([text.flatten(), image.flatten()]).cpu()
-    check_close("logprob", logprobs, seen.logprobs, 2e-2 if config.bf16 else 1e-4)
-    # In bfloat16 the peer adds its micro-batches up in bfloat16, ours in float32.
+    check_close("logprob", logprobs, ours.logprobs, 2e-2 if config.bf16 else 1e-4)
+    # With bf16 the peer accumulates its micro-batches in bfloat16, ours in float32.
     allowed = 0.1 if config.bf16 else 1e-3
-    norm = torch.tensor(model.train(drawn))
-    check_close("norm of the gradient", norm, torch.tensor(seen.norm), allowed)
-    check_close("gradient", model.gradient().cpu(), seen.gradient, allowed)
+    norm = torch.tensor(model.train(samples))
+    check_close("norm of the gradient", norm, torch.tensor(ours.norm), allowed)
+    check_close("gradient", model.gradient().cpu(), ours.gradient, allowed)

@@ -1,30 +1,30 @@
-"""Janus-Pro's shapes with random weights made on the device, in our code and in transformers'."""
+"""Models of Janus-Pro's shapes with random weights, in our code and in transformers'."""
 
 import re
 
 import torch
 
-from bench import _peers
+from bench.harness import peers
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
 from iris_fast.models.pretrained.config_json import transformers_config
 from iris_fast.models.tokenizer import IMAGE_START as IMAGE_START_TEXT
 from iris_fast.models.vq import VQConfig
 
-PAD, BOS, IMAGE_START, OTHER = 0, 1, 2, 5  # any ids: the embeddings are random
+PAD, BOS, IMAGE_START, OTHER = 0, 1, 2, 5  # arbitrary ids: the embeddings are random
 # width, MLP width, layers, heads
 GPU_SIZES = {"1B": (2048, 5632, 24, 16), "7B": (4096, 11008, 30, 32)}
 CPU_SIZES = {"tiny": (128, 352, 4, 1)}
 
 
-def sizes(device: torch.device) -> dict[str, JanusConfig]:
-    """What is measured on this device."""
+def model_configs(device: torch.device) -> dict[str, JanusConfig]:
+    """Name -> config of the models measured on this device."""
     gpu = device.type == "cuda"
     return {name: _config(*size, gpu) for name, size in (GPU_SIZES if gpu else CPU_SIZES).items()}
 
 
 def _config(width: int, mlp: int, layers: int, heads: int, real: bool) -> JanusConfig:
-    """Janus-Pro's: head width 128, 16384 codes of 16 x 16 pixels, 102400 words; or a toy's."""
+    """Janus-Pro's head width 128, 16384 codes of 16 x 16 pixels, 102400 words; or a small model."""
     image_size = 384 if real else 64
     return JanusConfig(
         decoder=DecoderConfig(
@@ -37,7 +37,7 @@ def _config(width: int, mlp: int, layers: int, heads: int, real: bool) -> JanusC
             head_dim=width // heads,
         ),
         vq=VQConfig(codebook_size=16384 if real else 256, codebook_dim=8),
-        vision=VisionConfig(  # not run
+        vision=VisionConfig(  # never run
             hidden_size=32,
             num_layers=1,
             num_heads=2,
@@ -50,7 +50,7 @@ def _config(width: int, mlp: int, layers: int, heads: int, real: bool) -> JanusC
 
 
 def make_model(config: JanusConfig, device: torch.device, dtype: torch.dtype) -> Janus:
-    """Random weights, logits of a size near 1."""
+    """A frozen model with random weights, scaled so that logits are of order 1."""
     with torch.device("meta"):
         janus = Janus(config)
     janus.to(dtype).to_empty(device=device).requires_grad_(False)
@@ -64,9 +64,9 @@ def make_model(config: JanusConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def in_transformers(janus: Janus) -> torch.nn.Module:
-    """The same weights in transformers' Janus."""
+    """Transformers' Janus with the same weights."""
     weight = janus.lm_head.weight
-    transformers = _peers.load("transformers", weight.device, needs_gpu=False)
+    transformers = peers.load("transformers", weight.device, needs_gpu=False)
     ids = {"bos": BOS, "eos": 3, "pad": PAD, "image": 4}
     config = transformers.JanusConfig(**transformers_config(janus.config, ids, weight.dtype))
     default = torch.get_default_dtype()
@@ -80,11 +80,11 @@ def in_transformers(janus: Janus) -> torch.nn.Module:
     return model.requires_grad_(False)
 
 
-class Numbers:
-    """A tokenizer for random weights: a word is the number of its id, any other word is OTHER.
+class NumberTokenizer:
+    """A tokenizer for random weights: a number stands for its own id, any other word for OTHER.
 
-    Any ids, decoded and encoded, are the same ids. No model draws the end token, which lies outside
-    its vocabulary: every chain of thought is as long as it may be.
+    Decoding and encoding any ids returns the same ids. The end token lies outside the vocabulary,
+    so that no model generates it: every chain of thought has the maximum length.
     """
 
     bos_id, pad_id, image_start_id = BOS, PAD, IMAGE_START
@@ -100,5 +100,5 @@ class Numbers:
         return " ".join(map(str, ids))
 
     def strip_special(self, text: str) -> str:
-        """No number is special: lengths stay what they were."""
+        """The text itself: no number is a special token."""
         return text

@@ -1,4 +1,4 @@
-"""From a case to a row: checked, timed, weighed, and compared with the floor of this machine."""
+"""From a case to a row: check, time, measure memory, compare with the floor of this machine."""
 
 import gc
 import math
@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 
-from bench._case import Absent, Call, Case, tensors
-from bench._clock import clock_for
-from bench._profile import profile
-from bench._rows import Measured, Row, dtype_name, make_row
+from bench.harness.case import Absent, Call, Case, tensors
+from bench.harness.clock import clock_for
+from bench.harness.profile import profile
+from bench.harness.rows import Measured, Row, dtype_name, make_row
 
 PER_SECOND = {"us": 1e6, "ms": 1e3}
-MOST_SETS = 256
-CEILINGS = "ceilings"  # the suite that measures the machine, before all others
+MAX_INPUT_SETS = 256
 
 
 class Bench:
-    """Measures cases on one device. `failures` holds in words what went wrong, `profiles` what
-    `profile` found."""
+    """Measures cases on one device.
+
+    `ceilings`: the rows of the suite of that name, for the floors. `failures` lists what went wrong
+    as text, `profiles` holds the results of `profile` by name.
+    """
 
     def __init__(self, device: torch.device, ceilings: Iterable[Row] = ()):
         self.device = device
@@ -36,14 +38,14 @@ class Bench:
                 self.flops_per_second[row["dtype"]] = row["value"] * 1e12
 
     def floor_seconds(self, case: Case) -> float:
-        """The larger of bytes over copy bandwidth and operations over matmul rate."""
+        """The larger of bytes / copy bandwidth and operations / matmul rate."""
         floor = case.bytes / self.copy_bytes_per_second
         if case.flops:
             floor = max(floor, case.flops / self.flops_per_second[dtype_name(case.dtype)])
         return floor
 
     def measure(self, suite: str, case: Case) -> Row:
-        """One row. What fails is recorded in it, in words, under "error"."""
+        """Measure one case. A failure is recorded in the row, as text under "error"."""
         results = self._run_all(case)
         scale = PER_SECOND[case.unit]
         mine, *_ = results
@@ -63,7 +65,7 @@ class Bench:
     def compare(
         self, what: str, measures: dict[str, Callable[[], Measured]]
     ) -> dict[str, Measured]:
-        """What each measured, by name, ours first; peers that are absent are left out."""
+        """Run each measurement, ours first; the result leaves out absent peers."""
         found = {
             name: self._guarded(f"{what}: {name}", measure, is_peer=number > 0)
             for number, (name, measure) in enumerate(measures.items())
@@ -71,7 +73,7 @@ class Bench:
         return {name: result for name, result in found.items() if result is not None}
 
     def profile(self, name: str, call: Call) -> None:
-        """Profile the second of two calls; `name` begins with the suite and a slash."""
+        """Profile the second of two calls; `name` is "SUITE/what"."""
 
         def measure() -> Measured:
             call()
@@ -83,11 +85,11 @@ class Bench:
     def _guarded(
         self, what: str, measure: Callable[[], Measured], is_peer: bool
     ) -> Measured | None:
-        """What `measure` returns, or in words why it failed; None where a peer is absent.
+        """The result of `measure`, or its error as text; None if a peer is absent.
 
-        A peer that needs more memory than there is is a result; all else goes to `failures`.
+        A peer that runs out of memory is a result; every other error is added to `failures`.
         """
-        # The visible end of every error of foreign code: it becomes text in the row.
+        # Peers may raise anything: the error becomes text in the row, and the run continues.
         try:
             return measure()
         except Absent:
@@ -105,9 +107,9 @@ class Bench:
             self.release()
 
     def _run_all(self, case: Case) -> dict[str, Measured]:
-        """Seconds and peak bytes, or an error, of every candidate that is there; ours first.
+        """Seconds and peak bytes, or an error, of every available candidate; ours first.
 
-        On a GPU one after the other, so that each has all the memory; on a CPU in turns.
+        On a GPU one after the other, so that each has all the memory; on a CPU alternating.
         """
         waiting: dict[str, list[Call]] = {}
 
@@ -127,24 +129,27 @@ class Bench:
         return results
 
     def _ready(self, case: Case, name: str) -> tuple[list[Call], int]:
-        """Calls on enough sets of inputs to outgrow the cache, the first checked and weighed."""
+        """Calls on enough sets of inputs to exceed the cache, and the peak bytes of the first.
+
+        The first call is checked as well.
+        """
         first = case.make_inputs(0)
         call = case.candidates[name](first)
         case.check_call(first, call)
         peak = self.clock.peak_bytes(call)
         calls = [call]
-        for seed in range(1, self._sets(first)):
+        for seed in range(1, self._input_sets(first)):
             calls.append(case.candidates[name](case.make_inputs(seed)))
         return calls, peak
 
-    def _sets(self, inputs: Any) -> int:
+    def _input_sets(self, inputs: Any) -> int:
         size = sum(t.numel() * t.element_size() for t in tensors(inputs))
         cache = self.clock.cache_bytes()
         fewest = 1 if size > 32 * cache else 2
-        return min(max(fewest, math.ceil(4 * cache / size)), MOST_SETS)
+        return min(max(fewest, math.ceil(4 * cache / size)), MAX_INPUT_SETS)
 
     def release(self) -> None:
-        """Give back what is no longer held."""
+        """Free memory that is no longer referenced."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

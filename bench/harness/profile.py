@@ -1,4 +1,4 @@
-"""Where a call's time goes: its longest kernels, and how long the GPU waited."""
+"""Where a call's time goes: its longest kernels, and the time the GPU is idle."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from bench._rows import rounded
+from bench.harness.rows import rounded
 
 LONGEST = 15
-NAME_CHARACTERS = 100  # templates spell out all of their types
+MAX_NAME_CHARACTERS = 100  # names of C++ templates contain all of their types
 
 
 class Span(NamedTuple):
@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 
 class Total(NamedTuple):
-    """All calls of one kernel, or on a CPU of one op without the ops that it calls."""
+    """All calls of one kernel, or on a CPU of one op excluding the ops it calls."""
 
     name: str
     calls: int
@@ -34,12 +34,12 @@ class Total(NamedTuple):
 
 
 def profile(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Profile one call, which should have been made before.
+    """Profile one call; make the same call once before, to warm up.
 
-    `wall_ms`; `idle_share`, the part of it in which no kernel and no copy ran (None on a CPU);
-    `longest`: of the kernels, on a CPU of the ops, that took longest in total, `name`, `calls`,
-    `ms` and `share` of the time of all. The profiler itself delays the host, so that a GPU waits
-    longer than without.
+    Returns `wall_ms`; `idle_share`, the fraction of it in which no kernel and no copy ran (None on
+    a CPU); and `longest`, the kernels (on a CPU, ops) with the longest total time, each with
+    `name`, `calls`, `ms` and `share` of the total over all kernels. The profiler slows the host
+    down, so a GPU is idle for longer than without it.
     """
     gpu = device.type == "cuda"
     activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
@@ -64,7 +64,7 @@ def profile(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 
 
 def gpu_spans(events: Iterable[Any]) -> list[Span]:
-    """What ran on the GPU. Named ranges of the host are drawn over its kernels: they are none."""
+    """What ran on the GPU. Named ranges of the host appear there too and are left out."""
     return [
         Span(event.name, event.time_range.start, event.time_range.end)
         for event in events
@@ -73,7 +73,7 @@ def gpu_spans(events: Iterable[Any]) -> list[Span]:
 
 
 def busy_us(spans: Iterable[Span]) -> float:
-    """Length of the union of all spans: kernels of several streams overlap."""
+    """Length of the union of all spans; kernels of several streams overlap."""
     busy, until = 0.0, float("-inf")
     for span in sorted(spans, key=lambda span: span.start_us):
         busy += max(0.0, span.end_us - max(span.start_us, until))
@@ -89,12 +89,12 @@ def totals_of(spans: Iterable[Span]) -> list[Total]:
 
 
 def longest(totals: Iterable[Total]) -> list[dict[str, Any]]:
-    """The first LONGEST, with their shares of the time of all."""
+    """The first LONGEST, with their share of the total."""
     ordered = sorted(totals, key=lambda total: total.us, reverse=True)
     everything = sum(total.us for total in ordered)
     return [
         {
-            "name": total.name[:NAME_CHARACTERS],
+            "name": total.name[:MAX_NAME_CHARACTERS],
             "calls": total.calls,
             "ms": rounded(total.us / 1e3),
             "share": rounded(total.us / everything),

@@ -1,13 +1,13 @@
-"""A GRPO step as T2I-R1 takes it, on transformers' modules: what the whole step is compared with.
+"""The peer of the whole step: a GRPO step as in T2I-R1, on transformers' modules.
 
-Text, then image, each a loop of single decoding steps with a cache that grows; text and image
-trained in passes of their own, all logits of the completion through log-softmax; a reference model;
-AdamW over float32 copies of the weights. Kinder than its model where that costs nothing: all
-samples of a step are decoded at a time, the head of the other kind is not run, each pass is
-differentiated before the next begins, the reward comes out of the sampling loop, and no sequence is
-padded, as all are equally long here.
+Text, then image, each a loop of single decoding steps with a growing cache; text and image are
+trained in separate passes, with log-softmax over all logits of the completion; a reference model;
+AdamW over float32 copies of the weights. Faster than T2I-R1's code where that needs no new method:
+all samples of a step are decoded together, the other modality's head is not run, the backward of
+each pass runs before the next pass begins, the reward is computed in the sampling loop, and no
+sequence is padded, since all have the same length here.
 
-Shapes: N samples, A prompt tokens, L text or I image tokens, V of a vocabulary.
+Shapes: N samples, A prompt tokens, L text or I image tokens, vocabulary V.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench import _models
+from bench.trainer.models import PAD, NumberTokenizer, in_transformers
 from iris_fast.config import TrainConfig
 from iris_fast.grpo.advantage import group_advantages
 from iris_fast.models.janus import Janus
@@ -32,8 +32,8 @@ from iris_fast.models.templates import (
 )
 
 
-class Drawn(NamedTuple):
-    """A rollout: the text's and the image's prompts and tokens, and what became of them [N]."""
+class Samples(NamedTuple):
+    """A rollout: prompts and tokens of text and image, and the samples' advantages [N]."""
 
     text_prompts: Tensor  # [N, A]
     text: Tensor  # [N, L]
@@ -41,10 +41,10 @@ class Drawn(NamedTuple):
     codes: Tensor  # [N, I]
     advantages: Tensor
 
-    def cut(self, samples: int) -> Iterator[Drawn]:
-        """Micro-batches of so many samples."""
+    def micro_batches(self, samples: int) -> Iterator[Samples]:
+        """Split into parts of that many samples."""
         for parts in zip(*(field.split(samples) for field in self), strict=True):
-            yield Drawn(*parts)
+            yield Samples(*parts)
 
 
 # --- Decoding -------------------------------------------------------------------------------------
@@ -54,35 +54,37 @@ class Drawn(NamedTuple):
 def decode(
     model: nn.Module, embeds: Tensor, tokens: int, choose: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """`tokens` tokens [N, tokens]; `choose` gives those of a step and the next step's embeddings
-    from hidden rows [B, D]."""
-    cache, drawn = None, []
+    """Token ids [N, tokens].
+
+    `choose` maps a step's hidden states [B, D] to its token ids and the next step's embeddings.
+    """
+    cache, sampled = None, []
     for _ in range(tokens):
         out = model.model.language_model(
             inputs_embeds=embeds, past_key_values=cache, use_cache=True
         )
         cache = out.past_key_values
         chosen, embeds = choose(out.last_hidden_state[:, -1])
-        drawn.append(chosen)
-    return torch.stack(drawn, 1)
+        sampled.append(chosen)
+    return torch.stack(sampled, 1)
 
 
-def write_text(
+def generate_text(
     model: nn.Module, prompts: Tensor, tokens: int, watch: Callable[[Tensor], None]
 ) -> Tensor:
-    """Text ids [N, tokens]; `watch` sees every step's logits [N, V]."""
+    """Text ids [N, tokens]; `watch` is called with every step's logits [N, V]."""
     embed = model.get_input_embeddings()
 
     def choose(hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.lm_head(hidden)
         watch(logits)
-        drawn = torch.multinomial(logits.softmax(-1), 1)
-        return drawn[:, 0], embed(drawn)
+        sampled = torch.multinomial(logits.softmax(-1), 1)
+        return sampled[:, 0], embed(sampled)
 
     return decode(model, embed(prompts), tokens, choose)
 
 
-def draw_image(
+def generate_image(
     model: nn.Module,
     prompts: Tensor,
     tokens: int,
@@ -90,25 +92,25 @@ def draw_image(
     greedy: bool = False,
     watch: Callable[[Tensor], None] = lambda logits: None,
 ) -> Tensor:
-    """Codes [N, tokens] with guidance; `watch` sees every step's conditional logits [N, V]."""
+    """Codes [N, tokens] with guidance; `watch` is called with the conditional logits [N, V]."""
     uncond = prompts.clone()
-    uncond[:, 1:-1] = _models.PAD
+    uncond[:, 1:-1] = PAD
 
     def choose(hidden: Tensor) -> tuple[Tensor, Tensor]:
         logit_cond, logit_uncond = model.model.generation_head(hidden).chunk(2)
         watch(logit_cond)
         mixed = logit_uncond + cfg_weight * (logit_cond - logit_uncond)
         probs = torch.softmax(mixed, dim=-1)
-        drawn = probs.argmax(-1) if greedy else torch.multinomial(probs, 1)[:, 0]
-        both = torch.cat([drawn, drawn])[:, None]
-        return drawn, model.prepare_embeddings_for_image_generation(both)
+        sampled = probs.argmax(-1) if greedy else torch.multinomial(probs, 1)[:, 0]
+        both = torch.cat([sampled, sampled])[:, None]
+        return sampled, model.prepare_embeddings_for_image_generation(both)
 
     embeds = model.get_input_embeddings()(torch.cat([prompts, uncond]))
     return decode(model, embeds, tokens, choose)
 
 
 class Nsc:
-    """Sums log V + mean(log p) = -KL(U || p) over the steps it watches, [N]."""
+    """Sum of log V + mean(log p) = -KL(U || p) over all steps it is called with, [N]."""
 
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
@@ -142,11 +144,11 @@ def _logprobs(model: nn.Module, embeds: Tensor, start: int, head: nn.Module, ids
 
 
 class T2IR1:
-    """Policy, reference and optimizer, from the weights of `janus`."""
+    """Policy, reference and optimizer, all starting from the weights of `janus`."""
 
-    def __init__(self, janus: Janus, tokenizer: _models.Numbers, config: TrainConfig):
+    def __init__(self, janus: Janus, tokenizer: NumberTokenizer, config: TrainConfig):
         self.config, self._tokenizer = config, tokenizer
-        self.policy, self.reference = _models.in_transformers(janus), _models.in_transformers(janus)
+        self.policy, self.reference = in_transformers(janus), in_transformers(janus)
         modules = (self.policy.model.language_model, self.policy.lm_head)
         self._trained = [p.requires_grad_(True) for m in modules for p in m.parameters()]
         self._masters = [p.detach().float().clone() for p in self._trained]
@@ -155,31 +157,33 @@ class T2IR1:
         )
         self.device = janus.lm_head.weight.device
 
-    def rollout(self, texts: list[str], image_tokens: int) -> Drawn:
-        """One sample for each text, prompt-major, with its advantage."""
+    def rollout(self, texts: list[str], image_tokens: int) -> Samples:
+        """One sample with its advantage per text, all samples of a prompt in a row."""
         config, tokenizer, template = self.config, self._tokenizer, TEMPLATES[self.config.template]
         instruction, nsc = load_instruction(config.cot_instruction), Nsc()
-        asked = [template.cot_prompt(fill_instruction(instruction, text)) for text in texts]
-        text_prompts = self._ids([tokenizer.encode(each) for each in asked])
-        ids = write_text(self.policy, text_prompts, config.max_completion_length, nsc)
+        cot_prompts = [template.cot_prompt(fill_instruction(instruction, text)) for text in texts]
+        text_prompts = self._ids([tokenizer.encode(each) for each in cot_prompts])
+        ids = generate_text(self.policy, text_prompts, config.max_completion_length, nsc)
         joined = [
             join_prompt(text, tokenizer.decode(row))
             for text, row in zip(texts, ids.tolist(), strict=True)
         ]
         image_prompts = self._ids([image_prompt_ids(tokenizer, template, text) for text in joined])
-        codes = draw_image(self.policy, image_prompts, image_tokens, config.cfg_weight, watch=nsc)
+        codes = generate_image(
+            self.policy, image_prompts, image_tokens, config.cfg_weight, watch=nsc
+        )
         advantages = group_advantages(nsc.total, config.num_generations, config.scale_rewards)
-        return Drawn(text_prompts, ids, image_prompts, codes, advantages)
+        return Samples(text_prompts, ids, image_prompts, codes, advantages)
 
     def _ids(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor(rows, device=self.device)
 
-    def train(self, drawn: Drawn) -> float:
-        """Gradients of GRPO's loss over micro-batches, one step of AdamW; the gradient's norm."""
+    def train(self, samples: Samples) -> float:
+        """One AdamW step on GRPO's loss over micro-batches; returns the gradient's norm."""
         config = self.config
-        tokens = drawn.text.numel() + drawn.codes.numel()
-        samples = config.per_device_train_batch_size * config.num_generations
-        for batch in drawn.cut(samples):
+        tokens = samples.text.numel() + samples.codes.numel()
+        size = config.per_device_train_batch_size * config.num_generations
+        for batch in samples.micro_batches(size):
             for logprobs, prompts, ids in (
                 (text_logprobs, batch.text_prompts, batch.text),
                 (image_logprobs, batch.image_prompts, batch.codes),
@@ -200,7 +204,7 @@ class T2IR1:
         return norm.item()
 
     def gradient(self) -> Tensor:
-        """What the last step saw for one weight of the first block, after clipping."""
+        """The last step's clipped gradient of one weight in the first block."""
         watched = self.policy.model.language_model.layers[0].self_attn.o_proj.weight
         (place,) = (i for i, p in enumerate(self._trained) if p is watched)
         return self._masters[place].grad

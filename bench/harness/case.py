@@ -6,29 +6,29 @@ from typing import Any
 
 import torch
 
-from bench._rows import dtype_name
+from bench.harness.rows import dtype_name
 
 Call = Callable[[], Any]
 
 
 class WrongResult(AssertionError):
-    """An implementation computed something else than it should: it is not timed."""
+    """An implementation computed a wrong result; it is not timed."""
 
 
 class Absent(Exception):
-    """A peer that is not installed, or does not run on this device."""
+    """A peer is not installed or does not run on this device."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one shape. `make_inputs(seed)` draws inputs on the device.
+    """One operation at one shape. `make_inputs(seed)` samples inputs on the device.
 
-    `candidates` maps names to `prepare(inputs) -> call`: what `prepare` does is not timed, `call()`
-    is, any number of times. A call that overwrites its inputs has an attribute `restore`: a
-    function that is run before every call, and not timed. The first candidate is ours, the others
-    are its peers. A peer whose `prepare` raises Absent is left out.
+    `candidates` maps names to `prepare(inputs) -> call`. `prepare` is not timed; `call()` is, and
+    can be repeated any number of times. A call that overwrites its inputs has an attribute
+    `restore`, a function that runs untimed before every call. The first candidate is ours, the
+    others are its peers. A peer whose `prepare` raises Absent is left out.
     `check(inputs, result)` raises WrongResult; `result` is what `call()` returned.
-    `bytes` and `flops` are the least that the operation moves and computes, whoever computes it.
+    `bytes` and `flops` are the minimum that any implementation must move and compute.
     """
 
     case: str
@@ -45,13 +45,15 @@ class Case:
 
     @property
     def name(self) -> str:
-        """One line for people and for test ids."""
+        """Case, metric, shape and dtype, for people and for test ids."""
         shape = " ".join(f"{k}={v}" for k, v in self.shape.items())
         return f"{self.case} {self.metric} {shape} {dtype_name(self.dtype)}"
 
     def check_call(self, inputs: Any, call: Call) -> None:
-        """`check` on the result of a first call; WrongResult. One that overwrites its `inputs`,
-        those of seed 0, is judged by the same ones drawn again."""
+        """Check the result of a first call; raise WrongResult.
+
+        A call that overwrites its `inputs` (those of seed 0) is checked against a fresh copy.
+        """
         result = call()
         self.check(self.make_inputs(0) if hasattr(call, "restore") else inputs, result)
 
@@ -71,7 +73,10 @@ def tensors(inputs: Any) -> Iterator[torch.Tensor]:
 def check_close(
     what: str, result: torch.Tensor, reference: torch.Tensor, allowed: float | None = None
 ) -> None:
-    """||result - reference|| / ||reference|| is that of the result's precision, or `allowed`."""
+    """Raise WrongResult unless ||result - reference|| / ||reference|| is at most `allowed`.
+
+    The default of `allowed` follows from the precision of `result`.
+    """
     reference = reference.double()
     error = (result.double() - reference).norm() / reference.norm()
     if allowed is None:

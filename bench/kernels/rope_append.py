@@ -1,9 +1,9 @@
-"""rope_append: query and key of one new token a sequence turned, key and value into the cache.
+"""rope_append: rotate query and key of one new token per sequence, append key and value.
 
 Shapes of Janus-Pro-1B (16 heads) and 7B (32 heads) at head width 128; query, key and value are
-parts of one projection's output. Least bytes: those read once, written once, the tables and slots.
-At these sizes a launch takes longer than the bytes do; on a GPU timed inside a CUDA graph, as a
-decoding loop runs it.
+parts of one projection's output. Minimum bytes: those read and written once, tables and slots read.
+At these sizes the launch takes longer than moving the bytes; on a GPU timed inside a CUDA graph, as
+in a decoding loop.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +13,14 @@ from typing import NamedTuple
 
 import torch
 from iris_kernels import rope_append
+from iris_kernels.rope_append import rope_append_reference
 from torch import Tensor
 
-from bench import _peers
-from bench._case import Call, Case, check_close
+from bench.harness import peers
+from bench.harness.case import Call, Case, check_close
 
 SUITE = "kernels"
-SLOTS, WIDTH = 8, 128  # few: one of them is touched, and all inputs together must leave the cache
+SLOTS, WIDTH = 8, 128  # few slots: only one is touched, and the inputs must exceed the cache
 THETA = 10000.0
 GPU_GRID = ((16, 32), (64, 256), torch.bfloat16)
 CPU_GRID = ((16,), (64,), torch.float32)
@@ -37,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The rotated query [B, H, Dh], and what the caches hold at the slots, likewise."""
+    """The rotated query, and the caches' keys and values at the slots, each [B, H, Dh]."""
 
     query: Tensor
     key: Tensor
@@ -73,7 +74,7 @@ def make_inputs(B: int, H: int, dtype: torch.dtype, device: torch.device, seed: 
 
 
 def _prepare(load: Callable, device: torch.device, inputs: Inputs) -> Call:
-    """Writing the same to the same places again changes nothing."""
+    """A call can be repeated: it writes the same values to the same slots again."""
     compute, rows = load(device), torch.arange(len(inputs.slots), device=device)
     parts = inputs.fused.chunk(3, dim=1)
 
@@ -81,8 +82,8 @@ def _prepare(load: Callable, device: torch.device, inputs: Inputs) -> Call:
         query = compute(*parts, *inputs[1:])
 
         def read() -> Result:
-            held = (inputs.key_cache, inputs.value_cache)
-            return Result(query, *(cache[rows, :, inputs.slots] for cache in held))
+            caches = (inputs.key_cache, inputs.value_cache)
+            return Result(query, *(cache[rows, :, inputs.slots] for cache in caches))
 
         return query, read
 
@@ -94,37 +95,27 @@ def ours(device: torch.device) -> Callable[..., Tensor]:
 
 
 def plain(query, key, value, cos, sin, key_cache, value_cache, slots) -> Tensor:
-    """As transformers' Llama turns them, and two writes by index."""
+    """The rotation of transformers' Llama, and two indexed writes."""
     cos, sin = (torch.cat([table, table], dim=-1)[:, None] for table in (cos, sin))
 
-    def turn(x: Tensor) -> Tensor:
+    def rotate(x: Tensor) -> Tensor:
         wide = x.float()
         first, second = wide.chunk(2, dim=-1)
         return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
     rows = torch.arange(len(slots), device=slots.device)
-    key_cache[rows, :, slots] = turn(key)
+    key_cache[rows, :, slots] = rotate(key)
     value_cache[rows, :, slots] = value
-    return turn(query)
+    return rotate(query)
 
 
-def eager(device: torch.device) -> Callable[..., Tensor]:
-    return plain
-
-
-def compiled(device: torch.device) -> Callable[..., Tensor]:
-    return _peers.compiled(plain, device)
-
-
-CANDIDATES = {"ours": ours, "eager": eager, "torch.compile": compiled}
+CANDIDATES = {"ours": ours, **peers.in_torch(plain)}
 
 
 def check(inputs: Inputs, result: tuple[Tensor, Callable[[], Result]]) -> None:
-    query, key, value = inputs.fused.chunk(3, dim=1)
-    angle = torch.complex(inputs.cos.double(), inputs.sin.double())[:, None]
+    query, key, value = inputs.fused.double().chunk(3, dim=1)
+    cos, sin = inputs.cos.double(), inputs.sin.double()
     found = result[1]()
-    for name, given in (("query", query), ("key", key)):
-        turned = torch.complex(*given.double().chunk(2, dim=-1)) * angle
-        reference = torch.cat([turned.real, turned.imag], dim=-1)
-        check_close(name, getattr(found, name), reference)
+    check_close("query", found.query, rope_append_reference(query, cos, sin))
+    check_close("key", found.key, rope_append_reference(key, cos, sin))
     check_close("value", found.value, value)

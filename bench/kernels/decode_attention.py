@@ -1,8 +1,8 @@
-"""decode_attention: one query a sequence against its live part of a static cache.
+"""decode_attention: one query per sequence against the live part of a static cache.
 
 Shapes of Janus-Pro-1B (16 heads) and 7B (32 heads) at head width 128, about 400 live entries of
-704. Least bytes: the live keys and values once; all lengths differ, so a peer that cannot read them
-on the device reads more. On a GPU timed inside a CUDA graph, as a decoding loop runs it.
+704. Minimum bytes: the live keys and values once. All lengths differ, so a peer that cannot read
+them on the device reads more. On a GPU timed inside a CUDA graph, as in a decoding loop.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,16 +12,17 @@ from typing import NamedTuple
 
 import torch
 from iris_kernels import decode_attention
+from iris_kernels.decode_attention import decode_attention_reference
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench import _peers
-from bench._case import Call, Case, check_close
+from bench.harness import peers
+from bench.harness.case import Call, Case, check_close
 
 SUITE = "kernels"
 SLOTS, WIDTH = 704, 128
 SHORTEST, LONGEST = 352, 448  # live entries, spread evenly over the sequences
-CHECKED = 8  # sequences, in float64
+CHECKED_SEQUENCES = 8
 GPU_GRID = ((16, 32), (16, 64, 128, 256), torch.bfloat16)
 CPU_GRID = ((16,), (16,), torch.float32)
 
@@ -61,11 +62,11 @@ def live_entries(B: int) -> Tensor:
 def make_inputs(B: int, H: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(*shape: int) -> Tensor:
+    def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
-    caches = (draw(B, H, SLOTS, WIDTH) for _ in range(2))
-    return Inputs(draw(B, H, WIDTH), *caches, live_entries(B).to(device))
+    caches = (randn(B, H, SLOTS, WIDTH) for _ in range(2))
+    return Inputs(randn(B, H, WIDTH), *caches, live_entries(B).to(device))
 
 
 def _prepare(load: Callable, device: torch.device, inputs: Inputs) -> Call:
@@ -80,7 +81,7 @@ def ours(device: torch.device) -> Callable[[Inputs], Call]:
 
 
 def masked_sdpa(device: torch.device) -> Callable[[Inputs], Call]:
-    """torch's attention over the whole cache with a mask: what a captured graph can replay."""
+    """torch's attention over the whole cache with a mask; can run in a CUDA graph."""
 
     def prepare(inputs: Inputs) -> Call:
         alive = torch.arange(SLOTS, device=device) < inputs.lengths[:, None]
@@ -96,7 +97,7 @@ def masked_sdpa(device: torch.device) -> Callable[[Inputs], Call]:
 
 
 def cut_sdpa(device: torch.device) -> Callable[[Inputs], Call]:
-    """The same over the longest sequence's entries only: a host knows it, a graph does not."""
+    """The same over the longest sequence's entries only; the host must know their number."""
 
     def prepare(inputs: Inputs) -> Call:
         alive = torch.arange(LONGEST, device=device) < inputs.lengths[:, None]
@@ -108,9 +109,9 @@ def cut_sdpa(device: torch.device) -> Callable[[Inputs], Call]:
 
 
 def flex(device: torch.device) -> Callable[[Inputs], Call]:
-    """torch's flex attention with a block mask made beforehand; it compiles for GPUs only here."""
-    module = _peers.load("torch.nn.attention.flex_attention", device)
-    function = torch.compile(module.flex_attention, dynamic=False)
+    """torch's flex attention with a block mask made beforehand; on GPUs only."""
+    module = peers.load("torch.nn.attention.flex_attention", device)
+    function = peers.compiled(module.flex_attention, device)
 
     def prepare(inputs: Inputs) -> Call:
         B = len(inputs.lengths)
@@ -127,7 +128,7 @@ def flex(device: torch.device) -> Callable[[Inputs], Call]:
 
 def flash_attn(device: torch.device) -> Callable[[Inputs], Call]:
     """flash-attn's decoding kernel, on caches in its own layout [B, S, H, Dh]."""
-    function = _peers.load("flash_attn", device).flash_attn_with_kvcache
+    function = peers.load("flash_attn", device).flash_attn_with_kvcache
 
     def prepare(inputs: Inputs) -> Call:
         keys, values = (t.transpose(1, 2).contiguous() for t in (inputs.keys, inputs.values))
@@ -139,7 +140,7 @@ def flash_attn(device: torch.device) -> Callable[[Inputs], Call]:
 
 def xformers(device: torch.device) -> Callable[[Inputs], Call]:
     """xformers' split-K kernel, on caches in its own layout [1, B S, H, Dh]."""
-    fmha = _peers.load("xformers.ops.fmha", device)
+    fmha = peers.load("xformers.ops.fmha", device)
 
     def prepare(inputs: Inputs) -> Call:
         B, H, width = inputs.query.shape
@@ -167,13 +168,9 @@ CANDIDATES = {
 
 
 def check(inputs: Inputs, context: Tensor) -> None:
-    rows = torch.linspace(0, len(inputs.lengths) - 1, CHECKED).long().tolist()
-    for b in rows:
-        live = int(inputs.lengths[b])
-        query, keys, values = (
-            t.double()
-            for t in (inputs.query[b], inputs.keys[b, :, :live], inputs.values[b, :, :live])
-        )
-        scores = torch.einsum("hd,hsd->hs", query, keys) * WIDTH**-0.5
-        reference = torch.einsum("hs,hsd->hd", scores.softmax(-1), values)
-        check_close(f"context of sequence {b}", context[b], reference)
+    """Some sequences, one at a time, in float64."""
+    for b in torch.linspace(0, len(inputs.lengths) - 1, CHECKED_SEQUENCES).long().tolist():
+        one = slice(b, b + 1)
+        query, keys, values = (t[one].double() for t in inputs[:3])
+        reference = decode_attention_reference(query, keys, values, inputs.lengths[one])
+        check_close(f"context of sequence {b}", context[one], reference)

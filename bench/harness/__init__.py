@@ -1,0 +1,1 @@
+"""What all benchmarks share: cases, clocks, measurement, peers, profiles, tables and plots."""

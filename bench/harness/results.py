@@ -1,0 +1,50 @@
+"""The JSON files under bench/results/: reading, appending, writing. Does not import torch."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.harness.rows import Row
+from iris_fast.errors import replacing
+
+Run = dict[str, Any]  # one file: "head", "rows" and, where calls were profiled, "profiles"
+
+
+def read(path: Path) -> Run:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, run: Run) -> None:
+    """Write the file in one step, so that no reader sees half of it."""
+    text = json.dumps(run, indent=1, allow_nan=False) + "\n"
+    with replacing("out", path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def append(path: Path, row: Row) -> None:
+    run = read(path)
+    run["rows"].append(row)
+    write(path, run)
+
+
+def add_profiles(path: Path, profiles: dict[str, Any]) -> None:
+    run = read(path)
+    run.setdefault("profiles", {}).update(profiles)
+    write(path, run)
+
+
+def load_all(folder: Path) -> dict[str, Run]:
+    """File stem -> run, newest first."""
+    runs = {path.stem: read(path) for path in folder.glob("*.json")}
+    return dict(sorted(runs.items(), key=lambda item: item[1]["head"]["date"], reverse=True))
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Exit with a message unless both heads are of the same machine and the same code."""
+    for key in ("device", "torch", "triton", "driver", "commit"):
+        if before[key] != now[key]:
+            sys.exit(
+                f"--append: {out} was written with {key} {before[key]}, this run has {now[key]}; "
+                "write to another --out"
+            )

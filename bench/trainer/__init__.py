@@ -1,0 +1,1 @@
+"""Benchmarks of the trainer: rollout, training pass, whole step, scaling over ranks."""
