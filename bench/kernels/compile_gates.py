@@ -23,15 +23,13 @@ from pathlib import Path
 
 import torch
 import triton
-from iris_kernels._eight_bits import FP8
-from iris_kernels._row_math import Columns
-from iris_kernels._stats_triton import backward_triton, forward_triton
 from iris_kernels.add_rms_norm import add_rms_norm_triton
 from iris_kernels.decode_attention import decode_triton
 from iris_kernels.guided_sample import sample_triton
 from iris_kernels.quantize_rows import quantize_rows_triton
 from iris_kernels.rope_append import rope_append_triton
 from iris_kernels.silu_mul import silu_mul_triton
+from iris_kernels.token_stats import Columns, backward_triton, forward_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -40,6 +38,7 @@ ARCHITECTURES = (80, 90, 100)
 VOCABULARIES = (16384, 102400, 151936)
 HEAD_WIDTHS = (64, 128)
 WIDTHS = ((2048, 5632), (4096, 11008))  # hidden and intermediate, of Janus-Pro-1B and 7B
+FP8 = torch.float8_e4m3fn
 FIRST_FP8_ARCHITECTURE = 89  # older GPUs have no e4m3
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

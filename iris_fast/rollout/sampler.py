@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from iris_kernels import GuidedSample, TokenStats, guided_sample
-from iris_kernels._backend import use_triton
+from iris_kernels import GuidedSample, TokenStats, guided_sample, uses_triton
 from torch import Tensor
 
 from iris_fast.config import SamplingConfig
@@ -66,7 +65,7 @@ class Sampler:
     @property
     def captured(self) -> bool:
         """Whether steps become a CUDA graph: the torch path of the kernels asks the host."""
-        return self.static and self.device.type == "cuda" and use_triton(self.janus.lm_head.weight)
+        return self.static and self.device.type == "cuda" and uses_triton(self.janus.lm_head.weight)
 
     @functools.cached_property
     def instruction(self) -> str:

@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton or torch. Nothing here falls back in silence."""
+"""Which implementation runs: Triton or torch. There is no silent fallback."""
 
 import ctypes
 import mmap
@@ -19,29 +19,30 @@ VARIABLE = "IRIS_KERNELS_BACKEND"
 
 
 def jit(function):
-    """`triton.jit` where Triton is installed; else the plain function, which nothing calls."""
+    """`triton.jit` if Triton is installed, else the plain function, which is never called."""
     return function if triton is None else triton.jit(function)
 
 
 def constant(value):
-    """A module-level number that kernels may read."""
+    """A module-level number that kernels can read."""
     return value if triton is None else tl.constexpr(value)
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, which needs no GPU."""
+    """Whether kernels run in Triton's interpreter, which needs no GPU."""
     return triton is not None and triton.knobs.runtime.interpret
 
 
-def use_triton(tensor: Tensor) -> bool:
-    """Whether the Triton path computes on `tensor`, as `IRIS_KERNELS_BACKEND` asks.
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether the ops run their Triton path on `tensor`, as `IRIS_KERNELS_BACKEND` chooses.
 
-    `auto` (the default) is Triton for CUDA tensors, except float64, which only the torch path
-    computes; torch for all others.
+    `auto` (the default) is Triton for CUDA tensors other than float64, which only the torch path
+    supports, and torch for all other tensors.
 
     Raises:
-        ValueError: the variable holds an unknown name, or asks for Triton on a float64 tensor.
-        RuntimeError: Triton was asked for and cannot run here.
+        ValueError: the variable is not triton, torch or auto, or it is triton and the tensor is
+            float64.
+        RuntimeError: the variable is triton, and Triton cannot run here.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice == "torch":
@@ -65,17 +66,17 @@ def use_triton(tensor: Tensor) -> bool:
     return True
 
 
-# glibc gives every larger tensor a mapping of its own, so that no other data shares its pages.
-OWN_MAPPING_BYTES = 32 << 20
+# glibc allocates anything larger by mmap, so that no other data shares its pages.
+MMAP_BYTES = 32 << 20
 
 
 def prefer_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask Linux to back a large new CPU tensor by 2 MB pages, and return it.
+    """Advise Linux to back a large new CPU tensor by 2 MB pages, and return it.
 
-    Page faults are most of the time that writing a new gradient takes: with 4 KB pages, 18000 of
-    them for 75 MB. Only a hint; elsewhere and on small tensors nothing happens.
+    Page faults take most of the time of writing a new gradient: 18000 of them for 75 MB of 4 KB
+    pages. This is only a hint; on other systems and for small tensors nothing happens.
     """
-    if tensor.is_cpu and tensor.nbytes > OWN_MAPPING_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+    if tensor.is_cpu and tensor.nbytes > MMAP_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(

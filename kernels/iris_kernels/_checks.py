@@ -1,4 +1,4 @@
-"""Argument checks shared by the ops, and the folding of leading dimensions into rows."""
+"""Argument checks shared by the ops, and how leading dimensions are folded into rows."""
 
 import math
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the token id that means "no token here", as in torch.nn.functional.cross_entropy
+IGNORE_INDEX = -100  # id of a row without a token, as in torch.nn.functional.cross_entropy
 CPU = torch.device("cpu")
 DECODING_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_logits(name: str, logits: Tensor) -> None:
-    """A floating tensor with at least one column."""
+    """Raise ValueError unless `logits` is floating point with at least one column."""
     if logits.dtype not in LOGIT_DTYPES:
         raise ValueError(
             f"{name} has dtype {logits.dtype}: cast it to float32, bfloat16 or float16"
@@ -25,7 +25,7 @@ def check_logits(name: str, logits: Tensor) -> None:
 
 
 def check_per_row(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """One value per row: `shape` is that of the logits without their last dimension."""
+    """Raise ValueError unless `tensor` has one value per row; `shape` is that of the rows."""
     if tensor.shape != shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} but the logits have rows of shape "
@@ -36,7 +36,7 @@ def check_per_row(name: str, tensor: Tensor, shape: torch.Size, device: torch.de
 
 
 def check_token_ids(token_ids: Tensor, mask: Tensor | None, logits: Tensor) -> None:
-    """Integer ids and a boolean mask, one per row of `logits`."""
+    """Raise ValueError unless ids are integer, the mask boolean, both one per row of `logits`."""
     check_per_row("token_ids", token_ids, logits.shape[:-1], logits.device)
     if token_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"token_ids has dtype {token_ids.dtype}: cast it with .long()")
@@ -49,7 +49,7 @@ def check_token_ids(token_ids: Tensor, mask: Tensor | None, logits: Tensor) -> N
 def check_temperature(
     temperature: float | Tensor, logits: Tensor, *, zero_allowed: bool = False
 ) -> None:
-    """A positive finite number, or 0 where that means greedy; a tensor's value is not looked at."""
+    """Raise ValueError unless positive and finite, or 0 if allowed; tensors are not read."""
     check_scalar("temperature", temperature, logits)
     if isinstance(temperature, Tensor) or (zero_allowed and temperature == 0):
         return
@@ -59,16 +59,16 @@ def check_temperature(
 
 
 def check_scalar(name: str, value: float | Tensor, logits: Tensor) -> None:
-    """A number, or a tensor of one where the logits are, or on the CPU."""
+    """Raise ValueError unless a number, or a 0-dim tensor on the CPU or the logits' device."""
     if isinstance(value, Tensor) and (value.dim() or value.device not in (logits.device, CPU)):
         raise ValueError(
             f"{name} is a tensor of shape {tuple(value.shape)} on {value.device}: "
-            f"pass a number, or a tensor without dimensions on {logits.device}"
+            f"pass a number, or a 0-dim tensor on {logits.device}"
         )
 
 
 def check_vocab_size(vocab_size: int | None, columns: int) -> int:
-    """The number of columns that exist: `vocab_size`, or all of them where it is None."""
+    """The number of columns that are not padding: `vocab_size`, or all if it is None."""
     if vocab_size is None:
         return columns
     if not 0 < vocab_size <= columns:
@@ -80,25 +80,31 @@ def check_vocab_size(vocab_size: int | None, columns: int) -> int:
 
 
 def check_ids_in_range(token_ids: Tensor, valid: Tensor, vocab_size: int) -> None:
-    """Ids of kept rows lie in [0, vocab_size). Looks at the values, so only for CPU tensors."""
+    """Raise ValueError unless ids of valid rows are in [0, vocab_size). CPU only: reads values."""
     wrong = valid & ((token_ids < 0) | (token_ids >= vocab_size))
     if wrong.any():
         raise ValueError(
             f"token_ids holds {int(token_ids[wrong][0])}, outside [0, {vocab_size}): "
-            f"use {IGNORED} or mask for rows without a token"
+            f"use {IGNORE_INDEX} or mask for rows without a token"
         )
 
 
+def kept_rows(token_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Boolean: the rows that have a token."""
+    kept = token_ids != IGNORE_INDEX
+    return kept if mask is None else kept & mask
+
+
 def last_dim_contiguous(logits: Tensor) -> Tensor:
-    """`logits` itself, or a copy where its columns are not next to each other in memory."""
+    """`logits` itself, or a copy if its columns are not adjacent in memory."""
     return logits if logits.shape[-1] == 1 or logits.stride(-1) == 1 else logits.contiguous()
 
 
 def fold_rows(tensor: Tensor) -> tuple[int, int, int, int] | None:
     """(outer, inner, outer stride, inner stride) walking all rows of (..., V), or None.
 
-    Row r then starts at (r // inner) * outer stride + (r % inner) * inner stride. None where
-    the leading dimensions do not merge into two.
+    Row r then starts at (r // inner) * outer stride + (r % inner) * inner stride. None if the
+    leading dimensions do not merge into two.
     """
     dims = [(n, s) for n, s in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if n != 1]
     merged: list[tuple[int, int]] = []
@@ -114,9 +120,9 @@ def fold_rows(tensor: Tensor) -> tuple[int, int, int, int] | None:
 
 
 def row_parts(tensor: Tensor, levels: int) -> Iterator[tuple[slice, Tensor]]:
-    """`tensor` (..., V) cut until each part's rows are walked by at most `levels` strides (1 or 2).
+    """Split `tensor` (..., V) into parts whose rows have at most `levels` strides (1 or 2).
 
-    Yields each part with the flat row numbers it holds. One part where the strides allow it, else
+    Yields the flat row numbers of each part, and the part. One part if the strides allow it, else
     the parts of each index of the first dimension; never a copy.
     """
     if tensor.dim() == 1:
@@ -125,33 +131,42 @@ def row_parts(tensor: Tensor, levels: int) -> Iterator[tuple[slice, Tensor]]:
     if folded is not None and (levels == 2 or folded[0] == 1):
         yield slice(0, math.prod(tensor.shape[:-1])), tensor
         return
-    rows_each = math.prod(tensor.shape[1:-1])
+    rows_per_index = math.prod(tensor.shape[1:-1])
     for i, slab in enumerate(tensor):
+        first = i * rows_per_index
         for rows, part in row_parts(slab, levels):
-            yield slice(i * rows_each + rows.start, i * rows_each + rows.stop), part
+            yield slice(first + rows.start, first + rows.stop), part
 
 
-def check_same_kind(cond: Tensor, uncond: Tensor) -> None:
-    """Raise ValueError unless both have one shape, dtype and device."""
-    for what in ("shape", "dtype", "device"):
-        ours, theirs = getattr(cond, what), getattr(uncond, what)
-        if ours != theirs:
+def check_same_layout(cond: Tensor, uncond: Tensor) -> None:
+    """Raise ValueError unless both have the same shape, dtype and device."""
+    for attribute in ("shape", "dtype", "device"):
+        expected, found = getattr(cond, attribute), getattr(uncond, attribute)
+        if expected != found:
             raise ValueError(
-                f"uncond_logits has {what} {theirs} but cond_logits has {ours}: make them equal"
+                f"uncond_logits has {attribute} {found} but cond_logits has {expected}: "
+                "make them equal"
             )
 
 
-def check_range(name: str, value: float, right: bool, remedy: str) -> None:
-    """Raise ValueError naming the `remedy` unless the value is `right`."""
-    if not right:
+def check_range(name: str, value: float, in_range: bool, remedy: str) -> None:
+    """Raise ValueError with the `remedy` unless the value is `in_range`."""
+    if not in_range:
         raise ValueError(f"{name} is {value}: pass {remedy}")
+
+
+def check_truncation(top_k: int, top_p: float, min_p: float) -> None:
+    """Raise ValueError unless each is in the range of Hugging Face's generate."""
+    check_range("top_k", top_k, top_k >= 0, "0 for all, or a positive integer")
+    check_range("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]")
+    check_range("min_p", min_p, 0 <= min_p <= 1, "a number in [0, 1]")
 
 
 def check_contiguous(
     name: str, tensor: Tensor, shape: torch.Size | None = None, like: Tensor | None = None
 ) -> None:
-    """Rows (..., D) without gaps in a dtype of decoding; of that `shape`, and the dtype and device
-    of `like`, where both are given."""
+    """Raise ValueError unless `tensor` is (..., D), contiguous, in a dtype that decoding ops take;
+    and, if `like` is given, of `shape` and the dtype and device of `like`."""
     if tensor.dtype not in DECODING_DTYPES or tensor.dim() == 0 or not tensor.is_contiguous():
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, dtype {tensor.dtype}, strides "

@@ -1,14 +1,10 @@
-"""The namespace of this copy's custom ops.
+"""The namespace of the custom ops.
 
-A copy from the Hugging Face Kernel Hub has another `_ops.py`, with a namespace of its own, so that
-it and the installed package load side by side.
+A copy from the Hugging Face Kernel Hub has its own `_ops.py` with its own namespace, so that the
+copy and the installed package can be loaded together.
 """
-
-import torch
-
-ops = torch.ops.iris_kernels
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
-    """The full name of an op: register and look up ops under it."""
+    """Full name under which an op is registered."""
     return f"iris_kernels::{op_name}"

@@ -1,13 +1,13 @@
-"""The residual stream's addition and the norm that follows it, in one pass over the row.
+"""Residual addition and the RMSNorm that follows it, in one pass over the row.
 
     residual_i <- residual_i + delta_i
     out_i = weight_i * residual_i / sqrt(mean_j residual_j^2 + eps)
 
-Sum, square and root are fp32; the sum is rounded to the dtype of `residual` before it is squared,
-and the quotient before it meets the weight, as the two operations would one after the other.
+Computed in fp32. The sum is rounded to the dtype of `residual` before it is squared, and the
+normalized row before it is multiplied by the weight, as by the two separate operations.
 
-Bytes moved for b-byte elements: 4 b D a row (both addends read, the sum and the norm written) and
-b D for the weight, in one launch where the plain operations take nine.
+Bytes moved for b-byte elements: 4 b D per row (both addends read, sum and norm written), b D
+for the weight; one kernel launch instead of the nine of separate operations.
 
 Shapes: (..., D), D channels.
 """
@@ -15,18 +15,23 @@ Shapes: (..., D), D channels.
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, triton, use_triton
+from ._backend import jit, tl, triton, uses_triton
 from ._checks import check_contiguous
 from ._ops import add_op_namespace_prefix
 
-MOST_CHANNELS = 32768  # one program holds a row
+MAX_CHANNELS = 32768  # one program holds a row
 
 
 # --- Triton kernel --------------------------------------------------------------------------------
 
 
 @jit
-def _add_rms_norm_kernel(residual, delta, weight, out, eps, D, BLOCK: tl.constexpr):
+def _add_rms_norm_kernel(
+    # residual [R, D], overwritten unless delta [R, D] is None; weight [D]; out [R, D]
+    residual, delta, weight, out,
+    eps, D,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     d = tl.arange(0, BLOCK)
     inside = d < D
     row = tl.program_id(0).to(tl.int64) * D
@@ -47,7 +52,7 @@ def _add_rms_norm_kernel(residual, delta, weight, out, eps, D, BLOCK: tl.constex
 def add_rms_norm_triton(
     residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float
 ) -> Tensor:
-    """One launch, a program a row, 8 elements a thread."""
+    """One launch, one program per row, 8 elements per thread."""
     D = residual.shape[-1]
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(D)
@@ -64,7 +69,7 @@ def add_rms_norm_triton(
 def add_rms_norm_torch(
     residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float
 ) -> Tensor:
-    """The same in torch's operations."""
+    """The same in torch."""
     if delta is not None:
         residual += delta
     wide = residual.float()
@@ -79,7 +84,7 @@ def add_rms_norm_torch(
 def _add_rms_norm_op(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     if not residual.numel():
         return torch.empty_like(residual)
-    run = add_rms_norm_triton if use_triton(residual) else add_rms_norm_torch
+    run = add_rms_norm_triton if uses_triton(residual) else add_rms_norm_torch
     return run(residual, delta, weight, eps)
 
 
@@ -94,28 +99,29 @@ def _(residual, *_):
 def add_rms_norm(
     residual: Tensor, weight: Tensor, *, eps: float, delta: Tensor | None = None
 ) -> Tensor:
-    """RMSNorm of `residual`, to which `delta` is first added IN PLACE.
+    """RMSNorm of `residual`, after adding `delta` to it IN PLACE.
 
     out = weight * residual / sqrt(mean(residual^2) + eps) over the last dimension, as in
-    transformers' LlamaRMSNorm. Rows do not depend on each other, bit for bit. Not differentiable.
+    transformers' LlamaRMSNorm. A row's result does not depend on the other rows, bit for bit. Not
+    differentiable. `add_rms_norm_reference` is the same in eager torch.
 
     Args:
         residual: (..., D) float32, bfloat16 or float16, contiguous, D up to 32768. Overwritten with
-            the sum where `delta` is given.
+            the sum if `delta` is given.
         weight: (D) of the same dtype.
         eps: added to the mean square.
-        delta: what to add, shaped like `residual`; None adds nothing.
+        delta: what to add, of the same shape and dtype; None adds nothing.
 
     Returns:
-        The norm in the shape and dtype of `residual`.
+        The norm, in the shape and dtype of `residual`.
 
     Raises:
         ValueError: an argument of the wrong shape, strides, dtype or device.
     """
     check_contiguous("residual", residual)
-    if residual.shape[-1] > MOST_CHANNELS:
+    if residual.shape[-1] > MAX_CHANNELS:
         raise ValueError(
-            f"residual has {residual.shape[-1]} channels: pass {MOST_CHANNELS} or fewer"
+            f"residual has {residual.shape[-1]} channels: pass {MAX_CHANNELS} or fewer"
         )
     check_contiguous("weight", weight, residual.shape[-1:], residual)
     if delta is not None:
@@ -123,6 +129,9 @@ def add_rms_norm(
     return _add_rms_norm_op(residual, delta, weight, float(eps))
 
 
-def add_rms_norm_reference(residual: Tensor, weight: Tensor, eps: float, delta: Tensor) -> Tensor:
-    """The same in plain torch, without overwriting anything."""
-    return torch.nn.functional.rms_norm(residual + delta, weight.shape, weight, eps)
+def add_rms_norm_reference(
+    residual: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None
+) -> Tensor:
+    """`add_rms_norm` in eager torch, in the dtype of its inputs; overwrites nothing."""
+    total = residual if delta is None else residual + delta
+    return torch.nn.functional.rms_norm(total, weight.shape, weight, eps)

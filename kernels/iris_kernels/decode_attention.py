@@ -1,15 +1,15 @@
-"""Attention of one new token a sequence over a static key-value cache, live entries only.
+"""Attention of one new token per sequence over the live entries of a static key-value cache.
 
     context_bh = softmax_s(scale q_bh . k_bs) v_bs   over s < prefix length_b, then s < length_b
 
-Every sequence has a length of its own, read on the device, so one captured graph serves all steps.
-A prompt that several sequences share is held once, as a prefix: its rows are read from memory once
-and from the L2 cache for the others.
+Every sequence has its own length, read on the device, so one captured graph serves all steps. A
+prompt that several sequences share is stored once, as a prefix: its entries are read from memory
+once, and from the L2 cache for the other sequences.
 
-Bytes moved for b-byte caches: 2 b Dh Hkv (sum of lengths + sum of distinct prefix lengths); the
-part of a static cache that is not live yet is never read.
+Bytes moved for b-byte caches: 2 b Dh Hkv (sum of lengths + sum of distinct prefix lengths); entries
+of the static cache that are not live yet are never read.
 
-Shapes: B sequences, H query heads, Hkv key-value heads (H a multiple of it: query head h reads
+Shapes: B sequences, H query heads, Hkv key-value heads (H is a multiple of Hkv: query head h reads
 head h // (H / Hkv)), S cache entries, Dh head width, N prefixes of up to S_p entries, L slots.
 """
 
@@ -18,49 +18,59 @@ from torch import Tensor
 from torch.cuda import get_device_capability as capability
 from torch.nn.functional import scaled_dot_product_attention
 
-from ._backend import jit, tl, triton, use_triton
+from ._backend import jit, tl, triton, uses_triton
 from ._checks import DECODING_DTYPES
-from ._eight_bits import FP8
+from ._fp8 import FP8
 from ._ops import add_op_namespace_prefix
-from ._row_math import LOG2_E
+from ._row_stats import LOG2_E
 
 # --- Triton kernel --------------------------------------------------------------------------------
 
 
 @jit
 def _attend(
-    q, keys, values, length, key_stride, value_stride, m, l, acc,
+    q, keys, values, length, key_stride, value_stride,
+    m, l, acc,  # the running softmax: [L], [L], [L, D]
     L: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Take `length` cache entries into the running softmax of L slots.
+    """Add `length` cache entries to the running softmax of L slots.
 
-    Entry s goes to slot s % L. Per slot: m the maximum score, l = sum exp2(score - m), acc [L, D]
-    the values weighted so. Slots meet only after the last entry, so no step waits for another.
+    Entry s goes to slot s % L. Per slot: m the maximum score, l = sum exp2(score - m), acc the sum
+    of values with these weights. Slots are reduced only after the last entry, so that no step
+    waits for another.
     """
     d = tl.arange(0, D)
     for start in range(0, length, L):
         s = start + tl.arange(0, L)
-        alive = s < length
-        held = alive[:, None] & (d[None, :] < WIDTH)
-        k = tl.load(keys + s[:, None] * key_stride + d[None, :], mask=held, other=0.0)
-        v = tl.load(values + s[:, None] * value_stride + d[None, :], mask=held, other=0.0)
+        is_live = s < length
+        mask = is_live[:, None] & (d[None, :] < WIDTH)
+        k = tl.load(keys + s[:, None] * key_stride + d[None, :], mask=mask, other=0.0)
+        v = tl.load(values + s[:, None] * value_stride + d[None, :], mask=mask, other=0.0)
         score = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
-        score = tl.where(alive, score, float("-inf"))
+        score = tl.where(is_live, score, float("-inf"))
         m_new = tl.maximum(m, score)
-        reference = tl.where(m_new == float("-inf"), 0.0, m_new)  # a slot without entries yet
-        p = tl.exp2(score - reference)
-        faded = tl.exp2(m - reference)
-        l = l * faded + p
-        acc = acc * faded[:, None] + p[:, None] * v.to(tl.float32)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf: no entry in the slot yet
+        p = tl.exp2(score - m_safe)
+        rescale = tl.exp2(m - m_safe)
+        l = l * rescale + p
+        acc = acc * rescale[:, None] + p[:, None] * v.to(tl.float32)
         m = m_new
     return m, l, acc
 
 
 @jit
 def _decode_kernel(
-    query, keys, values, lengths, prefix_keys, prefix_values, prefix_lengths, prefix_index, context,
+    # Inputs: query [B, H, Dh], caches [B, Hkv, S, Dh], lengths [B]
+    query, keys, values, lengths,
+    # Prefixes [N, Hkv, S_p, Dh], entries seen [B], prefix of a sequence or -1 [B]; or four None
+    prefix_keys, prefix_values, prefix_lengths, prefix_index,
+    # Output [B, H, Dh]
+    context,
+    # Scale of the scores for exp2, sizes
     scale, S, prefix_S,
+    # Strides of query, caches, prefixes and context, by dimension
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, pk_n, pk_h, pk_s, pv_n, pv_h, pv_s, c_b, c_h,
+    # H / Hkv; Dh, and that rounded up to a power of two; slots
     HEADS_PER_KV: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
@@ -85,8 +95,8 @@ def _decode_kernel(
         q, keys + b * k_b + kv * k_h, values + b * v_b + kv * v_h, length,
         k_s, v_s, m, l, acc, L, WIDTH, D,
     )  # fmt: skip
-    top = tl.max(m, axis=0)
-    weight = tl.exp2(m - tl.where(top == float("-inf"), 0.0, top))
+    m_max = tl.max(m, axis=0)
+    weight = tl.exp2(m - tl.where(m_max == float("-inf"), 0.0, m_max))
     total = tl.sum(l * weight, axis=0)
     out = tl.sum(acc * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     tl.store(context + b * c_b + h * c_h + d, out.to(context.dtype.element_ty), mask=d < WIDTH)
@@ -96,7 +106,7 @@ def _decode_kernel(
 
 
 def decode_launch(head_width: int) -> dict[str, int | bool]:
-    """32 elements of a key and of a value tile a thread; the same for any number of sequences."""
+    """32 elements of a key and of a value tile per thread, for any number of sequences."""
     D = max(16, triton.next_power_of_2(head_width))
     slots = max(16, 8192 // D)
     return {"D": D, "L": slots, "num_warps": slots * D // 1024, "enable_fp_fusion": True}
@@ -125,40 +135,39 @@ def decode_triton(query, keys, values, lengths, prefix, scale) -> Tensor:
 
 
 def decode_torch(query, keys, values, lengths, prefix, scale) -> Tensor:
-    """torch's attention, once for all sequences of one prefix and one length, without any mask.
+    """torch's attention without a mask, once per group of sequences of equal lengths and prefix.
 
-    Reads the lengths on the host: on a GPU that waits for the device.
+    Reads the lengths on the host, which waits for the device on a GPU.
     """
     prefix_keys, prefix_values, prefix_lengths, prefix_index = prefix
     context = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    key = [lengths.tolist()]
+    own_lengths, shared_lengths, shared = lengths.tolist(), [0] * len(query), [-1] * len(query)
     if prefix_keys is not None:
-        seen = prefix_lengths.where(prefix_index >= 0, 0)
-        key += [seen.tolist(), prefix_index.tolist()]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for b, alike in enumerate(zip(*key, strict=True)):
-        groups.setdefault(alike, []).append(b)
-    for (own, *shared), members in groups.items():
-        chosen = _rows(members, len(query))
-        k, v = keys[chosen, :, :own], values[chosen, :, :own]
-        if shared and shared[0]:
-            seen, n = shared
+        shared_lengths = prefix_lengths.where(prefix_index >= 0, 0).tolist()
+        shared = prefix_index.tolist()
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for b, group in enumerate(zip(own_lengths, shared_lengths, shared, strict=True)):
+        groups.setdefault(group, []).append(b)
+    for (length, prefix_length, n), members in groups.items():
+        rows = _as_index(members)
+        k, v = keys[rows, :, :length], values[rows, :, :length]
+        if prefix_length:
             size = (len(members), -1, -1, -1)
-            k = torch.cat([prefix_keys[n, :, :seen].expand(size), k], 2)
-            v = torch.cat([prefix_values[n, :, :seen].expand(size), v], 2)
+            k = torch.cat([prefix_keys[n, :, :prefix_length].expand(size), k], 2)
+            v = torch.cat([prefix_values[n, :, :prefix_length].expand(size), v], 2)
         if k.shape[2]:
-            q = query[chosen, :, None].float()
+            q = query[rows, :, None].float()
             # Heads that share keys become queries of one head: no key is repeated.
             q = q.view(len(members), k.shape[1], -1, q.shape[-1])
             out = scaled_dot_product_attention(q, k.float(), v.float(), scale=scale)
-            context[chosen] = out.view(len(members), *query.shape[1:]).to(query.dtype)
+            context[rows] = out.view(len(members), *query.shape[1:]).to(query.dtype)
     return context
 
 
-def _rows(members: list[int], count: int) -> slice | list[int]:
-    """These rows of `count`, as a view where they lie side by side."""
-    side_by_side = members[-1] - members[0] + 1 == len(members)
-    return slice(members[0], members[-1] + 1) if side_by_side else members
+def _as_index(rows: list[int]) -> slice | list[int]:
+    """Index of these rows: a slice, which makes a view, if they are adjacent."""
+    adjacent = rows[-1] - rows[0] + 1 == len(rows)
+    return slice(rows[0], rows[-1] + 1) if adjacent else rows
 
 
 # --- Custom op ------------------------------------------------------------------------------------
@@ -176,7 +185,7 @@ def _decode_attention_op(
     if prefix_keys is not None:
         _check_range("prefix_lengths", prefix_lengths, 0, prefix_keys.shape[2])
         _check_range("prefix_index", prefix_index, -1, prefix_keys.shape[0] - 1)
-    run = decode_triton if use_triton(query) else decode_torch
+    run = decode_triton if uses_triton(query) else decode_torch
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
     return run(query, key_cache, value_cache, lengths, prefix, scale)
 
@@ -187,7 +196,7 @@ def _(query, *_):
 
 
 def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    """Looks at the values, so only on the CPU."""
+    """Raise ValueError unless all are in [low, high]. CPU only: reads values."""
     if values.is_cpu and ((values < low) | (values > high)).any():
         raise ValueError(f"{name} is {values.tolist()}: all must lie in [{low}, {high}]")
 
@@ -207,23 +216,24 @@ def decode_attention(
     prefix_index: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of one query token a sequence over the live entries of a static cache.
+    """Attention of one query token per sequence over the live entries of a static cache.
 
     context = softmax(scale * query @ keys.T) @ values, over the sequence's prefix, if it has one,
-    and the first `lengths` entries of its own cache (the new token's included: append it first).
-    Float32 inside. On the Triton path one launch, no host sync, safe in a CUDA graph: lengths and
-    prefix_index are read on the device in every replay. A sequence's result does not depend on
-    those beside it (there bit for bit).
-    Not differentiable; for training use packed attention.
+    and the first `lengths` entries of its own cache (which include the new token: append it first).
+    Computed in float32. The Triton path is one kernel launch, no host sync, safe in a CUDA graph:
+    lengths and prefix_index are read on the device in every replay. A sequence's result does not
+    depend on the other sequences (bit for bit on the Triton path).
+    Not differentiable; for training use packed attention. `decode_attention_reference` is the same
+    in eager torch.
 
     Args:
-        query: (B, H, Dh) float32, bfloat16 or float16; strides are free but for the last dimension.
+        query: (B, H, Dh) float32, bfloat16 or float16, contiguous in the last dimension.
         key_cache, value_cache: (B, Hkv, S, Dh) of the same dtype or float8_e4m3fn (half the bytes
-            of bfloat16), strides likewise; entries from `lengths` on are never read. H is a
-            multiple of Hkv: heads in groups share keys.
-        lengths: (B) int32 or int64, on the device; 0 where a sequence has no entry of its own.
-        prefix_keys, prefix_values: (N, Hkv, S_p, Dh), prompts that sequences share; dtype of the
-            caches.
+            of bfloat16), contiguous in the last dimension; entries from `lengths` on are never
+            read. H is a multiple of Hkv (grouped-query attention).
+        lengths: (B) int32 or int64, on the device; 0 for a sequence without own entries.
+        prefix_keys, prefix_values: (N, Hkv, S_p, Dh), prompts that sequences share, in
+            the dtype of the caches.
         prefix_index: (B), the prefix of each sequence; -1 for none.
         prefix_lengths: (B), how many entries of its prefix each sequence sees.
         scale: None is Dh ** -0.5.
@@ -233,15 +243,15 @@ def decode_attention(
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device; a length or index out of range,
-            which is looked for on the CPU only (on a GPU lengths are cut to the cache).
+            which is checked on the CPU only (on a GPU lengths are clamped to the cache).
     """
     _check_caches(query, key_cache, value_cache, lengths, "key_cache", "value_cache", "lengths")
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
     if any(t is not None for t in prefix):
         if any(t is None for t in prefix):
             raise ValueError(
-                "prefix_keys, prefix_values, prefix_lengths and prefix_index go together: pass all "
-                "four or none"
+                "prefix_keys, prefix_values, prefix_lengths and prefix_index go together, and some "
+                "are None: pass all four, or none"
             )
         names = ("prefix_keys", "prefix_values", "prefix_lengths")
         _check_caches(query, *prefix[:3], *names, rows=prefix_keys.shape[0])
@@ -249,7 +259,7 @@ def decode_attention(
         if prefix_keys.dtype != key_cache.dtype:
             raise ValueError(
                 f"prefix_keys is {prefix_keys.dtype} but key_cache is {key_cache.dtype}: keep both "
-                "in one dtype"
+                "in the same dtype"
             )
         if prefix_keys.shape[1] != key_cache.shape[1]:
             raise ValueError(
@@ -289,7 +299,8 @@ def _check_caches(query, keys, values, lengths, keys_name, values_name, lengths_
             )
         if not width or not cache.shape[1] or H % cache.shape[1]:
             raise ValueError(
-                f"{name} has {cache.shape[1]} heads, which do not divide the {H} of query"
+                f"{name} has {cache.shape[1]} heads, which do not divide the {H} of query: pass a "
+                "divisor"
             )
     if keys.shape != values.shape:
         raise ValueError(
@@ -312,9 +323,9 @@ def _check_integers(name: str, values: Tensor, count: int, device: torch.device)
 def decode_attention_reference(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, lengths: Tensor
 ) -> Tensor:
-    """The same in plain torch, without prefixes: a mask over the whole cache."""
-    alive = torch.arange(key_cache.shape[2], device=query.device) < lengths[:, None]
-    context = torch.nn.functional.scaled_dot_product_attention(
-        query[:, :, None], key_cache, value_cache, alive[:, None, None], enable_gqa=True
+    """`decode_attention` in eager torch, without prefixes: a mask over the whole cache."""
+    is_live = torch.arange(key_cache.shape[2], device=query.device) < lengths[:, None]
+    context = scaled_dot_product_attention(
+        query[:, :, None], key_cache, value_cache, is_live[:, None, None], enable_gqa=True
     )
     return context[:, :, 0]

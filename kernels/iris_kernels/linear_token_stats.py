@@ -1,16 +1,16 @@
 """`token_stats` of hidden @ weight.T + bias, without ever holding the [R, V] logits.
 
-Logits are made tile by tile [C rows, B columns] by the library's matrix product, accumulated and
-kept in fp32, and a row's sums are carried from one tile to the next. Backward makes every tile
-again, turns it into its gradient G, and takes from it
+Logits are computed tile by tile [C rows, B columns] by torch's matrix product, accumulated and kept
+in fp32, and a row's sums are carried from one tile to the next. Backward computes every tile again,
+turns it into its gradient G, and from it
 
     d hidden = G @ weight        d weight = G.T @ hidden        d bias = sum over rows of G
 
-Sums over tiles are held in fp32, also for half-precision gradients: those of `hidden` a row chunk
-at a time; those of a half-precision `weight` a column block at a time, in a second round of tiles.
-So backward costs three products of R V D multiply-adds, four where such a weight is trained, two
-where it is frozen; forward one. What is held beside inputs and gradients stays under 64 MB,
-whatever R and V.
+Sums over tiles are accumulated in fp32, also for half-precision gradients: for `hidden` one row
+chunk at a time; for a half-precision `weight` one column block at a time, in a second loop over the
+tiles. Backward thus costs three products of R V D multiply-adds, four if such a weight is trained,
+two if the weight is frozen; forward costs one. Memory besides inputs and gradients stays under
+64 MB for any R and V.
 
 Shapes: R rows, D hidden width, V columns (classes), tiles [C, B].
 """
@@ -20,40 +20,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._backend import use_triton
+from ._backend import uses_triton
 from ._checks import (
     LOGIT_DTYPES,
     check_ids_in_range,
     check_temperature,
     check_token_ids,
     check_vocab_size,
+    kept_rows,
 )
 from ._ops import add_op_namespace_prefix
-from ._row_math import CHUNK_ELEMENTS, Columns, compute_dtype, kept_rows, number, run_time
-from ._stats_torch import backward_torch, forward_torch
-from ._stats_triton import backward_triton, forward_triton
-from .token_stats import TokenStats, token_stats_reference
+from ._row_stats import CHUNK_ELEMENTS, compute_dtype
+from ._scalars import to_kernel_argument, to_scalar_tensor
+from .token_stats import (
+    Columns,
+    TokenStats,
+    backward_torch,
+    backward_triton,
+    forward_torch,
+    forward_triton,
+    token_stats_reference,
+)
 
-TILE_ELEMENTS = 1 << 22  # on a GPU: 17 MB of fp32 logits, which its L2 cache holds
-SUM_ELEMENTS = 1 << 22  # of an fp32 sum over tiles; another 17 MB, and as much for its summand
-LEAST_SIDE = 128  # of a tile, so that its product stays one of matrices
+TILE_ELEMENTS = 1 << 22  # on a GPU: 17 MB of fp32 logits, which fit the L2 cache
+SUM_ELEMENTS = 1 << 22  # of an fp32 sum over tiles: 17 MB, and as much for its summand
+MIN_TILE_SIDE = 128  # below that, a tile's matrix product is slow
 
 
 # --- Tiles ----------------------------------------------------------------------------------------
 
 
 def tile_shape(R: int, V: int, D: int, on_cpu: bool, *, sum_columns: bool = False):
-    """Rows and columns of a tile: the sum held over tiles is [rows, D], or [columns, D]."""
+    """Rows and columns of a tile; the sum over tiles is [rows, D], or [columns, D]."""
     elements = CHUNK_ELEMENTS if on_cpu else TILE_ELEMENTS
-    summed = min(max(LEAST_SIDE, SUM_ELEMENTS // D), 512 if on_cpu else 2048)
+    summed = min(max(MIN_TILE_SIDE, SUM_ELEMENTS // D), 512 if on_cpu else 2048)
     rows, columns = (elements // summed, summed) if sum_columns else (summed, elements // summed)
-    if not sum_columns and columns >= V:  # few classes: make up for it in rows
-        rows = min(max(rows, elements // V), max(LEAST_SIDE, SUM_ELEMENTS // D))
+    if not sum_columns and columns >= V:  # few classes: take more rows
+        rows = min(max(rows, elements // V), max(MIN_TILE_SIDE, SUM_ELEMENTS // D))
     return min(rows, max(R, 1)), min(columns, V)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in fp32 (fp64 for fp64)."""
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in fp32 (fp64 for fp64 inputs)."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     if a.is_cuda:
@@ -61,27 +69,27 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in the dtype of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
-        total += product(a, b)
+        total += matmul_fp32(a, b)
 
 
 @dataclass(frozen=True)
 class _Head:
-    """The flat arguments of forward and backward, and the logits they stand for."""
+    """The flattened arguments of forward and backward."""
 
     hidden: Tensor  # [R, D]
-    weight: Tensor  # [V, D], the columns that exist
+    weight: Tensor  # [V, D], without padding
     bias: Tensor | None  # [V]
     token_ids: Tensor  # [R]
     mask: Tensor | None  # [R]
     temperature: float | Tensor
 
     def columns(self, start: int, stop: int, state: Tensor | None = None) -> Columns:
-        """What the kernels are told of the tile of columns from `start` to `stop`."""
+        """The tile's columns `start` to `stop`, for the kernels."""
         V = self.weight.shape[0]
         bias = None if self.bias is None else self.bias[start:stop]
         return Columns(stop - start, start, V, bias, state, start == 0, stop == V)
@@ -91,14 +99,14 @@ class _Head:
         return self.token_ids[start:stop], None if self.mask is None else self.mask[start:stop]
 
 
-def _flat(hidden, weight, bias, token_ids, mask, temperature, vocab_size) -> _Head:
+def _flatten(hidden, weight, bias, token_ids, mask, temperature, vocab_size) -> _Head:
     return _Head(
         hidden.reshape(-1, hidden.shape[-1]),
         weight[:vocab_size],
         None if bias is None else bias[:vocab_size].contiguous(),
         token_ids.reshape(-1).contiguous(),
         None if mask is None else mask.reshape(-1).contiguous(),
-        number(temperature),
+        to_kernel_argument(temperature),
     )
 
 
@@ -111,13 +119,13 @@ def _spans(count: int, step: int) -> list[tuple[int, int]]:
 
 def _forward(head: _Head, outputs: list[Tensor]) -> None:
     """Fill the six flat `outputs` [R] of token_stats."""
-    run = forward_triton if use_triton(head.hidden) else forward_torch
+    run = forward_triton if uses_triton(head.hidden) else forward_torch
     (R, D), V = head.hidden.shape, head.weight.shape[0]
     C, B = tile_shape(R, V, D, head.hidden.is_cpu)
     for start, stop in _spans(R, C):
         state = outputs[0].new_empty(5, stop - start)
         for first, last in _spans(V, B):
-            logits = product(head.hidden[start:stop], head.weight[first:last].t())
+            logits = matmul_fp32(head.hidden[start:stop], head.weight[first:last].t())
             run(
                 logits, *head.rows(start, stop), head.temperature,
                 head.columns(first, last, state), [out[start:stop] for out in outputs],
@@ -127,10 +135,10 @@ def _forward(head: _Head, outputs: list[Tensor]) -> None:
 def _gradient_tile(head, saved, upstream, rows, columns) -> Tensor:
     """The gradient of a tile of logits, in the dtype of the head."""
     (start, stop), (first, last) = rows, columns
-    run = backward_triton if use_triton(head.hidden) else backward_torch
-    logits = product(head.hidden[start:stop], head.weight[first:last].t())
-    same = head.hidden.dtype == logits.dtype
-    gradient = logits if same else torch.empty_like(logits, dtype=head.hidden.dtype)
+    run = backward_triton if uses_triton(head.hidden) else backward_torch
+    logits = matmul_fp32(head.hidden[start:stop], head.weight[first:last].t())
+    same_dtype = head.hidden.dtype == logits.dtype
+    gradient = logits if same_dtype else torch.empty_like(logits, dtype=head.hidden.dtype)
     run(
         logits, gradient, *head.rows(start, stop), [t[start:stop] for t in saved],
         [None if g is None else g[start:stop] for g in upstream], head.temperature,
@@ -140,52 +148,53 @@ def _gradient_tile(head, saved, upstream, rows, columns) -> Tensor:
 
 
 def _backward(head: _Head, saved, upstream, d_hidden, d_weight, d_bias) -> None:
-    """Add to those gradients [R, D], [V, D], [V] that are not None; they come as zeros."""
-    full = head.hidden.dtype == compute_dtype(head.hidden)
-    if d_hidden is not None or d_bias is not None or (full and d_weight is not None):
-        _backward_by_rows(head, saved, upstream, d_hidden, d_weight if full else None, d_bias)
-    if d_weight is not None and not full:
+    """Add to those gradients [R, D], [V, D], [V] that are not None; they must be zeros."""
+    full_precision = head.hidden.dtype == compute_dtype(head.hidden)
+    if d_hidden is not None or d_bias is not None or (full_precision and d_weight is not None):
+        d_w = d_weight if full_precision else None
+        _backward_by_rows(head, saved, upstream, d_hidden, d_w, d_bias)
+    if d_weight is not None and not full_precision:
         _backward_by_columns(head, saved, upstream, d_weight)
 
 
 def _backward_by_rows(head: _Head, saved, upstream, d_hidden, d_weight, d_bias) -> None:
-    """All gradients, a row of tiles at a time; that of the weight only where it can be added up in
-    its own dtype."""
+    """All gradients, one row of tiles at a time; that of the weight only if it can be accumulated
+    in its own dtype."""
     (R, D), V = head.hidden.shape, head.weight.shape[0]
-    full = head.hidden.dtype == compute_dtype(head.hidden)
+    full_precision = head.hidden.dtype == compute_dtype(head.hidden)
     C, B = tile_shape(R, V, D, head.hidden.is_cpu)
     for rows in _spans(R, C):
         h = head.hidden[slice(*rows)]
-        d_h = None if d_hidden is None else _sum_for(d_hidden[slice(*rows)], full)
+        d_h = None if d_hidden is None else _accumulator(d_hidden[slice(*rows)], full_precision)
         for columns in _spans(V, B):
             block = slice(*columns)
             g = _gradient_tile(head, saved, upstream, rows, columns)
             if d_h is not None:
-                add_product(d_h, g, head.weight[block])
+                add_matmul(d_h, g, head.weight[block])
             if d_weight is not None:
-                add_product(d_weight[block], g.t(), h)
+                add_matmul(d_weight[block], g.t(), h)
             if d_bias is not None:
                 d_bias[block] += g.sum(0, dtype=d_bias.dtype)
-        if d_h is not None and not full:
+        if d_h is not None and not full_precision:
             d_hidden[slice(*rows)] = d_h
 
 
 def _backward_by_columns(head: _Head, saved, upstream, d_weight) -> None:
-    """The weight's gradient in half precision, added up in fp32 a block of columns at a time. The
-    tiles are computed anew: by rows it would take an fp32 sum as large as the weight."""
+    """The gradient of a half-precision weight, accumulated in fp32 one block of columns at a time.
+    Tiles are computed again: by rows, the fp32 sum would be as large as the weight."""
     (R, D), V = head.hidden.shape, head.weight.shape[0]
     C, B = tile_shape(R, V, D, head.hidden.is_cpu, sum_columns=True)
     for columns in _spans(V, B):
-        d_w = _sum_for(d_weight[slice(*columns)], full=False)
+        d_w = _accumulator(d_weight[slice(*columns)], full_precision=False)
         for rows in _spans(R, C):
             g = _gradient_tile(head, saved, upstream, rows, columns)
-            add_product(d_w, g.t(), head.hidden[slice(*rows)])
+            add_matmul(d_w, g.t(), head.hidden[slice(*rows)])
         d_weight[slice(*columns)] = d_w
 
 
-def _sum_for(gradient: Tensor, full: bool) -> Tensor:
-    """Where to add up what goes into `gradient`: itself, or an fp32 stand-in."""
-    return gradient if full else torch.zeros_like(gradient, dtype=torch.float32)
+def _accumulator(gradient: Tensor, full_precision: bool) -> Tensor:
+    """Where `gradient` is accumulated: itself, or an fp32 tensor."""
+    return gradient if full_precision else torch.zeros_like(gradient, dtype=torch.float32)
 
 
 # --- Custom ops and autograd ----------------------------------------------------------------------
@@ -200,7 +209,7 @@ def _linear_token_stats_op(
     if token_ids.is_cpu:
         check_ids_in_range(token_ids, kept_rows(token_ids, mask), vocab_size)
     if token_ids.numel():
-        head = _flat(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
+        head = _flatten(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
         with torch.autocast(hidden.device.type, enabled=False):
             _forward(head, [out.reshape(-1) for out in outputs])
     return outputs
@@ -228,11 +237,11 @@ def _backward_op(
     if token_ids.numel():
         upstream = (grad_logprob, grad_nsc, grad_entropy, grad_lse)
         d_hidden, d_weight, d_bias = (
-            g if wanted else None for g, wanted in zip(gradients, needed, strict=True)
+            g if is_needed else None for g, is_needed in zip(gradients, needed, strict=True)
         )
         with torch.autocast(hidden.device.type, enabled=False):
             _backward(
-                _flat(hidden, weight, bias, token_ids, mask, temperature, vocab_size),
+                _flatten(hidden, weight, bias, token_ids, mask, temperature, vocab_size),
                 [t.reshape(-1) for t in (row_max, sum_exp, entropy)],
                 [None if g is None else g.reshape(-1).contiguous() for g in upstream],
                 None if d_hidden is None else d_hidden.view(-1, hidden.shape[-1]),
@@ -271,8 +280,8 @@ def _autograd_backward(ctx, *upstream):
     gradients = _backward_op(
         *inputs, ctx.vocab_size, row_max, sum_exp, entropy, *upstream[:4], needed
     )
-    wanted = (g if want else None for g, want in zip(gradients, needed, strict=True))
-    return *wanted, None, None, None, None
+    returned = (g if is_needed else None for g, is_needed in zip(gradients, needed, strict=True))
+    return *returned, None, None, None, None
 
 
 _linear_token_stats_op.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -294,22 +303,22 @@ def linear_token_stats(
     """`token_stats(hidden @ weight.T + bias, token_ids)` without holding the logits.
 
     The logits are accumulated and kept in float32, also for half-precision inputs, so the results
-    are closer to the truth than those of half-precision logits. What is held beside inputs and
-    gradients stays under 64 MB. Gradients go to `hidden`, `weight` and `bias`, each computed only
-    where it is required: a frozen `weight` costs no product for it. See
-    `linear_token_stats_reference` for the same in plain torch.
+    are more exact than those of half-precision logits. Memory besides inputs and gradients stays
+    under 64 MB. Differentiable with respect to `hidden`, `weight` and `bias`; each gradient is
+    computed only if it is required, so a frozen `weight` costs no matrix product.
+    `linear_token_stats_reference` is the same in eager torch.
 
     Args:
         hidden: (..., D) float32, bfloat16 or float16 (float64 on the torch path).
-        weight: (V_held, D), a plain tensor of the same dtype: inside FSDP2, the gathered one.
-        token_ids: (...) int64 or int32 in [0, vocab_size); -100 where a row has no token.
+        weight: (V_held, D), a plain tensor of the same dtype; with FSDP2, the gathered one.
+        token_ids: (...) int64 or int32 in [0, vocab_size); -100 for a row without a token.
         bias: (V_held), of the same dtype, or None.
-        temperature, mask, vocab_size: as for `token_stats`; classes from vocab_size on do not
-            exist, and their rows of `weight` get gradient 0.
+        temperature, mask, vocab_size: as for `token_stats`; classes from vocab_size on are
+            padding, and their rows of `weight` get gradient 0.
 
     Under torch.autocast the inputs are first cast to its dtype, as for torch.nn.functional.linear.
-    Rows do not influence one another, but the library's matrix product may round a row differently
-    for another number of rows.
+    A row's result does not depend on the values of other rows, but torch's matrix product may round
+    a row differently for another number of rows.
 
     Returns:
         TokenStats(logprob, nsc, entropy, lse), each float32 (...), as `token_stats`.
@@ -331,7 +340,7 @@ def linear_token_stats(
         raise ValueError(
             f"weight has dtype {weight.dtype} but hidden has {hidden.dtype}: cast one of them"
         )
-    temperature = run_time(temperature, hidden)
+    temperature = to_scalar_tensor(temperature, hidden)
     out = _linear_token_stats_op(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
     return TokenStats(*out[:4])
 
@@ -343,7 +352,9 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
                 f"{name} has dtype {tensor.dtype}: cast it to float32, bfloat16 or float16"
             )
         if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} but hidden is on {hidden.device}")
+            raise ValueError(
+                f"{name} is on {tensor.device} but hidden is on {hidden.device}: move it"
+            )
     matching = hidden.dim() > 0 and weight.dim() == 2 and weight.shape[1] == hidden.shape[-1]
     if not matching or 0 in weight.shape:
         raise ValueError(
@@ -365,6 +376,6 @@ def linear_token_stats_reference(
     *,
     temperature: float = 1.0,
 ) -> TokenStats:
-    """The same in plain torch: holds all logits, in the dtype of `hidden`."""
+    """`linear_token_stats` in eager torch; holds all logits, in the dtype of `hidden`."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return token_stats_reference(logits, token_ids, temperature=temperature)

@@ -1,11 +1,12 @@
-"""Rows in 8 bits, each with a scale of its own, as an fp8 matrix product wants them.
+"""Rows in fp8, each with its own scale, as an fp8 matrix product takes them.
 
     scales_r = max_i |x_ri| / 448        values_ri = x_ri / scales_r in float8_e4m3fn
 
-448 is the largest float8_e4m3fn. A row of zeros, or of less than float32 can scale, has scale 1.
+448 is the largest float8_e4m3fn. A row whose scale underflows to 0 in float32, such as a row of
+zeros, has scale 1.
 
-Bytes moved for b-byte elements: (b + 1) D a row, in one launch where the plain operations take
-seven.
+Bytes moved for b-byte elements: (b + 1) D per row; one kernel launch instead of the seven of
+separate operations.
 
 Shapes: (R, D), D channels.
 """
@@ -15,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, triton, use_triton
+from ._backend import jit, tl, triton, uses_triton
 from ._checks import check_contiguous
-from ._eight_bits import FP8, LARGEST
+from ._fp8 import FP8, FP8_MAX
 from ._ops import add_op_namespace_prefix
+from ._row_stats import compute_dtype
 
-MOST_CHANNELS = 32768  # one program holds a row
+MAX_CHANNELS = 32768  # one program holds a row
 
 
 class QuantizedRows(NamedTuple):
@@ -34,15 +36,19 @@ class QuantizedRows(NamedTuple):
 
 
 @jit
-def _quantize_rows_kernel(x, values, scales, D, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+def _quantize_rows_kernel(
+    x, values, scales,  # [R, D], [R, D], [R]
+    D,
+    FP8_MAX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < D
     wide = tl.load(x + r * D + d, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.div_rn(tl.max(tl.abs(wide), axis=0), 1.0 * LARGEST)
+    scale = tl.div_rn(tl.max(tl.abs(wide), axis=0), 1.0 * FP8_MAX)
     scale = tl.where(scale == 0.0, 1.0, scale)
     tl.store(scales + r, scale)
-    # The largest quotient is LARGEST to a rounding, and what rounds to LARGEST reaches farther.
+    # No saturation needed: the largest quotient is FP8_MAX up to rounding, and rounds to FP8_MAX.
     tl.store(values + r * D + d, tl.div_rn(wide, scale).to(values.dtype.element_ty), mask=inside)
 
 
@@ -50,13 +56,13 @@ def _quantize_rows_kernel(x, values, scales, D, LARGEST: tl.constexpr, BLOCK: tl
 
 
 def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One launch, a program a row."""
+    """One launch, one program per row."""
     R, D = x.shape
     values = torch.empty_like(x, dtype=FP8)
     scales = x.new_empty(R, 1, dtype=torch.float32)
     block = triton.next_power_of_2(D)
     _quantize_rows_kernel[(R,)](
-        x, values, scales, D, LARGEST=LARGEST,
+        x, values, scales, D, FP8_MAX=FP8_MAX,
         BLOCK=block, num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=True,
     )  # fmt: skip
     return values, scales
@@ -66,9 +72,9 @@ def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in torch's operations."""
+    """The same in torch."""
     wide = x.float()
-    scales = wide.abs().amax(dim=-1, keepdim=True) / LARGEST
+    scales = wide.abs().amax(dim=-1, keepdim=True) / FP8_MAX
     scales = torch.where(scales == 0, 1.0, scales)
     return (wide / scales).to(FP8), scales
 
@@ -80,7 +86,7 @@ def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize_rows_op(x: Tensor) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return torch.empty_like(x, dtype=FP8), x.new_ones(len(x), 1, dtype=torch.float32)
-    return (quantize_rows_triton if use_triton(x) else quantize_rows_torch)(x)
+    return (quantize_rows_triton if uses_triton(x) else quantize_rows_torch)(x)
 
 
 @_quantize_rows_op.register_fake
@@ -92,10 +98,10 @@ def _(x):
 
 
 def quantize_rows(x: Tensor) -> QuantizedRows:
-    """float8_e4m3fn values and a float32 scale a row, whose product is `x` to 3 bits of mantissa.
+    """Float8_e4m3fn values and one float32 scale per row, whose product is `x` to 3 mantissa bits.
 
-    scales = amax(|x|) / 448 over the row (1 for a row of zeros), values = x / scales. Rows do not
-    depend on each other, bit for bit. Not differentiable.
+    scales = amax(|x|) / 448 over the row (1 for a row of zeros), values = x / scales. A row's
+    result does not depend on the other rows, bit for bit. Not differentiable.
 
     Args:
         x: (R, D) float32, bfloat16 or float16, contiguous, D up to 32768.
@@ -107,6 +113,13 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
         ValueError: an argument of the wrong shape, strides or dtype.
     """
     check_contiguous("x", x)
-    if x.dim() != 2 or x.shape[-1] > MOST_CHANNELS:
-        raise ValueError(f"x has shape {tuple(x.shape)}: pass (R, D), D up to {MOST_CHANNELS}")
+    if x.dim() != 2 or x.shape[-1] > MAX_CHANNELS:
+        raise ValueError(f"x has shape {tuple(x.shape)}: pass (R, D), D up to {MAX_CHANNELS}")
     return QuantizedRows(*_quantize_rows_op(x))
+
+
+def quantize_rows_reference(x: Tensor) -> QuantizedRows:
+    """`quantize_rows` in eager torch, for rows that are not all zeros; float64 stays float64."""
+    wide = x.to(compute_dtype(x))
+    scales = wide.abs().amax(dim=-1, keepdim=True) / FP8_MAX
+    return QuantizedRows((wide / scales).to(FP8), scales)

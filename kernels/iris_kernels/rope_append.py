@@ -1,14 +1,14 @@
-"""Rotary positions of one new token a sequence, and its key and value into a static cache.
+"""Rotary positions of one new token per sequence; its key and value go into a static cache.
 
     rotated_i = x_i cos_i - x_(i + Dh/2) sin_i
     rotated_(i + Dh/2) = x_(i + Dh/2) cos_i + x_i sin_i          i < Dh/2, for query and key
     key_cache[b, :, slots_b] = rotated key_b,  value_cache[b, :, slots_b] = value_b
 
-fp32 inside, rounded to the dtype of the query, and from there to the cache's where that is
-float8_e4m3fn: beyond its range its end, where a cast may give NaN.
+Computed in fp32, rounded to the dtype of the query, and from there to the cache's. float8_e4m3fn
+caches saturate, where a plain cast may give NaN.
 
-Bytes moved for b-byte elements: 2 b Dh (H + 2 Hkv) a sequence, in one launch where the plain
-operations take fourteen.
+Bytes moved for b-byte elements: 2 b Dh (H + 2 Hkv) per sequence; one kernel launch instead of the
+fourteen of separate operations.
 
 Shapes: B sequences, H query heads, Hkv key-value heads, S cache entries, Dh head width.
 """
@@ -16,46 +16,54 @@ Shapes: B sequences, H query heads, Hkv key-value heads, S cache entries, Dh hea
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, triton, use_triton
+from ._backend import jit, tl, triton, uses_triton
 from ._checks import DECODING_DTYPES
-from ._eight_bits import FP8, LARGEST, within
+from ._fp8 import FP8, FP8_MAX, saturate
 from ._ops import add_op_namespace_prefix
 
 # --- Triton kernel --------------------------------------------------------------------------------
 
 
 @jit
-def _load(first, held, HALF: tl.constexpr):
-    """Both halves of heads, the second lying HALF channels after the `first`."""
-    return tl.load(first, mask=held, other=0.0), tl.load(first + HALF, mask=held, other=0.0)
+def _load_halves(first, mask, HALF: tl.constexpr):
+    """Both halves of heads; the second is HALF channels after the `first`."""
+    return tl.load(first, mask=mask, other=0.0), tl.load(first + HALF, mask=mask, other=0.0)
 
 
 @jit
-def _rotate(first, held, c, s, HALF: tl.constexpr):
-    """The same, turned, in the dtype they are in."""
-    low, high = _load(first, held, HALF)
+def _load_rotated(first, mask, c, s, HALF: tl.constexpr):
+    """The same, rotated, in the dtype of the pointer."""
+    low, high = _load_halves(first, mask, HALF)
     x, y = low.to(tl.float32), high.to(tl.float32)
     return (x * c - y * s).to(low.dtype), (y * c + x * s).to(low.dtype)
 
 
 @jit
-def _store(to, low, high, held, HALF: tl.constexpr, LARGEST: tl.constexpr):
-    """Both halves, cut at LARGEST where that is not 0."""
-    if LARGEST:
-        low, high = within(low.to(tl.float32), LARGEST), within(high.to(tl.float32), LARGEST)
-    tl.store(to, low.to(to.dtype.element_ty), mask=held)
-    tl.store(to + HALF, high.to(to.dtype.element_ty), mask=held)
+def _store_halves(first, low, high, mask, HALF: tl.constexpr, FP8_MAX: tl.constexpr):
+    """Store both halves, saturated at FP8_MAX unless that is 0."""
+    if FP8_MAX:
+        low, high = saturate(low.to(tl.float32), FP8_MAX), saturate(high.to(tl.float32), FP8_MAX)
+    tl.store(first, low.to(first.dtype.element_ty), mask=mask)
+    tl.store(first + HALF, high.to(first.dtype.element_ty), mask=mask)
 
 
 @jit
 def _rope_append_kernel(
-    query, key, value, cos, sin, slots, rotated, key_cache, value_cache, H, HKV, S,
+    # Inputs: query [B, H, Dh], key and value [B, Hkv, Dh], tables [B, Dh/2], slots [B]
+    query, key, value, cos, sin, slots,
+    # Outputs: rotated query [B, H, Dh], caches [B, Hkv, S, Dh]
+    rotated, key_cache, value_cache,
+    # Sizes
+    H, HKV, S,
+    # Strides of query, key, value, key cache, value cache and the tables, by dimension
     q_b, q_h, k_b, k_h, v_b, v_h, kc_b, kc_h, kc_s, vc_b, vc_h, vc_s, table_b,
+    # Programs per sequence for its query and its key; heads per program
     QUERY_BLOCKS: tl.constexpr, KEY_BLOCKS: tl.constexpr, HEADS: tl.constexpr,
-    HALF: tl.constexpr, WIDTH: tl.constexpr, LARGEST: tl.constexpr,
+    # Dh/2, and that rounded up to a power of two; the largest fp8 of an fp8 cache, else 0
+    HALF: tl.constexpr, WIDTH: tl.constexpr, FP8_MAX: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one sequence: of its query, then of its key, then of its value."""
-    b = tl.program_id(0).to(tl.int64)  # the axis without a limit of 65535
+    b = tl.program_id(0).to(tl.int64)  # the other grid axes are limited to 65535
     block = tl.program_id(1)
     i = tl.arange(0, WIDTH)
     inside = i < HALF
@@ -64,32 +72,37 @@ def _rope_append_kernel(
     h = tl.arange(0, HEADS)
     if block < QUERY_BLOCKS:
         h += block * HEADS
-        held = (h < H)[:, None] & inside[None, :]
-        low, high = _rotate(query + b * q_b + h[:, None] * q_h + i[None, :], held, c, s, HALF)
+        mask = (h < H)[:, None] & inside[None, :]
+        from_query = query + b * q_b + h[:, None] * q_h + i[None, :]
+        low, high = _load_rotated(from_query, mask, c, s, HALF)
         to_query = rotated + (b * H + h[:, None]) * 2 * HALF + i[None, :]
-        _store(to_query, low, high, held, HALF, 0)
+        _store_halves(to_query, low, high, mask, HALF, 0)
     else:
         slot = tl.load(slots + b).to(tl.int64)
-        heads = tl.where(slot < S, tl.where(slot >= 0, HKV, 0), 0)  # none, where there is no slot
+        heads = tl.where(
+            slot < S, tl.where(slot >= 0, HKV, 0), 0
+        )  # write nothing outside the cache
         if block < QUERY_BLOCKS + KEY_BLOCKS:
             h += (block - QUERY_BLOCKS) * HEADS
-            held = (h < heads)[:, None] & inside[None, :]
-            low, high = _rotate(key + b * k_b + h[:, None] * k_h + i[None, :], held, c, s, HALF)
+            mask = (h < heads)[:, None] & inside[None, :]
+            from_key = key + b * k_b + h[:, None] * k_h + i[None, :]
+            low, high = _load_rotated(from_key, mask, c, s, HALF)
             to_key = key_cache + b * kc_b + h[:, None] * kc_h + slot * kc_s + i[None, :]
-            _store(to_key, low, high, held, HALF, LARGEST)
+            _store_halves(to_key, low, high, mask, HALF, FP8_MAX)
         else:
             h += (block - QUERY_BLOCKS - KEY_BLOCKS) * HEADS
-            held = (h < heads)[:, None] & inside[None, :]
-            low, high = _load(value + b * v_b + h[:, None] * v_h + i[None, :], held, HALF)
+            mask = (h < heads)[:, None] & inside[None, :]
+            from_value = value + b * v_b + h[:, None] * v_h + i[None, :]
+            low, high = _load_halves(from_value, mask, HALF)
             to_value = value_cache + b * vc_b + h[:, None] * vc_h + slot * vc_s + i[None, :]
-            _store(to_value, low, high, held, HALF, LARGEST)
+            _store_halves(to_value, low, high, mask, HALF, FP8_MAX)
 
 
 # --- Launcher -------------------------------------------------------------------------------------
 
 
 def rope_append_triton(query, key, value, cos, sin, key_cache, value_cache, slots) -> Tensor:
-    """One launch; up to 16 heads a program."""
+    """One launch; up to 16 heads per program."""
     B, H, width = query.shape
     kv_heads = key.shape[1]
     heads = min(triton.next_power_of_2(max(H, kv_heads)), 16)
@@ -102,7 +115,7 @@ def rope_append_triton(query, key, value, cos, sin, key_cache, value_cache, slot
         H, kv_heads, key_cache.shape[2], *strides, cos.stride(0),
         QUERY_BLOCKS=query_blocks, KEY_BLOCKS=key_blocks, HEADS=heads, HALF=width // 2,
         WIDTH=triton.next_power_of_2(width // 2),
-        LARGEST=LARGEST if key_cache.dtype == FP8 else 0,
+        FP8_MAX=FP8_MAX if key_cache.dtype == FP8 else 0,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return rotated
@@ -112,7 +125,7 @@ def rope_append_triton(query, key, value, cos, sin, key_cache, value_cache, slot
 
 
 def rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots) -> Tensor:
-    """The same in torch's operations."""
+    """The same in torch."""
     cos, sin = cos[:, None], sin[:, None]
 
     def rotate(x: Tensor) -> Tensor:
@@ -123,7 +136,7 @@ def rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots
     rows = ((slots >= 0) & (slots < key_cache.shape[2])).nonzero()[:, 0]
     for cache, new in ((key_cache, rotate(key)), (value_cache, value)):
         if cache.dtype == FP8:
-            new = new.clamp(-LARGEST, LARGEST)
+            new = new.clamp(-FP8_MAX, FP8_MAX)
         cache[rows, :, slots[rows]] = new[rows].to(cache.dtype)
     return rotate(query)
 
@@ -144,7 +157,7 @@ def _rope_append_op(
         raise ValueError(
             f"slots is {slots.tolist()}: all must lie in [0, {key_cache.shape[2] - 1}]"
         )
-    run = rope_append_triton if use_triton(query) else rope_append_torch
+    run = rope_append_triton if uses_triton(query) else rope_append_torch
     return run(query, key, value, cos, sin, key_cache, value_cache, slots)
 
 
@@ -168,24 +181,25 @@ def rope_append(
 ) -> Tensor:
     """Rotate a token's query and key, and write key and value into a cache IN PLACE.
 
-    Channel i turns against channel i + Dh/2, as in transformers' Llama. One launch, no host sync,
-    safe in a CUDA graph: `slots` is read on the device in every replay. Not differentiable.
+    Channels i and i + Dh/2 are rotated together, as in transformers' Llama. One kernel launch, no
+    host sync, safe in a CUDA graph: `slots` is read on the device in every replay. Not
+    differentiable. `rope_append_reference` is the rotation in eager torch.
 
     Args:
-        query: (B, H, Dh) float32, bfloat16 or float16, Dh even; strides are free but for the last
-            dimension, so all three can be parts of one projection's output.
+        query: (B, H, Dh) float32, bfloat16 or float16, Dh even. Any strides, but contiguous in
+            the last dimension, so query, key and value can be parts of one projection's output.
         key, value: (B, Hkv, Dh) of the same dtype.
         cos, sin: (B, Dh/2) float32, of the angle position * theta^(-2i/Dh), both contiguous.
-        key_cache, value_cache: (B, Hkv, S, Dh) in the dtype of `query` or float8_e4m3fn; strides
-            are free but for the last dimension.
-        slots: (B) int32 or int64, where each sequence's token goes.
+        key_cache, value_cache: (B, Hkv, S, Dh) in the dtype of `query` or float8_e4m3fn; strides as
+            for `query`.
+        slots: (B) int32 or int64, the cache entry of each sequence's token.
 
     Returns:
         The rotated query, (B, H, Dh), contiguous.
 
     Raises:
         ValueError: an argument of the wrong shape, strides, dtype or device; a slot out of range,
-            which is looked for on the CPU only (on a GPU nothing is then written).
+            which is checked on the CPU only (on a GPU such a token is not written).
     """
     _check(query, key, value, cos, sin, key_cache, value_cache, slots)
     return _rope_append_op(query, key, value, cos, sin, key_cache, value_cache, slots)
@@ -203,17 +217,17 @@ def _check(query, key, value, cos, sin, key_cache, value_cache, slots) -> None:
             f"key has shape {tuple(key.shape)} and key_cache {tuple(key_cache.shape)}: pass "
             "(B, Hkv, Dh) and (B, Hkv, S, Dh)"
         )
-    kv_heads, slots_each = key.shape[1], key_cache.shape[2]
+    kv_heads, entries = key.shape[1], key_cache.shape[2]
     own, table = (query.dtype,), (torch.float32,)
-    kept = (query.dtype, FP8) if key_cache.dtype != FP8 else (FP8,)
-    cache = (B, kv_heads, slots_each, width)
+    cache_dtypes = (query.dtype, FP8) if key_cache.dtype != FP8 else (FP8,)
+    cache = (B, kv_heads, entries, width)
     expected = {
         "query": (query, tuple(query.shape), own),
         "key": (key, (B, kv_heads, width), own),
         "value": (value, (B, kv_heads, width), own),
         "cos": (cos, (B, width // 2), table),
         "sin": (sin, (B, width // 2), table),
-        "key_cache": (key_cache, cache, kept),
+        "key_cache": (key_cache, cache, cache_dtypes),
         "value_cache": (value_cache, cache, (key_cache.dtype,)),
         "slots": (slots, (B,), (torch.int32, torch.int64)),
     }
@@ -232,7 +246,7 @@ def _check(query, key, value, cos, sin, key_cache, value_cache, slots) -> None:
 
 
 def rope_append_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation alone, in plain torch: x (B, H, Dh), tables (B, Dh/2)."""
+    """The rotation of `rope_append` in eager torch: x (B, H, Dh), cos and sin (B, Dh/2)."""
     angle = torch.complex(cos, sin)[:, None]
-    turned = torch.complex(*x.to(cos.dtype).chunk(2, dim=-1)) * angle
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    rotated = torch.complex(*x.to(cos.dtype).chunk(2, dim=-1)) * angle
+    return torch.cat([rotated.real, rotated.imag], dim=-1)

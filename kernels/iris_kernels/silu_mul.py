@@ -1,19 +1,19 @@
-"""The gate of a SwiGLU, from one product that holds both its halves.
+"""The gate of a SwiGLU, from one matrix product that holds gates and ups.
 
     out_i = silu(gate_i) * up_i,  silu(x) = x / (1 + exp(-x))
 
-fp32 inside; silu(gate) is rounded to the dtype of the input before it meets `up`, as the two
-operations would one after the other.
+Computed in fp32; silu(gate) is rounded to the dtype of the input before it is multiplied by `up`,
+as by the two separate operations.
 
-Bytes moved for b-byte elements: 3 b I a row, in one launch where the plain operations take two.
+Bytes moved for b-byte elements: 3 b I per row; one kernel launch instead of two.
 
-Shapes: (..., 2 I) holds I gates and then I ups.
+Shapes: (..., 2 I), I gates and then I ups.
 """
 
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, use_triton
+from ._backend import jit, tl, uses_triton
 from ._checks import check_contiguous
 from ._ops import add_op_namespace_prefix
 
@@ -24,7 +24,11 @@ BLOCK = 2048
 
 
 @jit
-def _silu_mul_kernel(gate_up, out, I, BLOCK: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up, out,  # [R, 2 I], [R, I]
+    I,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # the axis without a limit of 65535
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < I
@@ -40,7 +44,7 @@ def _silu_mul_kernel(gate_up, out, I, BLOCK: tl.constexpr):
 
 
 def silu_mul_triton(gate_up: Tensor) -> Tensor:
-    """One launch, 8 elements of each half a thread."""
+    """One launch, 8 elements of each half per thread."""
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     grid = (out.numel() // width, -(-width // BLOCK))
@@ -52,7 +56,7 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_torch(gate_up: Tensor) -> Tensor:
-    """The same in torch's operations."""
+    """The same in torch."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
@@ -64,7 +68,7 @@ def silu_mul_torch(gate_up: Tensor) -> Tensor:
 def _silu_mul_op(gate_up: Tensor) -> Tensor:
     if not gate_up.numel():
         return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    return (silu_mul_triton if use_triton(gate_up) else silu_mul_torch)(gate_up)
+    return (silu_mul_triton if uses_triton(gate_up) else silu_mul_torch)(gate_up)
 
 
 @_silu_mul_op.register_fake
@@ -76,7 +80,7 @@ def _(gate_up):
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, of gates and ups side by side. Not differentiable.
+    """silu(gate) * up, of gates and ups next to each other. Not differentiable.
 
     Args:
         gate_up: (..., 2 I) float32, bfloat16 or float16, contiguous: I gates, then I ups.
@@ -85,7 +89,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         (..., I) in the dtype of `gate_up`.
 
     Raises:
-        ValueError: an odd last dimension, a layout with gaps or another dtype.
+        ValueError: an odd last dimension, a tensor that is not contiguous, or another dtype.
     """
     check_contiguous("gate_up", gate_up)
     if gate_up.shape[-1] % 2:
@@ -96,6 +100,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:
-    """The same in plain torch."""
+    """`silu_mul` in eager torch."""
     gate, up = gate_up.chunk(2, dim=-1)
     return gate * gate.sigmoid() * up

@@ -17,7 +17,6 @@ import torch
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from iris_kernels import _backend
 from kernel_oracle import TRITON_RUNS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +31,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Each test once per backend."""
     if request.param == "triton" and not TRITON_RUNS:
         pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
-    monkeypatch.setenv(_backend.VARIABLE, request.param)
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", request.param)
     return request.param
 
 
@@ -55,8 +54,8 @@ def paths_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the backend functions that the ops called, in order."""
     names: list[str] = []
     functions = {
-        "token_stats": ("forward_triton", "backward_triton", "forward_torch", "backward_torch"),
-        "guided_sample": ("sample_triton", "_sample_torch"),
+        "token_stats.op": ("forward_triton", "backward_triton", "forward_torch", "backward_torch"),
+        "guided_sample": ("sample_triton", "sample_torch"),
     }
     for module_name, of_module in functions.items():
         module = importlib.import_module(f"iris_kernels.{module_name}")

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from iris_kernels import add_rms_norm
-from iris_kernels._ops import ops
 from iris_kernels.add_rms_norm import add_rms_norm_reference
 from kernel_oracle import EPS, assert_close, rounding
+
+ops = torch.ops.iris_kernels
 
 # name: (shape, dtype)
 REGIMES = {

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from iris_kernels import decode_attention
-from iris_kernels._ops import ops
 from iris_kernels.decode_attention import decode_attention_reference
 from kernel_oracle import EPS, assert_close, rounding
+
+ops = torch.ops.iris_kernels
 
 # name: (B, H, Hkv, S, Dh, dtype). A slot takes every L-th entry, L = 8192 / Dh: 64 at Dh = 128.
 REGIMES = {

@@ -6,19 +6,20 @@ import pytest
 import torch
 from iris_kernels import guided_sample, token_stats
 from iris_kernels._inverse_cdf import (
-    draw,
+    sample_tokens,
     sampling_weights,
     truncation_threshold,
     weight_scale,
 )
-from iris_kernels._ops import ops
 from iris_kernels.guided_sample import guided_sample_reference, mix
 from kernel_oracle import FIELDS, random_case
 from torch._subclasses import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PATHS = {"torch": ["_sample_torch"], "triton": ["sample_triton"]}
+ops = torch.ops.iris_kernels
+
+PATHS = {"torch": ["sample_torch"], "triton": ["sample_triton"]}
 # name: (rows, V, dtype). A row is cut into L <= 512 lanes of Q columns, each read 16 bytes a time.
 REGIMES = {
     "one_class": (2, 1, torch.float32),
@@ -281,7 +282,7 @@ def test_chunks_change_nothing(device, monkeypatch):
     module = importlib.import_module("iris_kernels.guided_sample")
     cond, uncond, uniform = case(30, 45000, torch.float32, device, "guided")
     whole = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
-    monkeypatch.setattr(module, "DRAWN_ELEMENTS", 2 * 45000)
+    monkeypatch.setattr(module, "SAMPLE_CHUNK_ELEMENTS", 2 * 45000)
     cut = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
     assert torch.equal(whole.token_ids, cut.token_ids)
     for mine, other in zip(whole[1:], cut[1:], strict=True):
@@ -437,13 +438,13 @@ def test_mistakes_are_named(message):
         guided_sample(*positional, **{"cfg_weight": 1.0} | keywords)
 
 
-def test_draw_is_exact_on_integer_weights(device):
+def test_sampling_is_exact_on_integer_weights(device):
     """Equal logits: token i owns [i/V, (i+1)/V), to the last bit of the uniform."""
     logits = torch.zeros(8, 8, device=device)
     uniform = torch.arange(8, device=device) / 8
-    assert draw(logits, uniform, None, 1.0, False).tolist() == list(range(8))
+    assert sample_tokens(logits, uniform, None, 1.0, False).tolist() == list(range(8))
     below = torch.nextafter(uniform[1:], torch.zeros(7, device=device))
-    assert draw(logits[1:], below, None, 1.0, False).tolist() == list(range(7))
+    assert sample_tokens(logits[1:], below, None, 1.0, False).tolist() == list(range(7))
 
 
 def test_every_step_of_the_cdf_is_exact(backend, device):

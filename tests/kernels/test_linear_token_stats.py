@@ -7,10 +7,10 @@ import weakref
 import pytest
 import torch
 from iris_kernels import linear_token_stats, token_stats
-from iris_kernels._ops import ops
 from iris_kernels.linear_token_stats import linear_token_stats_reference, tile_shape
 from kernel_oracle import EPS, FIELDS, assert_close, rounding, upstream_gradients
 
+ops = torch.ops.iris_kernels
 module = importlib.import_module("iris_kernels.linear_token_stats")
 INPUTS = ("hidden", "weight", "bias")
 # name: (rows, V, D, dtype). Tiles are cut to 160 elements and sums to 64: with D = 16, 4 rows by 40
@@ -26,7 +26,7 @@ REGIMES = {
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    small = {"CHUNK_ELEMENTS": 160, "TILE_ELEMENTS": 160, "SUM_ELEMENTS": 64, "LEAST_SIDE": 4}
+    small = {"CHUNK_ELEMENTS": 160, "TILE_ELEMENTS": 160, "SUM_ELEMENTS": 64, "MIN_TILE_SIDE": 4}
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
 
@@ -171,9 +171,9 @@ def test_frozen_weight_is_never_multiplied_for(device, monkeypatch):
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     (hidden, weight, _), token_ids = case(20, 100, 16, torch.float32, device, bias=False)
     shapes = []
-    add_product = module.add_product
+    add_matmul = module.add_matmul
     monkeypatch.setattr(
-        module, "add_product", lambda t, a, b: (shapes.append(t.shape), add_product(t, a, b))
+        module, "add_matmul", lambda t, a, b: (shapes.append(t.shape), add_matmul(t, a, b))
     )
     leaf = hidden.requires_grad_()
     linear_token_stats(leaf, weight, token_ids).logprob.sum().backward()
@@ -321,10 +321,10 @@ def test_tiles_stay_under_64_mb(R, V, D, monkeypatch):
 def test_one_sum_over_tiles_is_held_at_a_time(device, monkeypatch):
     """Of a half-precision head that is trained: a block of hidden rows' or of weight rows', the
     last of the former being gone before the first of the latter."""
-    make_sum, make_tile, sums, held = module._sum_for, module._gradient_tile, [], []
+    make_sum, make_tile, sums, held = module._accumulator, module._gradient_tile, [], []
 
-    def summing(gradient, full):
-        made = make_sum(gradient, full)
+    def summing(gradient, full_precision):
+        made = make_sum(gradient, full_precision)
         sums.append(weakref.ref(made))
         return made
 
@@ -332,7 +332,7 @@ def test_one_sum_over_tiles_is_held_at_a_time(device, monkeypatch):
         held.append(sum(made() is not None for made in sums))
         return make_tile(*arguments)
 
-    monkeypatch.setattr(module, "_sum_for", summing)
+    monkeypatch.setattr(module, "_accumulator", summing)
     monkeypatch.setattr(module, "_gradient_tile", tiling)
     head, token_ids = case(20, 300, 16, torch.bfloat16, device)
     run(linear_token_stats, head, token_ids, upstream_gradients((20,), device))

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from iris_kernels import quantize_rows
-from iris_kernels._eight_bits import FP8, LARGEST
-from iris_kernels._ops import ops
+
+ops = torch.ops.iris_kernels
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
 
 # name: (shape, dtype)
 REGIMES = {
@@ -29,8 +31,8 @@ true_conversion = pytest.mark.parametrize(
 def representable(shape, dtype, device, seed=0):
     """Rows that 8 bits hold exactly, at a scale that is a power of two."""
     generator = torch.Generator().manual_seed(seed)
-    values = (torch.randn(shape, generator=generator) * 60).clamp(-LARGEST, LARGEST).to(FP8).float()
-    values[:, 0] = LARGEST
+    values = (torch.randn(shape, generator=generator) * 60).clamp(-FP8_MAX, FP8_MAX).to(FP8).float()
+    values[:, 0] = FP8_MAX
     values[1::2] *= -1  # the largest can be a negative one
     scales = 2.0 ** torch.randint(-9, 4, (shape[0], 1), generator=generator)
     return values.to(device), scales.to(device), (values * scales).to(device, dtype)
@@ -53,8 +55,8 @@ def test_rounding_error(regime, backend, device):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     values, scales = quantize_rows(x)
     largest = x.float().abs().amax(dim=-1, keepdim=True)
-    torch.testing.assert_close(scales, largest / LARGEST, rtol=1e-6, atol=0)
-    assert torch.equal(values.float().abs().amax(dim=-1), torch.full_like(largest[:, 0], LARGEST))
+    torch.testing.assert_close(scales, largest / FP8_MAX, rtol=1e-6, atol=0)
+    assert torch.equal(values.float().abs().amax(dim=-1), torch.full_like(largest[:, 0], FP8_MAX))
     error = (values.double() * scales.double() - x.double()).abs()
     allowed = (x.double().abs() * 2**-4).clamp(min=2**-10 * scales.double()) * (1 + 1e-5)
     assert (error <= allowed).all()
@@ -66,8 +68,8 @@ def test_zeros_and_extremes(backend, device):
     values, scales = quantize_rows(x)
     assert scales[0] == 1 and (values[0].float() == 0).all()
     assert scales[3] == 1 and values[3].float().isfinite().all()
-    assert (values[1].float() == LARGEST).all()
-    assert values[2].float().tolist() == [LARGEST if i == 7 else 0.0 for i in range(32)]
+    assert (values[1].float() == FP8_MAX).all()
+    assert values[2].float().tolist() == [FP8_MAX if i == 7 else 0.0 for i in range(32)]
 
 
 @true_conversion

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from iris_kernels import silu_mul
-from iris_kernels._ops import ops
 from iris_kernels.silu_mul import BLOCK, silu_mul_reference
 from kernel_oracle import EPS, assert_close, rounding
+
+ops = torch.ops.iris_kernels
 
 # name: (shape, dtype)
 REGIMES = {

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from iris_kernels import token_stats
-from iris_kernels._ops import ops
 from iris_kernels.token_stats import token_stats_reference
 from kernel_oracle import FIELDS, random_case, run, upstream_gradients
+
+ops = torch.ops.iris_kernels
 
 # --- Properties -----------------------------------------------------------------------------------
 
@@ -28,13 +29,12 @@ properties = settings(max_examples=15, deadline=None, derandomize=True)
 @pytest.fixture(scope="module", params=["torch", "triton"])
 def module_backend(request):
     """`backend`, once for all of a property's examples."""
-    from iris_kernels import _backend
     from kernel_oracle import TRITON_RUNS
 
     if request.param == "triton" and not TRITON_RUNS:
         pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(_backend.VARIABLE, request.param)
+        patch.setenv("IRIS_KERNELS_BACKEND", request.param)
         yield request.param
 
 

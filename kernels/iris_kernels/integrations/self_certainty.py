@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import IGNORED
+from .._checks import IGNORE_INDEX
 from ..token_stats import token_stats
 
 
@@ -100,7 +100,7 @@ class SelfCertaintyReward:
         # Padded on the right: no position shifts, and causal attention never looks there.
         input_ids = torch.zeros(shape, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED)
+        labels = torch.full(shape, IGNORE_INDEX)
         for row, (sequence, prompt) in enumerate(zip(sequences, prompt_ids, strict=True)):
             ids = torch.tensor(sequence)
             input_ids[row, : len(ids)] = ids

@@ -1,20 +1,18 @@
-"""Log-probability, negative self-certainty, entropy and logsumexp of one token a row, fused.
+"""`token_stats`: custom ops, autograd, the public function and its eager reference.
 
-With x = logits / temperature over V classes, p = softmax(x) and a the row's token:
+With x = logits / temperature over V classes, p = softmax(x) and the row's token a:
 
-    lse     = logsumexp(x)
-    logprob = x_a - lse                                 d/dx_j = 1[j = a] - p_j
+    lse     = logsumexp(x)                               d/dx_j = p_j
+    logprob = x_a - lse                                  d/dx_j = 1[j = a] - p_j
     nsc     = mean(x) - lse + log V = -KL(uniform || p)  d/dx_j = 1/V - p_j
     entropy = lse - sum_j p_j x_j                        d/dx_j = -p_j (log p_j + entropy)
-                                                         d lse/dx_j = p_j
 
 Bytes moved for R rows of b-byte logits: forward R V b (one read), backward 2 R V b (one read, one
-write); saved for backward beside the logits: five fp32 numbers a row.
+write). Saved for backward besides the logits: five fp32 numbers per row.
 
-`_row_math` tells the arithmetic, and how it keeps its precision; `_stats_triton` and `_stats_torch`
-are the two paths, which `linear_token_stats` shares.
+`_row_stats` describes the arithmetic and how it keeps its precision.
 
-Shapes: R rows, V columns (classes that exist), chunk C rows.
+Shapes: R rows, V columns (classes that exist), V_held columns in memory.
 """
 
 import math
@@ -23,19 +21,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import prefer_huge_pages, use_triton
-from ._checks import (
+from .._backend import prefer_huge_pages, uses_triton
+from .._checks import (
     check_ids_in_range,
     check_logits,
     check_temperature,
     check_token_ids,
     check_vocab_size,
+    kept_rows,
     last_dim_contiguous,
 )
-from ._ops import add_op_namespace_prefix
-from ._row_math import Columns, compute_dtype, kept_rows, number, run_time
-from ._stats_torch import backward_torch, forward_torch
-from ._stats_triton import backward_triton, forward_triton
+from .._ops import add_op_namespace_prefix
+from .._row_stats import compute_dtype
+from .._scalars import to_kernel_argument, to_scalar_tensor
+from .columns import Columns
+from .torch_path import backward_torch, forward_torch
+from .triton_path import backward_triton, forward_triton
 
 
 class TokenStats(NamedTuple):
@@ -57,12 +58,12 @@ def _token_stats_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     outputs = _empty_outputs(logits, token_ids)
     if token_ids.numel():
-        run = forward_triton if use_triton(logits) else forward_torch
+        run = forward_triton if uses_triton(logits) else forward_torch
         if token_ids.is_cpu:
             check_ids_in_range(token_ids, kept_rows(token_ids, mask), vocab_size)
         run(
-            logits, _flat(token_ids), _flat(mask), number(temperature), Columns(vocab_size),
-            [_flat(out) for out in outputs],
+            logits, _flat(token_ids), _flat(mask), to_kernel_argument(temperature),
+            Columns(vocab_size), [_flat(out) for out in outputs],
         )  # fmt: skip
     return outputs
 
@@ -77,7 +78,7 @@ def _empty_outputs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def _flat(per_row: Tensor | None) -> Tensor | None:
-    return None if per_row is None else per_row.reshape(-1).contiguous()  # expanded ones too
+    return None if per_row is None else per_row.reshape(-1).contiguous()  # also if expanded
 
 
 @torch.library.custom_op(add_op_namespace_prefix("token_stats_backward"), mutates_args=())
@@ -122,10 +123,10 @@ def _(*_):
 
 def _run_backward(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size) -> None:
     if token_ids.numel():
-        run = backward_triton if use_triton(logits) else backward_torch
+        run = backward_triton if uses_triton(logits) else backward_torch
         run(
             logits, grad, _flat(token_ids), _flat(mask), [_flat(t) for t in saved],
-            [_flat(g) for g in upstream], number(temperature), Columns(vocab_size),
+            [_flat(g) for g in upstream], to_kernel_argument(temperature), Columns(vocab_size),
         )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def _backward(ctx, *upstream):
     temperature, logits, *saved = ctx.saved_tensors
     arguments = (*saved, *upstream[:4], temperature, ctx.vocab_size)
     if ctx.inplace:
-        logits = logits.detach()  # shares memory and version, so other readers are found out
+        logits = logits.detach()  # shares the version counter: autograd detects other readers
         _backward_inplace_op(logits, *arguments)
         return logits, None, None, None, None, None
     return _backward_op(logits, *arguments), None, None, None, None, None
@@ -166,35 +167,34 @@ def token_stats(
 
     With x = logits / temperature, p = softmax(x), V = vocab_size: logprob = x_a - lse,
     nsc = mean(x) - lse + log V = -KL(uniform || p), entropy = lse - sum(p x), lse = logsumexp(x).
-    All four carry gradients to `logits`, alone or together. The gradient is computed from the
-    logits again; what is kept for it are five numbers a row. See `token_stats_reference` for the
-    same in plain torch.
+    All four are differentiable with respect to `logits`, alone or together. Backward computes from
+    the logits again; besides them, five numbers per row are saved. `token_stats_reference` is the
+    same in eager torch.
 
     Args:
-        logits: (..., V_held) float32, bfloat16 or float16, computed in float32 (float64 is taken
-            by the torch path and computed in float64). Any strides; if those of the last dimension
-            are not 1, a contiguous copy is made.
-        token_ids: (...) int64 or int32 in [0, vocab_size); -100 where a row has no token.
-        temperature: a positive number; a run-time value, so a new one compiles nothing. Also a
-            tensor without dimensions, which a captured graph reads again in every replay; it gets
-            no gradient.
-        mask: (...) bool; rows that are False, like rows of -100, give 0 and get gradient 0, and
-            their logits are not used.
-        vocab_size: columns from here on do not exist; their gradient is 0. None: all exist.
-        inplace_backward: write the gradient over the logits, which saves R * V elements. Autograd
-            refuses the backward of any other operation that had kept those logits.
+        logits: (..., V_held) float32, bfloat16 or float16, computed in float32; float64 is computed
+            in float64, on the torch path only. Any strides; if those of the last dimension are not
+            1, a contiguous copy is made.
+        token_ids: (...) int64 or int32 in [0, vocab_size); -100 for a row without a token.
+        temperature: a positive number; a run-time value, so a new one compiles nothing. A 0-dim
+            tensor is read again in every replay of a captured graph; it gets no gradient.
+        mask: (...) bool; rows that are False give 0 and get gradient 0, like rows of -100; their
+            logits are not used.
+        vocab_size: columns from here on are padding; their gradient is 0. None: no padding.
+        inplace_backward: write the gradient over the logits, which saves R * V_held elements.
+            Autograd then refuses the backward of any other operation that saved those logits.
 
     Returns:
         TokenStats(logprob, nsc, entropy, lse), each float32 (...).
-        A logit of -inf is a class that is ruled out: nsc is -inf (the uniform distribution has
-        mass there) while the others stay as they are without it; the gradient of nsc remains
-        (1/V - p_j) / temperature. A row of nothing but -inf has logprob, nsc and lse -inf,
-        entropy 0. NaN stays NaN.
+        A logit of -inf masks a class: nsc is -inf (the uniform distribution has mass there), the
+        others are as without the class, and the gradient of nsc remains (1/V - p_j) / temperature.
+        A row in which every logit is -inf has logprob, nsc and lse -inf, and entropy 0. NaN stays
+        NaN.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range. A token id out of range
-            is found on the CPU; on a GPU looking would cost a sync, so nothing is read out of
-            bounds and that row's statistics and gradients are NaN.
+            is detected on the CPU only, because on a GPU the check would cost a sync; there nothing
+            is read out of bounds, and the row's statistics and gradients are NaN.
     """
     check_logits("logits", logits)
     check_token_ids(token_ids, mask, logits)
@@ -203,15 +203,15 @@ def token_stats(
     logits = last_dim_contiguous(logits)
     if inplace_backward:
         _check_overwritable(logits)
-    temperature = run_time(temperature, logits)
+    temperature = to_scalar_tensor(temperature, logits)
     out = _token_stats_op(logits, token_ids, mask, temperature, vocab_size, inplace_backward)
     return TokenStats(*out[:4])
 
 
 def is_leaf_memory(logits: Tensor) -> bool:
-    """Whether the logits' memory is that of a tensor whose values training needs."""
+    """Whether the logits are a leaf that requires gradients, or a view of one."""
     base = logits
-    # A compiled graph knows no bases; what it overwrites it takes care of itself.
+    # In a compiled graph tensors have no base, and the compiler handles in-place writes itself.
     if not torch.compiler.is_compiling() and logits._is_view():
         base = logits._base
     return base.is_leaf and base.requires_grad
@@ -220,15 +220,15 @@ def is_leaf_memory(logits: Tensor) -> bool:
 def _check_overwritable(logits: Tensor) -> None:
     if is_leaf_memory(logits):
         raise ValueError(
-            "inplace_backward=True, but logits is a leaf, or a view of one: its values would be "
-            "replaced by its gradient; pass the output of an operation or inplace_backward=False"
+            "inplace_backward=True, but logits is a leaf, or a view of one, whose values would be "
+            "overwritten: pass the output of an operation, or inplace_backward=False"
         )
-    extent = 1  # elements from the first to the last of the dimensions with smaller strides
+    extent = 1  # elements spanned by the dimensions with smaller strides
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1 and stride < extent:
             raise ValueError(
                 "inplace_backward=True, but rows of logits share memory (an expanded tensor, or "
-                "windows that overlap): pass logits.contiguous() or inplace_backward=False"
+                "overlapping windows): pass logits.contiguous(), or inplace_backward=False"
             )
         extent += (size - 1) * stride
 
@@ -236,7 +236,7 @@ def _check_overwritable(logits: Tensor) -> None:
 def token_stats_reference(
     logits: Tensor, token_ids: Tensor, *, temperature: float = 1.0
 ) -> TokenStats:
-    """The same in plain torch: holds several (..., V) tensors, and knows no mask and no -inf."""
+    """`token_stats` in eager torch; holds several (..., V) tensors, no mask, no -inf."""
     logprobs = torch.log_softmax(logits.to(compute_dtype(logits)) / temperature, -1)
     return TokenStats(
         logprob=logprobs.gather(-1, token_ids[..., None])[..., 0],
