@@ -33,7 +33,7 @@ from iris_fast.rollout.sampler import Sampler
 from iris_fast.run import folder as run_folder
 from iris_fast.run.checkpoint import Progress
 from iris_fast.run.context import Run, StepClock, is_due
-from iris_fast.run.log import Log
+from iris_fast.run.log import open_log
 from iris_fast.run.metrics import rollout_metrics
 from iris_fast.run.resume import restore
 from iris_fast.run.signals import StopSignal
@@ -61,10 +61,10 @@ def train(config: TrainConfig) -> None:
         learner = Learner(models.policy, models.reference, optimizer, config, ranks)
         progress = restore(folder, learner, prompts.sha256(), config, ranks)
         with run_folder.claimed(folder, config, ranks):
-            log = Log(folder, config, progress.step, ranks)
+            log = open_log(folder, config, progress.step, ranks)
             run = Run(config, folder, log, ranks, stop, saved_at=progress.step)
-            log.say(f"run folder: {folder.path}")
-            log.say(f"attention: {models.policy.attn_implementation}")
+            log.print(f"run folder: {folder.path}")
+            log.print(f"attention: {models.policy.attn_implementation}")
             try:
                 loop(run, models.sampler, learner, scorer, prompts, progress)
             finally:
@@ -103,7 +103,7 @@ def loop(
             learned = learner.update(batches, progress.step, run.pause)
             learner.copy_weights_to(sampler.janus)
             progress.advance(prompts.cursor, scored, batches, config.num_iterations)
-            seen = rollout_metrics(scored, config, ranks)
+            seen = rollout_metrics(scored, config.num_generations, ranks)
             timed = clock.metrics(len(scored.reward_N) * ranks.world_size, ranks.device)
             run.log.step({"step": progress.step, **seen, **learned, **timed})
             run.show_samples(sampler, scorer, prompts.prompts, progress.step)

@@ -115,7 +115,7 @@ def test_torchrun_goes_on_from_the_checkpoint_after_a_rank_was_killed(prompts):
     assert process.returncode == 0, err
     assert "finished at step 5" in out
     assert [path.name for path in (cwd / "runs").iterdir()] == ["tiny-001"]
-    assert out.count("step    3") == 2  # lost with the rank, and done again
+    assert out.count("step 3/5") == 2  # lost with the rank, and done again
     words = flags(prompts=prompts, max_steps=5, reward_funcs="[kills_once:reward]")
     undisturbed = run(
         "iris_fast.train", *words, "--output_dir", "whole", cwd=cwd, ranks=2,
@@ -180,7 +180,7 @@ def test_a_run_goes_on_when_its_console_is_gone(here):
     process.stdout.close()
     assert process.wait(120) == 0
     with process.stderr as err:
-        assert "standard output was closed; the run goes on, see run/metrics.jsonl" in err.read()
+        assert "standard output was closed; the run continues, see run/metrics.jsonl" in err.read()
     assert len(metrics("run")) == 3
     assert checkpoints("run") == ["step_00003"]
     assert (here / "run" / "report.html").exists()

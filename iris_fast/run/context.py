@@ -24,7 +24,7 @@ from iris_fast.run.folder import RunFolder
 from iris_fast.run.log import Log
 from iris_fast.run.random_state import random_state, set_random_state
 from iris_fast.run.report import write_report
-from iris_fast.run.samples import draw_samples
+from iris_fast.run.samples import write_samples
 from iris_fast.run.signals import Interrupted, StopSignal
 
 
@@ -73,11 +73,10 @@ class Run:
             return
         with self.ranks.first_does() as mine:
             if mine:
-                samples = draw_samples(
+                path = write_samples(
                     sampler, scorer, prompts, self.folder.samples, step, config.num_sample_prompts
                 )
-                means = "  ".join(f"{name} {mean:.3f}" for name, mean in samples.means().items())
-                self.log.say(f"samples at step {step}: {means}")
+                self.log.samples(path)
 
     def save(self, learner: Learner, progress: Progress) -> None:
         """Write a checkpoint, unless this step has one."""

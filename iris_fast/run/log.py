@@ -1,97 +1,118 @@
-"""Metrics: computed over all ranks, written to metrics.jsonl, the console and a tracker; warnings.
-
-Units stand in the names (`_s`, `_bytes`, `_tokens`); what has none is a mean per token, a share in
-[0, 1], or a reward.
-"""
+"""The log of a run: metrics.jsonl, console lines, and a tracker."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
-from iris_fast.errors import replacing, writing
+from iris_fast.errors import UserError, replacing, writing
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.health import find_warnings
-from iris_fast.run.metrics import read_metrics
-from iris_fast.run.trackers import open_tracker
+from iris_fast.run.samples import read_samples
+from iris_fast.run.trackers import Tracker
+
+
+def open_log(folder: RunFolder, config: TrainConfig, step: int, ranks: Ranks) -> Log:
+    """Open the log of a run that is at `step`, with the tracker that `report_to` names."""
+    log = Log(folder.metrics, step, config.max_steps, ranks.is_first)
+    if ranks.is_first and config.report_to != "none":
+        log.tracker = Tracker(config, folder.path)
+    return log
 
 
 class Log:
-    """Where a run's metrics go. Only rank 0 writes; on the others every call does nothing."""
+    """Writes metrics and samples to the metrics file at `path`, the console and a tracker.
 
-    def __init__(self, folder: RunFolder, config: TrainConfig, step: int, ranks: Ranks) -> None:
-        """Open the log at `step`: lines of later steps, left by a run that went on past its last
-        checkpoint, are dropped."""
-        self.history: list[dict[str, Any]] = []
-        self.tracker = None
-        self._active = ranks.is_first
-        if not self._active:
+    It is opened at `step`: rows of later steps, left by a run that continued past its last
+    checkpoint, are dropped. On ranks other than the first every method does nothing.
+    """
+
+    def __init__(self, path: Path, step: int, max_steps: int, is_first: bool) -> None:
+        self.tracker: Tracker | None = None
+        self._is_first = is_first
+        if not is_first:
             return
-        self.history = read_metrics(folder.metrics, up_to=step)
-        self._path = folder.metrics
-        lines = [json.dumps(row) + "\n" for row in self.history]
-        with replacing("output_dir", self._path) as partial:
-            partial.write_text("".join(lines))
-        with writing("output_dir", self._path):
-            self._file = self._path.open("a", buffering=1)
+        self.history = read_metrics(path, up_to=step)
+        self._path, self._max_steps = path, max_steps
+        self._first_step, self._opened_at = step, time.perf_counter()
+        with replacing("output_dir", path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        with writing("output_dir", path):
+            self._file = path.open("a", buffering=1)
         self._bar = tqdm(
-            total=config.max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
+            total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
         )
-        if config.report_to != "none":
-            self.tracker = open_tracker(config, folder.path)
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Record one step; warnings are added to it and shown when they first appear."""
-        if not self._active:
+        """Log one step. Warnings are added to `metrics`, and printed when they first appear."""
+        if not self._is_first:
             return
         metrics["warnings"] = find_warnings(metrics, self.history)
-        shown = {name for row in self.history for name in row["warnings"]}
+        printed = {name for row in self.history for name in row["warnings"]}
         with writing("output_dir", self._path):
             self._file.write(json.dumps(metrics) + "\n")
         self.history.append(metrics)
-        self.say(console_line(metrics))
+        self.print(console_line(metrics, self._max_steps, self._seconds_left(metrics["step"])))
         for name, warning in metrics["warnings"].items():
-            if name not in shown:
-                self.say(f"  warning: {warning}")
+            if name not in printed:
+                self.print(f"  warning: {warning}")
         self._bar.update()
         if self.tracker:
-            numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-            self.tracker.log(numbers, step=metrics["step"])
+            self.tracker.log_metrics(metrics)
 
-    def say(self, line: str) -> None:
-        """A line on the console, above the progress bar. A run does not end with its console, such
-        as a pipe whose reader has gone: it says so once, and goes on."""
-        if not self._active:
+    def samples(self, path: Path) -> None:
+        """Log the sample grid at `path`."""
+        if not self._is_first:
+            return
+        samples = read_samples(path)
+        means = "  ".join(f"{name} {value:.3f}" for name, value in samples.means().items())
+        self.print(f"samples at step {samples.step}: {means}")
+        if self.tracker:
+            self.tracker.log_samples(samples, path)
+
+    def print(self, line: str) -> None:
+        """Print a line above the progress bar. If standard output was closed, such as a pipe whose
+        reader has ended, the run continues without it."""
+        if not self._is_first:
             return
         try:
             self._bar.write(line)
             sys.stdout.flush()
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-            print(f"standard output was closed; the run goes on, see {self._path}", file=sys.stderr)
+            print(
+                f"standard output was closed; the run continues, see {self._path}", file=sys.stderr
+            )
 
     def close(self) -> None:
-        """Flush everything."""
-        if not self._active:
+        """Flush and close everything."""
+        if not self._is_first:
             return
         self._bar.close()
-        with contextlib.suppress(OSError):  # a line that did not reach the disk was told of
+        with contextlib.suppress(OSError):  # a failed write was reported when it happened
             self._file.close()
         if self.tracker:
             self.tracker.finish()
 
+    def _seconds_left(self, step: int) -> float:
+        elapsed_s = time.perf_counter() - self._opened_at
+        return elapsed_s / (step - self._first_step) * (self._max_steps - step)
 
-def console_line(metrics: dict[str, Any]) -> str:
-    """One step in one line."""
+
+def console_line(metrics: dict[str, Any], max_steps: int, seconds_left: float) -> str:
+    """Format one step as one line."""
     parts = [
-        f"step {metrics['step']:>4}",
+        f"step {metrics['step']:>{len(str(max_steps))}}/{max_steps}",
         f"reward {metrics['reward']:.3f} ± {metrics['reward_std_in_groups']:.3f} in groups",
         f"nsc image {metrics['image_nsc']:.3f}"
         + (f" text {metrics['text_nsc']:.3f}" if "text_nsc" in metrics else ""),
@@ -99,5 +120,35 @@ def console_line(metrics: dict[str, Any]) -> str:
         f"grad {metrics['grad_norm']:.3g}",
         f"{metrics['images_per_s']:.1f} images/s",
         f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB",
+        f"eta {format_time(seconds_left)}",
     ]
     return "  ".join(parts)
+
+
+def format_time(seconds: float) -> str:
+    """Format a duration as 1:23 (minutes and seconds) or 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def read_metrics(path: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
+    """Read the rows of a metrics.jsonl up to step `up_to`, none if there is no file.
+
+    A last line that a crash truncated is ignored. UserError for any other line that is not a step's
+    metrics.
+    """
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:  # neither JSON nor text
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            raise UserError(
+                f"output_dir: {path} line {number} is not a step's metrics; fix or delete the line"
+            )
+    return [row for row in rows if row["step"] <= up_to]

@@ -16,7 +16,7 @@ from iris_fast.errors import replacing
 from iris_fast.models.images import strips
 from iris_fast.run.curves import Point, curve
 from iris_fast.run.folder import RunFolder
-from iris_fast.run.metrics import read_metrics
+from iris_fast.run.log import read_metrics
 from iris_fast.run.provenance import command, commit, hardware
 from iris_fast.run.samples import Samples, read_samples
 

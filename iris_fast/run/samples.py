@@ -1,7 +1,7 @@
-"""The picture grids of a run: the same prompts and random numbers every time.
+"""The sample grids of a run: the same prompts and random numbers every time.
 
-samples/step_00050.png    a row a prompt
-samples/step_00050.json   the prompts, their chains of thought, what was measured of each picture
+samples/step_00050.png    one row of images per prompt
+samples/step_00050.json   the prompts, their chains of thought, the metrics of every image
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from iris_fast.errors import replacing
 from iris_fast.models.images import grid, save_png
-from iris_fast.records import Prompt, Rollout
+from iris_fast.records import Prompt
 from iris_fast.rewards.intrinsic import reduce_tokens
 from iris_fast.rewards.score import Scorer
 from iris_fast.rollout.sampler import Sampler
@@ -22,7 +22,7 @@ SAMPLES_PER_PROMPT = 4
 
 @dataclass(frozen=True)
 class Samples:
-    """What one grid shows; `metrics` and `cot` hold one entry a picture, row by row."""
+    """The content of one grid; `cot` and `metrics` hold one entry per image, row by row."""
 
     step: int
     prompts: list[str]
@@ -31,32 +31,40 @@ class Samples:
     metrics: dict[str, list[float]]
 
     def means(self) -> dict[str, float]:
-        """Each metric over all pictures."""
+        """Average each metric over all images."""
         return {name: sum(values) / len(values) for name, values in self.metrics.items()}
 
 
-def draw_samples(
+def write_samples(
     sampler: Sampler,
     scorer: Scorer,
     prompts: list[Prompt],
     folder: Path,
     step: int,
     num_sample_prompts: int,
-) -> Samples:
-    """Draw the grid of a step into `folder`; prompts evenly spaced over all."""
+) -> Path:
+    """Generate the sample grid of a step into `folder` and return the path of its image.
+
+    The prompts shown are evenly spaced over all `prompts`.
+    """
     count = min(num_sample_prompts, len(prompts))
     chosen = [prompts[n * len(prompts) // count] for n in range(count)]
     repeated = [prompt for prompt in chosen for _ in range(SAMPLES_PER_PROMPT)]
-    # Numbers below 0: streams that no training sample uses.
+    # Negative sample numbers: random streams that no training sample uses.
     rollout = sampler.rollout(repeated, [-1 - n for n in range(len(repeated))])
     images = scorer.decode(rollout.codes_NI)
-    measured = scorer.measure(repeated, images)
+    certainty = {
+        name: reduce_tokens(trace.conditional.nsc, trace.mask, "mean")
+        for name, trace in (("image_nsc", rollout.image), ("text_nsc", rollout.text))
+        if trace.mask.numel()
+    }
+    measured = certainty | scorer.measure(repeated, images)
     samples = Samples(
         step=step,
         prompts=[prompt.text for prompt in chosen],
         per_prompt=SAMPLES_PER_PROMPT,
         cot=rollout.cot_texts,
-        metrics=_certainty(rollout) | {name: v.tolist() for name, v in measured.items()},
+        metrics={name: values.tolist() for name, values in measured.items()},
     )
     starts = range(0, len(images), SAMPLES_PER_PROMPT)
     rows = [images[start : start + SAMPLES_PER_PROMPT] for start in starts]
@@ -64,19 +72,9 @@ def draw_samples(
     save_png(grid(rows, samples.prompts), path)
     with replacing("output_dir", path.with_suffix(".json")) as partial:
         partial.write_text(json.dumps(asdict(samples)), encoding="utf-8")
-    return samples
+    return path
 
 
 def read_samples(path: Path) -> Samples:
-    """What `draw_samples` wrote beside the grid `path`."""
+    """Read what `write_samples` stored with the grid at `path`."""
     return Samples(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
-
-
-def _certainty(rollout: Rollout) -> dict[str, list[float]]:
-    """NSC per token of each picture, and of its chain of thought."""
-    traces = {"image_nsc": rollout.image, "text_nsc": rollout.text}
-    return {
-        name: reduce_tokens(trace.conditional.nsc, trace.mask, "mean").tolist()
-        for name, trace in traces.items()
-        if trace.mask.numel()
-    }

@@ -1,4 +1,4 @@
-"""Experiment trackers, through accelerate."""
+"""Experiment trackers (tensorboard, wandb, trackio), through accelerate."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from iris_fast.config import TrainConfig
 from iris_fast.errors import UserError
+from iris_fast.run.samples import Samples
+
+IMAGES, TEXTS = "samples/images", "samples/chains_of_thought"
 
 
 def require_tracker(name: str) -> None:
-    """Raise UserError if the tracker `name` is not installed, or would stop to ask for a login:
-    before a run makes its folder."""
+    """Check that the tracker `name` can start, before a run creates its folder.
+
+    UserError if it is not installed, or would wait for somebody to log in.
+    """
     if name != "none" and importlib.util.find_spec(name) is None:
         raise UserError(f"report_to: {name} is not installed; pip install {name}")
     if name == "wandb" and not _wandb_can_start():
@@ -27,7 +35,7 @@ def require_tracker(name: str) -> None:
 
 
 def _wandb_can_start() -> bool:
-    """Whether wandb finds what it else prompts for: it looks in these places, in this order."""
+    """Look for credentials where wandb does, in the same order."""
     if os.environ.get("WANDB_MODE", "online") != "online" or os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -38,19 +46,61 @@ def _wandb_can_start() -> bool:
     return urllib.parse.urlsplit(server).hostname in hosts
 
 
-def open_tracker(config: TrainConfig, folder: Path) -> Any:
-    """The tracker that `report_to` names, logging into `folder` where it writes files."""
-    from accelerate import tracking  # imports half of the ecosystem: only where asked for
+class Tracker:
+    """The tracker that `report_to` names; tensorboard writes its files into `folder`."""
 
-    kinds = {
-        "tensorboard": (tracking.TensorBoardTracker, {"logging_dir": str(folder)}),
-        "wandb": (tracking.WandBTracker, {}),
-        "trackio": (tracking.TrackioTracker, {}),
-    }
-    kind, arguments = kinds[config.report_to]
-    tracker = kind("iris-fast", **arguments)
-    if hasattr(tracker, "start"):  # accelerate >= 1.15 opens trackers on demand
-        tracker.start()
-    settings = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
-    tracker.store_init_configuration(settings)
-    return tracker
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        from accelerate import tracking  # slow to import: only where a tracker is used
+
+        self._name = config.report_to
+        self._tracker: Any
+        if self._name == "tensorboard":
+            self._tracker = tracking.TensorBoardTracker("iris-fast", logging_dir=str(folder))
+        elif self._name == "wandb":
+            self._tracker = tracking.WandBTracker("iris-fast")
+        else:
+            self._tracker = tracking.TrackioTracker("iris-fast")
+        if hasattr(self._tracker, "start"):  # accelerate >= 1.15 opens trackers on demand
+            self._tracker.start()
+        settings = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
+        self._tracker.store_init_configuration(settings)
+
+    def log_metrics(self, metrics: dict[str, Any]) -> None:
+        """Log the numbers of one step."""
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        self._tracker.log(numbers, step=metrics["step"])
+
+    def log_samples(self, samples: Samples, path: Path) -> None:
+        """Log the image grid at `path` and the chains of thought of its samples."""
+        step, columns = samples.step, ["prompt", "chain of thought"]
+        prompts = [prompt for prompt in samples.prompts for _ in range(samples.per_prompt)]
+        rows = (
+            [[*row] for row in zip(prompts, samples.cot, strict=True)] if any(samples.cot) else []
+        )
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        if self._name == "tensorboard":
+            pixels_NHWC = np.asarray(image)[None]
+            self._tracker.log_images({IMAGES: pixels_NHWC}, step=step, dataformats="NHWC")
+            if rows:
+                self._tracker.log({TEXTS: _markdown_table(columns, rows)}, step=step)
+        elif self._name == "wandb":
+            self._tracker.log_images({IMAGES: [image]}, step=step)
+            if rows:
+                self._tracker.log_table(TEXTS, columns=columns, data=rows, step=step)
+        else:  # accelerate's TrackioTracker has neither method
+            import trackio
+
+            self._tracker.log({IMAGES: trackio.Image(image)}, step=step)
+            if rows:
+                self._tracker.log({TEXTS: trackio.Table(columns=columns, data=rows)}, step=step)
+
+    def finish(self) -> None:
+        """Flush and close the tracker."""
+        self._tracker.finish()
+
+
+def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

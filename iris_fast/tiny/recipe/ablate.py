@@ -27,7 +27,7 @@ import yaml
 
 from iris_fast.config import PRESETS, TrainConfig
 from iris_fast.errors import UserError, report_error, require, writing
-from iris_fast.run.metrics import read_metrics
+from iris_fast.run.log import read_metrics
 from iris_fast.run.provenance import commit, hardware
 from iris_fast.tiny import HELD_OUT_FILE
 from iris_fast.tiny.recipe.ablation_page import draw, page
