@@ -71,6 +71,7 @@ setup(
             "**/*.txt",
             "**/*.jsonl",
             "**/*.json",
+            "**/*.yaml",
             "**/*.jinja",
             "**/*.safetensors",
             "**/*.md",

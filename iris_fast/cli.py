@@ -1,24 +1,21 @@
-"""The command line and --config files -> checked settings, errors told in one line."""
+"""The command line and --config files -> checked settings; errors are reported in one line."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
-import re
 import signal
 import sys
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+import docstring_parser
 import jsonargparse
 import yaml
 
-from iris_fast.config import PRESETS, SamplingConfig, TrainConfig
+from iris_fast.config import PRESETS, SamplingConfig, TrainConfig, defaults, sections
 from iris_fast.errors import UserError, report_error
-
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 Config = TypeVar("Config", bound=SamplingConfig)
 
@@ -31,136 +28,143 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    """Reports an error as one line on standard error, with the nearest valid name, exit code 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        line = " ".join(str(message).split())
-        line = re.sub(r'Parser key "(.+?)": ', r"\1: ", line)
-        line = re.sub(r"<class '(\w+)'>|typing\.Literal", r"\1", line).replace("a [", "one of [")
-        line = re.sub(
-            r"Does not validate .*Subtypes: \[list\[(\w+)\].*Given value: (.*)",
-            r"\2 is no list of \1",
-            line,
-        )
-        line = re.sub(
-            r"Does not validate .*Subtypes: \[(\w+), NoneType\].*Given value: (.*)",
-            r"\2 is no \1",
-            line,
-        )
-        line = re.sub(r"Expected a list\. Got value: (.*)", r"\1 is no list of str", line)
-        line = re.sub(r": ([^[]+) is no list of \w+$", r"\g<0>; write it as [\1]", line)
-        line = re.sub(
-            r"argument --(\w+): expected one argument",
-            r"\1: no value given; write --\1 VALUE, a switch as --\1 true",
-            line,
-        )
-        line = re.sub(
-            r"(\w+): Expected a bool. Got value: (.*)", r"\1: \2 is neither true nor false", line
-        )
-        if re.match("resume_from_checkpoint: .* is neither", line):  # TRL takes a path here
-            line += "; write --resume_from_checkpoint true, and the run's folder as --output_dir"
-        unknown = re.search(r"unrecognized arguments: (\S+)|Option '(\S+?)' is not accepted", line)
-        if unknown:
-            name = (unknown[1] or unknown[2]).lstrip("-").split("=")[0]
-            names = [action.dest for action in self._actions]
-            near = difflib.get_close_matches(name, names, n=1)
-            line = f"{name}: there is no such setting; " + (
-                f"did you mean {near[0]}?" if near else "--help lists them"
-            )
-        raise UserError(line)
+def make_parser(config_class: type[Any], program: str) -> jsonargparse.ArgumentParser:
+    """The parser that checks values against the settings' types and prints the help."""
+    parser = jsonargparse.ArgumentParser(
+        prog=program,
+        usage="%(prog)s [--config FILE.yaml] [--setting VALUE ...]",
+        description=config_class.__doc__,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings.")
+    types, usual, helps = get_type_hints(config_class), defaults(config_class), {}
+    for documented in reversed(config_class.__mro__[:-1]):
+        params = docstring_parser.parse_from_object(documented).params
+        helps |= {param.arg_name: " ".join(param.description.split()) for param in params}
+    for title, names in sections(config_class).items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            group.add_argument(f"--{name}", type=types[name], default=usual[name], help=helps[name])
+    return parser
 
 
-def _files_first(arguments: list[str]) -> list[str]:
-    """The arguments with every --config in front: a flag counts wherever it stands, while
-    jsonargparse would let a file that comes after it win."""
-    files, flags = [], []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--config":
-            files += [argument, *(value for value in [next(rest, None)] if value is not None)]
-        elif argument.startswith("--config="):
-            files.append(argument)
-        else:
-            flags.append(argument)
-    return files + flags
+def parse(config_class: type[Config], program: str, arguments: list[str]) -> Config:
+    """The checked settings that `arguments` (without the program's name) ask for.
+
+    UserError, one line, for an unknown name or a value that does not fit. Flags override --config
+    files wherever they stand, later files earlier ones. --help and --print_config print and exit.
+    """
+    parser, types = make_parser(config_class, program), get_type_hints(config_class)
+    files, flags, requests = split_arguments(arguments, list(types))
+    given: dict[str, Any] = {}
+    for path in files:
+        given |= settings_of_file(path, config_class)
+    given |= flags
+    given = {name: check_value(parser, name, given[name], types[name]) for name in given}
+    preset = given.get("preset", TrainConfig.preset)
+    preset_defaults = PRESETS[preset] if config_class is TrainConfig else {}
+    if requests:
+        parser.set_defaults(preset_defaults)
+        try:
+            parser.parse_args(requests, namespace=jsonargparse.Namespace(given))
+        except argparse.ArgumentError as error:  # an unknown option of --print_config
+            raise UserError(str(error)) from None
+    return config_class(**preset_defaults | given)
 
 
-def _config_files(arguments: list[str]) -> list[str]:
-    """The --config files that exist; others are the parser's to report."""
-    named = [argument.partition("=")[2] for argument in arguments if argument[:9] == "--config="]
-    named += [value for flag, value in pairwise(arguments) if flag == "--config"]
-    return [path for path in named if Path(path).is_file()]
-
-
-def _named_preset(arguments: list[str]) -> Any:
-    """The preset that flags or, failing them, a --config file name; defaults depend on it."""
-    chosen: Any = TrainConfig.preset
-    for position, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name not in ("--preset", "--config"):
+def split_arguments(
+    arguments: list[str], known: list[str]
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """The --config files, the settings given as `--name value` or `--name=value`, and the requests
+    to print something instead of running."""
+    files, flags, requests = [], {}, []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        flag, has_value, value = argument.partition("=")
+        if flag in ("-h", "--help", "--print_config"):
+            requests.append(argument)
             continue
-        value = value or next(iter(arguments[position + 1 :]), "")
-        if name == "--preset":
-            chosen = value
-        elif Path(value).is_file():
-            chosen = _read_settings(value).get("preset", chosen)
-    return chosen
+        name = flag.removeprefix("--")
+        check_name(name if name != flag else argument, [*known, "config"])
+        if not has_value:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"{name}: no value given; write {flag} VALUE, a switch {flag} true")
+            value = rest.pop(0)
+        if name == "config":
+            files.append(value)
+        else:
+            flags[name] = value
+    return files, flags, requests
 
 
-def _read_settings(path: str) -> dict[str, Any]:
-    """What a --config file holds; UserError unless it is a mapping."""
+def settings_of_file(path: str, config_class: type[Config]) -> dict[str, Any]:
+    """The settings in a --config file; UserError if it cannot be read or has unknown ones.
+
+    Other commands also take the config.yaml of a training run. They use the settings that they
+    share with training, except for the run's folder.
+    """
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"config: {path} cannot be read ({error.strerror}); give a YAML file of settings"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
-            f"config: {path} is not YAML ({' '.join(str(error).split())}); mend the file, or "
-            "start from --print_config"
+            f"config: {path} is not YAML ({error}); fix the file, or start from --print_config"
         ) from None
     if not isinstance(settings, dict):
         raise UserError(
             f"config: {path} holds no settings; write lines such as `max_steps: 100`, or start "
             "from --print_config"
         )
+    own = defaults(config_class)
+    of_training = defaults(TrainConfig).keys() - own.keys()
+    if of_training & settings.keys():
+        ignored = {"output_dir", *of_training}
+        settings = {name: value for name, value in settings.items() if name not in ignored}
+    for name in settings:
+        check_name(name, list(own))
     return settings
 
 
-def _check_file(path: str, config_class: type[Config]) -> None:
-    """UserError for what a --config file can hold and a flag cannot: keys that are no names, values
-    that are left out, and mappings."""
-    hints = get_type_hints(config_class)
-    for name, value in _read_settings(path).items():
-        if not isinstance(name, str):
-            raise UserError(f"config: {path}: {name!r} is no setting's name; --help lists them")
-        if value is None and type(None) not in get_args(hints.get(name, None | str)):
-            raise UserError(f"{name}: {path} gives it no value; give one, or delete the line")
-        nested = value if isinstance(value, list) else [value]
-        if any(isinstance(each, dict | list) for each in nested):
-            raise UserError(f"{name}: {path} gives it a mapping or a list of lists; give a value")
+def check_name(name: Any, known: list[str]) -> None:
+    """UserError, with the nearest known name, unless `name` is known."""
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists them"
+        raise UserError(f"{name}: there is no such setting; {advice}")
 
 
-def parse(config_class: type[Config], program: str, arguments: list[str]) -> Config:
-    """The checked settings that `arguments` (without the program's name) ask for.
-
-    Raises UserError, one line, on an unknown or mistyped name or a value that does not fit.
-    """
-    parser = _Parser(prog=program, description=config_class.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings.")
-    parser.add_class_arguments(config_class)
-    arguments = _files_first(arguments)
-    for path in _config_files(arguments):
-        _check_file(path, config_class)
-    if config_class is TrainConfig:
-        preset = _named_preset(arguments)
-        if isinstance(preset, str) and preset in PRESETS:  # others are the parser's to report
-            parser.set_defaults(PRESETS[preset])
-    settings = parser.parse_args(arguments)
-    names = {field.name for field in dataclasses.fields(config_class)}
-    return config_class(**{k: v for k, v in settings.as_dict().items() if k in names})
+def check_value(parser: jsonargparse.ArgumentParser, name: str, value: Any, kind: Any) -> Any:
+    """`value` (text where it is from a flag) as the type `kind`; UserError if it does not fit."""
+    if get_origin(kind) is UnionType:  # all of them are `... | None`
+        kind = get_args(kind)[0]
+    elif value is None:
+        raise UserError(f"{name}: no value given; write `{name}: VALUE`, or delete the line")
+    try:
+        return parser.parse_object({name: value}, defaults=False)[name]
+    except argparse.ArgumentError:
+        pass
+    remedy = {
+        bool: "give true or false",
+        int: "give a whole number",
+        float: "give a number",
+        str: "give text, in quotes if it looks like a number",
+    }.get(kind, "")
+    if get_origin(kind) is Literal:
+        remedy = f"choose from {', '.join(get_args(kind))}"
+    if get_origin(kind) is list:
+        example = "" if "[" in str(value) else f", such as [{value}]"
+        remedy = f"give a list of {get_args(kind)[0].__name__}{example}"
+    if name == "resume_from_checkpoint":  # TRL takes a path here
+        remedy = "write --resume_from_checkpoint true, and the run's folder as --output_dir"
+    raise UserError(f"{name}: {value} is not valid; {remedy}")
 
 
 def parse_command_line(config_class: type[Config], program: str) -> Config:
-    """`parse` for `sys.argv`, with errors told as one line and exit code 2.
+    """`parse` for `sys.argv`; errors are reported in one line, with exit code 2.
 
     From here on Ctrl-C ends the process without a traceback, until there is something to save.
     """

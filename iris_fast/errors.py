@@ -17,13 +17,17 @@ FIRST_RANK_SPEAKS_S = 1.0
 
 
 class UserError(ValueError):
-    """Something the user can mend: names what is wrong, where, the value found, and the remedy."""
+    """An error that the user can fix. The message is one line: the setting or file, what was
+    received, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 def require(holds: bool, name: str, value: Any, remedy: str) -> None:
     """Raise UserError unless `holds`."""
     if not holds:
-        raise UserError(f"{name}: {value} is out of range; {remedy}")
+        raise UserError(f"{name}: {value} is not valid; {remedy}")
 
 
 @contextlib.contextmanager

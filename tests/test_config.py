@@ -8,13 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jsonargparse
 import pytest
 import yaml
 from commands import run
 
-from iris_fast.cli import parse
-from iris_fast.config import PRESETS, GenerateConfig, SamplingConfig, TrainConfig, to_yaml
+from iris_fast.cli import make_parser, parse
+from iris_fast.config import (
+    PRESETS,
+    SECTIONS,
+    GenerateConfig,
+    TrainConfig,
+    defaults,
+    sections,
+    to_yaml,
+)
 from iris_fast.errors import UserError
 
 
@@ -113,19 +120,25 @@ def test_a_name_like_no_other_is_pointed_to_help():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learning_rate", "abc"], "learning_rate: .*float.*abc"),
-        (["--num_generations", "2.5"], "num_generations: .*int.*2.5"),
-        (["--cot", "maybe"], "cot: maybe is neither true nor false"),
+        (["--learning_rate", "abc"], "learning_rate: abc is not valid; give a number"),
+        (["--num_generations", "2.5"], "num_generations: 2.5 is not valid; give a whole number"),
+        (["--cot", "maybe"], "cot: maybe is not valid; give true or false"),
         (["--cot"], "cot: no value given.*--cot true"),
-        (["--loss_type", "grop"], "loss_type: .*grpo.*bnpo.*dr_grpo.*dapo.*grop"),
-        (["--preset", "tinyy"], "preset: .*tiny.*janus-pro-1b.*tinyy"),
+        (["--loss_type", "grop"], "loss_type: grop .*choose from grpo, bnpo, dr_grpo, dapo"),
+        (["--preset", "tinyy"], "preset: tinyy .*choose from tiny, janus-pro-1b"),
         (
             ["--reward_funcs", "random"],
-            r"reward_funcs: random is no list of str; write it as \[random\]",
+            r"reward_funcs: random is not valid; give a list of str, such as \[random\]",
         ),
-        (["--reward_weights", "[1, x]"], r"reward_weights: .*is no list of float"),
-        (["--reward_weights", "[1]", "--cot", "true"], "reward_weights.*one for each of image_nsc"),
-        (["--reward_weights", "[.nan, 1]"], "reward_weights: nan"),
+        (
+            ["--reward_weights", "[1, x]"],
+            r"reward_weights: \[1, x\] is not valid; give a list of float",
+        ),
+        (
+            ["--reward_weights", "[1]", "--cot", "true"],
+            "reward_weights.*one number for each of image_nsc",
+        ),
+        (["--reward_weights", "[.nan, 1]"], r"reward_weights: \[nan, 1.0\]"),
         (["--reward_funcs", "[random, random]"], "reward_funcs: random is named twice"),
         (["--reward_funcs", "[]"], "reward_funcs: .*at least one"),
         (["--cot", "false", "--reward_funcs", "[text_nsc]"], "reward_funcs: text_nsc.*--cot true"),
@@ -135,14 +148,14 @@ def test_a_name_like_no_other_is_pointed_to_help():
         ),
         (
             ["--objective", "direct", "--reward_distribution", "guided"],
-            "objective: direct works with reward_distribution conditional alone, not guided",
+            "reward_distribution: guided is .*--objective direct supports conditional only",
         ),
         (["--max_steps", "0"], "max_steps: 0 .*>= 1"),
-        (["--num_generations", "1"], "num_generations: 1 .*2 or more"),
+        (["--num_generations", "1"], "num_generations: 1 .*>= 2: an advantage compares"),
         (["--temperature", "0"], "temperature: 0"),
         (["--temperature", "-1"], "temperature: -1"),
-        (["--top_p", "0"], r"top_p: 0.*\(0, 1\]"),
-        (["--min_p", "1.5"], "min_p: 1.5"),
+        (["--top_p", "0"], "top_p: 0.*> 0 and <= 1; 1 is off"),
+        (["--min_p", "1.5"], "min_p: 1.5 .*>= 0 and <= 1"),
         (["--learning_rate=-1e-6"], "learning_rate: -1e-06 .*>= 0"),
         (["--learning_rate", "inf"], "learning_rate: .*inf"),
         (["--image_token_num_per_image", "1"], "image_token_num_per_image: 1 .*square"),
@@ -158,13 +171,13 @@ def test_a_name_like_no_other_is_pointed_to_help():
         (["--config", "broken.yaml"], "config: broken.yaml is not YAML .*line 2"),
         (["--config", "binary.yaml"], "config: binary.yaml is not YAML"),
         (["--config", "preset.yaml"], "preset: .*tiny"),
-        (["--config", "null.yaml"], "reward_reduction: null.yaml gives it no value; give one"),
-        (["--config=null.yaml"], "reward_reduction: null.yaml gives it no value; give one"),
+        (["--config", "null.yaml"], "reward_reduction: no value given; write .*or delete the line"),
+        (["--config=null.yaml"], "reward_reduction: no value given; write .*or delete the line"),
         (["--config", "mistyped.yaml"], "max_step: .*did you mean max_steps"),
-        (["--config", "number.yaml"], "config: number.yaml: 1 is no setting's name"),
-        (["--config", "nested.yaml"], "seed: nested.yaml gives it a mapping"),
-        (["--config", "anchor.yaml"], "reward_funcs: anchor.yaml gives it a mapping or a list"),
-        (["--epsilon_high", "nan"], "epsilon_high: nan is no float"),
+        (["--config", "number.yaml"], "1: there is no such setting"),
+        (["--config", "nested.yaml"], "seed: {'a': 1} is not valid; give a whole number"),
+        (["--config", "anchor.yaml"], "reward_funcs: .*is not valid; give a list of str"),
+        (["--epsilon_high", "nan"], "epsilon_high: nan is not valid; give a number"),
     ],
 )
 def test_a_value_that_does_not_fit_is_told_by_name(here, arguments, message):
@@ -213,7 +226,7 @@ def test_a_line_without_a_value_is_taken_by_no_setting_that_needs_one(here, conf
                 config_class, "p", []
             )
         else:
-            with pytest.raises(UserError, match=f"^{field.name}: null.yaml gives it no value"):
+            with pytest.raises(UserError, match=f"^{field.name}: no value given"):
                 parse(config_class, "p", ["--config", "null.yaml"])
 
 
@@ -236,18 +249,75 @@ def test_print_config_reads_back_to_the_same_settings(here):
 
 @pytest.mark.parametrize("config_class", [TrainConfig, GenerateConfig])
 def test_every_setting_is_in_help_with_an_explanation(config_class):
-    parser = jsonargparse.ArgumentParser()
-    parser.add_class_arguments(config_class)
-    helps = {action.dest: action.help for action in parser._actions}
+    helps = {action.dest: action.help for action in make_parser(config_class, "p")._actions}
     for field in dataclasses.fields(config_class):
         assert len(helps[field.name] or "") > 10, field.name
 
 
-def test_help_lists_settings_and_does_not_fail(here):
+def test_help_lists_all_settings_by_section(here):
     shown = run("iris_fast.train", "--help", cwd=here)
     assert shown.code == 0
-    for field in dataclasses.fields(SamplingConfig):
-        assert f"--{field.name}" in shown.out
+    place = 0
+    for title, names in sections(TrainConfig).items():
+        place = shown.out.index(f"\n{title}:\n", place)
+        for name in names:
+            place = shown.out.index(f"\n  --{name} ", place)
+    listed = [name for names in sections(TrainConfig).values() for name in names]
+    assert sorted(listed) == sorted(defaults(TrainConfig))
+
+
+def test_every_section_starts_at_a_setting():
+    assert SECTIONS.keys() <= defaults(TrainConfig).keys() | defaults(GenerateConfig).keys()
+    assert "" not in sections(TrainConfig) | sections(GenerateConfig)
+
+
+def test_help_shows_the_defaults_of_the_preset(here):
+    shown = run("iris_fast.train", "--preset", "janus-pro-7b", "--beta", "3", "--help", cwd=here)
+    words = " ".join(shown.out.split())
+    assert "(type: str, default: deepseek-ai/Janus-Pro-7B)" in words
+    assert "0: no reference model. (type: float, default: 0.01)" in words
+
+
+def test_an_unknown_option_of_print_config_is_refused():
+    with pytest.raises(UserError, match="xyzzy"):
+        train_config("--print_config=xyzzy")
+
+
+# --- The config.yaml of a training run, for other commands ----------------------------------------
+
+
+def generate_config(*arguments: str) -> GenerateConfig:
+    return parse(GenerateConfig, "iris_fast.generate", list(arguments))
+
+
+def test_generate_takes_what_it_shares_with_a_training_run(yaml_file):
+    run_settings = ["--output_dir", "runs/a", "--temperature", "0.5", "--seed", "7"]
+    config = train_config(*run_settings, "--prompts", "p.txt")
+    config = generate_config("--config", yaml_file(to_yaml(config)), "--seed", "8")
+    assert (config.cot, config.cfg_weight, config.max_completion_length) == (True, 1.5, 24)
+    assert (config.temperature, config.prompts, config.seed) == (0.5, "p.txt", 8)
+    assert config.output_dir == GenerateConfig.output_dir
+    assert generate_config("--config", "settings.yaml", "--output_dir", "out").output_dir == "out"
+
+
+def test_generate_takes_the_output_folder_of_its_own_file(yaml_file):
+    assert generate_config("--config", yaml_file("output_dir: out\n")).output_dir == "out"
+
+
+@pytest.mark.parametrize("line", ["beta: 0.1\nlerning_rate: 3\n", "lerning_rate: 3\n"])
+def test_a_name_that_neither_command_has_is_refused(yaml_file, line):
+    with pytest.raises(UserError, match=r"^lerning_rate: there is no such setting"):
+        generate_config("--config", yaml_file(line))
+
+
+def test_a_training_setting_is_refused_as_a_flag_of_generate():
+    with pytest.raises(UserError, match=r"^beta: there is no such setting"):
+        generate_config("--beta", "0.1")
+
+
+def test_training_refuses_the_settings_of_generate(yaml_file):
+    with pytest.raises(UserError, match=r"^batch_size: there is no such setting"):
+        train_config("--config", yaml_file("batch_size: 2\n"))
 
 
 @pytest.mark.parametrize("module", ["iris_fast.train", "iris_fast.generate"])
@@ -276,10 +346,16 @@ def test_a_typo_is_answered_before_torch_is_imported(here, module):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--cot"], "write --cot VALUE, a switch as --cot true"),
-        (["--cot", "maybe"], "cot: maybe is neither true nor false"),
-        (["--reward_funcs", "image_nsc"], "image_nsc is no list of str; write it as [image_nsc]"),
-        (["--lora_target_modules", "q_proj"], "q_proj is no list of str; write it as [q_proj]"),
+        (["--cot"], "write --cot VALUE, a switch --cot true"),
+        (["--cot", "maybe"], "cot: maybe is not valid; give true or false"),
+        (
+            ["--reward_funcs", "image_nsc"],
+            "image_nsc is not valid; give a list of str, such as [image_nsc]",
+        ),
+        (
+            ["--lora_target_modules", "q_proj"],
+            "q_proj is not valid; give a list of str, such as [q_proj]",
+        ),
         (
             ["--resume_from_checkpoint", "runs/a/checkpoints/step_1"],
             "write --resume_from_checkpoint true, and the run's folder as --output_dir",

@@ -16,7 +16,7 @@ from iris_kernels import TokenStats, quantize_rows
 from small_runs import needs_scaled_products, set_spread
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iris_fast.config import EIGHT_BITS, SamplingConfig
+from iris_fast.config import FP8_SETTINGS, SamplingConfig
 from iris_fast.errors import UserError
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import RMSNorm
@@ -111,13 +111,13 @@ def test_keys_beyond_the_range_of_fp8_are_kept_at_its_end():
     assert drawn.image.guided.logprob.isfinite().all()
 
 
-@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize("name", FP8_SETTINGS)
 def test_fp8_needs_the_static_engine(name):
     with pytest.raises(UserError, match=rf"{name}.*add --rollout_engine static"):
         SamplingConfig(**{name: "fp8"})
 
 
-@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize("name", FP8_SETTINGS)
 def test_fp8_on_a_gpu_without_it_is_refused(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     config = SamplingConfig(rollout_engine="static", bf16=True, **{name: "fp8"})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from iris_fast.config import EIGHT_BITS, SamplingConfig
+from iris_fast.config import FP8_SETTINGS, SamplingConfig
 from iris_fast.errors import UserError, require
 from iris_fast.models.attention import choose
 from iris_fast.models.images import check_image_tokens
@@ -59,7 +59,7 @@ def use_attention(model: Janus, config: SamplingConfig, device: torch.device) ->
 def check_device(config: SamplingConfig, device: torch.device) -> None:
     """UserError, before anything is loaded, for what this device cannot do."""
     choose_attention(config, device)
-    for name in EIGHT_BITS:
+    for name in FP8_SETTINGS:
         if getattr(config, name) == "fp8" and device.type == "cuda":
             found = torch.cuda.get_device_capability(device)
             remedy = (

@@ -122,7 +122,7 @@ def test_the_command_lists_what_it_would_run(tmp_path):
     assert last.startswith("1 runs to do, about ")
     assert not (tmp_path / "there").exists()
     done = commands.run("iris_fast.tiny.recipe.ablate", "--jobs", "0", cwd=tmp_path)
-    assert "jobs: 0 is out of range; give 1 or more" in done.error_line
+    assert "jobs: 0 is not valid; give 1 or more" in done.error_line
 
 
 def results(**accuracies: list[float]) -> dict:
