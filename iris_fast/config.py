@@ -24,12 +24,7 @@ FP8_SETTINGS = ("kv_cache_dtype", "rollout_weight_dtype")
 PRESETS: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
 )
-COMPARISONS = {
-    "gt": (">", operator.gt),
-    "ge": (">=", operator.ge),
-    "lt": ("<", operator.lt),
-    "le": ("<=", operator.le),
-}
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 # The sections of --help and docs/settings.md: each starts at the setting named here and ends where
 # the next one starts. A title may occur more than once.
 SECTIONS = {
@@ -61,7 +56,7 @@ def number(default: float | None, note: str = "", **bounds: float) -> Any:
 def bounds_text(setting: dataclasses.Field) -> str:
     """The bounds of a setting in words, such as "> 0 and <= 1"; empty where it has none."""
     bounds = setting.metadata.get("bounds", {})
-    return " and ".join(f"{COMPARISONS[name][0]} {limit:g}" for name, limit in bounds.items())
+    return " and ".join(f"{SIGNS[name]} {limit:g}" for name, limit in bounds.items())
 
 
 def check_bounds(config: Any) -> None:
@@ -69,10 +64,10 @@ def check_bounds(config: Any) -> None:
     for setting in dataclasses.fields(config):
         value, data = getattr(config, setting.name), setting.metadata
         if isinstance(value, int | float):
-            inside = all(COMPARISONS[n][1](value, b) for n, b in data.get("bounds", {}).items())
+            holds = [getattr(operator, n)(value, b) for n, b in data.get("bounds", {}).items()]
+            finite = isinstance(value, int) or math.isfinite(value)
             remedy = f"give a number {bounds_text(setting)}{data.get('note', '')}".strip()
-            infinite = isinstance(value, float) and not math.isfinite(value)
-            require(inside and not infinite, setting.name, value, remedy)
+            require(finite and all(holds), setting.name, value, remedy)
 
 
 def defaults(config_class: type[Any]) -> dict[str, Any]:
@@ -324,7 +319,7 @@ class TrainConfig(SamplingConfig):
             raise UserError(
                 "temperature: 0 gives equal images, which have no advantage; give a number > 0"
             )
-        self._fill_defaults()
+        self._fill_dependent_defaults()
         self._check_rewards()
         if self.objective == "direct":
             self._check_direct()
@@ -337,8 +332,7 @@ class TrainConfig(SamplingConfig):
                 "resume_from_checkpoint: no run is named; add --output_dir with its folder"
             )
 
-    def _fill_defaults(self) -> None:
-        """Fill in the settings whose defaults depend on others."""
+    def _fill_dependent_defaults(self) -> None:
         if self.reward_funcs is None:
             self.reward_funcs = ["image_nsc", "text_nsc"] if self.cot else ["image_nsc"]
         if self.metric_funcs is None:
@@ -374,10 +368,10 @@ class TrainConfig(SamplingConfig):
             require(value == needed, name, value, remedy)
 
     def _check_lora(self) -> None:
-        known = ", ".join(PROJECTIONS)
         require(bool(self.lora_target_modules), "lora_target_modules", "[]", "name at least one")
         for name in self.lora_target_modules:
-            require(name in PROJECTIONS, "lora_target_modules", name, f"choose from {known}")
+            remedy = f"choose from {', '.join(PROJECTIONS)}"
+            require(name in PROJECTIONS, "lora_target_modules", name, remedy)
         if self.train_image_head:
             raise UserError(
                 "train_image_head: --use_peft true trains adapters only; remove one of the two"
