@@ -102,7 +102,7 @@ def test_a_mistake_that_one_rank_alone_meets_is_a_line_a_rank(here):
     assert finished.codes == [2, 2]
     first, second = finished.err.splitlines()
     assert "another rank has ended" in first
-    assert "half_bad:reward gave nan" in second
+    assert "half_bad:reward returned nan" in second
 
 
 REAL = [

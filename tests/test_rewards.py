@@ -217,14 +217,14 @@ def test_any_callable_and_any_iterable_will_do(call):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("three", "gave 3 numbers for 4 images; return one for each"),
-        ("nan", r"gave nan \(in float32\) for the prompt 'a cube'; return a finite number"),
-        ("infinite", r"gave -inf \(in float32\) for the prompt 'a ball'"),
-        ("nothing", "gave no list of numbers"),
-        ("words", "gave no list of numbers.*good"),
-        ("raises", r"raised RuntimeError: no colour \(.*\.py:\d+\); mend the function"),
+        ("three", "returned 3 numbers for 4 images; return one per image"),
+        ("nan", r"returned nan \(in float32\) for the prompt 'a cube'; return a finite number"),
+        ("infinite", r"returned -inf \(in float32\) for the prompt 'a ball'"),
+        ("nothing", "returned no list of numbers"),
+        ("words", "returned no list of numbers.*good"),
+        ("raises", r"raised RuntimeError: no colour \(.*\.py:\d+\); fix the function"),
         ("leaves", r"raised SystemExit: 0 \(.*\.py:\d+\)"),
-        ("huge", r"gave inf \(in float32\) for the prompt 'a cube'; return a finite number"),
+        ("huge", r"returned inf \(in float32\) for the prompt 'a cube'; return a finite number"),
         ("unknown_field", "fields color, n: missing a required argument: 'colour'"),
         ("absent", "has no function 'absent'"),
         ("constant", "has no function 'constant'"),
@@ -247,7 +247,7 @@ def test_a_module_that_cannot_be_imported_is_told(here, monkeypatch, line):
     name = f"broken_{abs(hash(line))}"
     (here / f"{name}.py").write_text(f"import os\n{line}\n")
     monkeypatch.syspath_prepend(here)
-    with pytest.raises(UserError, match=rf"importing {name} raised .*{name}\.py:2\); mend"):
+    with pytest.raises(UserError, match=rf"importing {name} raised .*{name}\.py:2\); fix"):
         load_rewards([f"{name}:f"])
 
 
@@ -257,9 +257,9 @@ def test_a_module_that_cannot_be_imported_is_told(here, monkeypatch, line):
         ("absent_module:f", "No module named 'absent_module'; write module:function"),
         ("os.absent:f", "No module named 'os.absent'"),
         ("bogus", r"there is no reward 'bogus'; choose from image_nsc, .*module:function"),
-        (":f", "is no module:function"),
-        ("os:", "is no module:function"),
-        ("a b:c", "is no module:function"),
+        (":f", "is not of the form module:function"),
+        ("os:", "is not of the form module:function"),
+        ("a b:c", "is not of the form module:function"),
     ],
 )
 def test_a_reward_that_is_not_there_is_told(name, message):
@@ -338,7 +338,7 @@ def test_a_failing_reward_is_one_line_on_the_command(here):
     settings = flags(reward_funcs="[broken:reward]")
     finished = run("iris_fast.train", *settings, "--output_dir", "run", cwd=here)
     assert finished.code == 2
-    assert "broken:reward gave 1 numbers for 2 images" in finished.error_line
+    assert "broken:reward returned 1 numbers for 2 images" in finished.error_line
 
 
 def test_weights_may_be_infinitely_small_but_not_infinite():

@@ -2,9 +2,9 @@
 
     def redness(prompts: list[str], images: list[PIL.Image.Image]) -> list[float]: ...
 
-`prompts` and `images` are parallel, one entry per sample; the function returns one finite number
-each. A parameter named like a field of the prompt file (or **kwargs) receives that field's values
-as a list, with None where a line lacks it.
+`prompts` and `images` have one entry per sample, and the function returns one finite number for
+each. A parameter named like a field of the prompt file (or **kwargs) receives the values of that
+field as a list, with None for lines without it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ from iris_fast.records import Prompt
 
 
 def load(name: str, setting: str = "reward_funcs") -> Callable[..., Any]:
-    """The callable that `module:function` names; the current folder is searched too."""
+    """Import the callable that `module:function` names; the current folder is searched too.
+
+    UserError if there is none, or if the import raises.
+    """
     module_name, _, function_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
-        raise UserError(f"{setting}: {name} is no module:function, such as my_rewards:redness")
+        raise UserError(
+            f"{setting}: {name} is not of the form module:function (my_rewards:redness)"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -40,9 +45,9 @@ def load(name: str, setting: str = "reward_funcs") -> Callable[..., Any]:
             f"{setting}: {name}: {error}; write module:function, with the module importable "
             "from the current folder"
         ) from None
-    except (Exception, SystemExit) as error:  # whatever the user's own code does
+    except (Exception, SystemExit) as error:  # anything that the user's code raises
         raise UserError(
-            f"{setting}: {name}: importing {module_name} raised {_told(error)}; mend the module"
+            f"{setting}: {name}: importing {module_name} raised {_describe(error)}; fix the module"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -57,35 +62,35 @@ def call(
     images: list[Image],
     setting: str = "reward_funcs",
 ) -> Tensor:
-    """[N] float32; UserError unless the function gives one finite number for each sample."""
+    """Call the function; [N] float32. UserError unless it returns one finite number per sample."""
     fields = wanted_fields(name, function, prompts, setting)
     try:
-        # Lists of its own: the next function is given the same images whatever this one does.
-        given = function([prompt.text for prompt in prompts], list(images), **fields)
-    except (Exception, SystemExit) as error:  # whatever the user's own code does
-        raise UserError(f"{setting}: {name} raised {_told(error)}; mend the function") from error
+        # Copies of the lists: a function that changes them does not affect the next one.
+        returned = function([prompt.text for prompt in prompts], list(images), **fields)
+    except (Exception, SystemExit) as error:  # anything that the user's code raises
+        raise UserError(f"{setting}: {name} raised {_describe(error)}; fix the function") from error
     try:
-        values = torch.tensor([float(value) for value in given], dtype=torch.float32)
+        values = torch.tensor([float(value) for value in returned], dtype=torch.float32)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{setting}: {name} gave no list of numbers ({error}); return one number for each image"
+            f"{setting}: {name} returned no list of numbers ({error}); return one number per image"
         ) from None
     if len(values) != len(prompts):
         raise UserError(
-            f"{setting}: {name} gave {len(values)} numbers for {len(prompts)} images; return "
-            "one for each"
+            f"{setting}: {name} returned {len(values)} numbers for {len(prompts)} images; "
+            "return one per image"
         )
     for value, prompt in zip(values.tolist(), prompts, strict=True):
         if not math.isfinite(value):
             raise UserError(
-                f"{setting}: {name} gave {value} (in float32) for the prompt "
+                f"{setting}: {name} returned {value} (in float32) for the prompt "
                 f"{prompt.text[:60]!r}; return a finite number"
             )
     return values
 
 
-def _told(error: BaseException) -> str:
-    """An exception of foreign code in one line: type, message, and where it was raised."""
+def _describe(error: BaseException) -> str:
+    """An exception of the user's code in one line: type, message, and where it was raised."""
     *_, frame = traceback.extract_tb(error.__traceback__)
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message} ({frame.filename}:{frame.lineno})"
@@ -97,7 +102,7 @@ def wanted_fields(
     prompts: list[Prompt],
     setting: str = "reward_funcs",
 ) -> dict[str, list[Any]]:
-    """The prompt file's fields that the function takes; UserError if it cannot be called so."""
+    """The fields of the prompt file that the function accepts; UserError if it needs others."""
     fields = sorted({field for prompt in prompts for field in prompt.extra})
     signature = inspect.signature(function)
     parameters = signature.parameters
@@ -110,6 +115,6 @@ def wanted_fields(
     except TypeError as error:
         raise UserError(
             f"{setting}: {name} cannot be called with prompts, images and the prompt file's "
-            f"fields {', '.join(fields) or '(none)'}: {error}; mend its parameters"
+            f"fields {', '.join(fields) or '(none)'}: {error}; fix its parameters"
         ) from None
     return chosen
