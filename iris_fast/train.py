@@ -89,13 +89,14 @@ def loop(
         with run.step_or_rollback(learner):
             clock, scored = StepClock(), progress.scored
             if scored is None:
-                samples, numbers = take_samples(prompts, progress.cursor, config, ranks)
+                prompts.cursor = progress.cursor
+                count, group = config.prompts_per_step, config.num_generations
+                samples, numbers = take_samples(prompts, count, group, ranks)
                 rollout = sampler.rollout(samples, numbers, run.pause)
                 run.pause()
                 rewards = scorer.score(rollout)
-                advantages = group_advantages(
-                    ranks.gather(rewards.total_N), config.num_generations, config.scale_rewards
-                )
+                everyone_N = ranks.gather(rewards.total_N)
+                advantages = group_advantages(everyone_N, group, config.scale_rewards)
                 scored = Scored.of(rollout, rewards, ranks.own_part(advantages))
                 batches = None
             clock.rollout_done()
@@ -113,14 +114,14 @@ def loop(
 
 
 def take_samples(
-    prompts: PromptSource, cursor: int, config: TrainConfig, ranks: Ranks
+    prompts: PromptSource, count: int, num_generations: int, ranks: Ranks
 ) -> tuple[list[Prompt], list[int]]:
-    """This rank's next prompts, each `num_generations` times, and the samples' global numbers."""
-    prompts.cursor = cursor
-    taken, numbers = prompts.take(config.prompts_per_step, ranks.rank, ranks.world_size)
-    group = range(config.num_generations)
+    """This rank's next `count` prompts, each `num_generations` times, and the samples' global
+    numbers."""
+    taken, numbers = prompts.take(count, ranks.rank, ranks.world_size)
+    group = range(num_generations)
     samples = [prompt for prompt in taken for _ in group]
-    return samples, [number * len(group) + g for number in numbers for g in group]
+    return samples, [number * num_generations + g for number in numbers for g in group]
 
 
 def check_environment(config: TrainConfig, ranks: Ranks) -> None:

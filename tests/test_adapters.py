@@ -39,7 +39,7 @@ def test_merged_weights_draw_as_the_adapted_policy_and_without_it_is_the_start()
     config = quick("unused", **LORA)
     with distributed.start("cpu", 60.0) as ranks:
         models, prompts = open_run(config, ranks)
-        rollout = models.sampler.rollout(*take_samples(prompts, 0, config, ranks))
+        rollout = models.sampler.rollout(*take_samples(prompts, 1, 2, ranks))
         packed, _ = pack(rollout)
         start = log_probs(build_tiny().model, packed)
         assert torch.equal(log_probs(models.policy, packed), start)  # B is 0

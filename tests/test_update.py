@@ -72,7 +72,7 @@ def one_step(**settings: Any) -> Iterator[Step]:
             for parameter in models.policy.model.language_model.layers.parameters():
                 parameter *= 1.05
         copy_weights(models.policy, models.sampler.janus)
-        rollout = models.sampler.rollout(*take_samples(prompts, 0, config, ranks))
+        rollout = models.sampler.rollout(*take_samples(prompts, 4, config.num_generations, ranks))
         optimizer = make_optimizer(models.policy, config)
         learner = Learner(models.policy, models.reference, optimizer, config, ranks)
         step = Step(config, ranks, models, learner, score(rollout, config, ranks))

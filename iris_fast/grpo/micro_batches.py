@@ -79,12 +79,15 @@ def prepare(
     per_batch = samples // config.gradient_accumulation_steps
     tokens = int(rollout.text.mask.sum() + rollout.image.mask.sum())
     tokens_per_rank = ranks.total(tokens) / ranks.world_size
+    guidance = CONDITIONAL
+    if config.policy_distribution == "guided":
+        guidance = Guidance(config.cfg_weight, config.temperature)
     longest_cot = config.max_completion_length if config.cot else 0
     batches = []
     for number, start in enumerate(range(0, samples, per_batch)):
         chosen = list(range(start, start + per_batch))
         part = rollout.take(chosen)
-        packed, sample_M = pack(part, policy_guidance(config))
+        packed, sample_M = pack(part, guidance)
         packed = packed.to(device)
         weight_M = token_weights(
             config.loss_type,
@@ -112,13 +115,6 @@ def prepare(
             )
         )
     return batches
-
-
-def policy_guidance(config: TrainConfig) -> Guidance:
-    """The distribution that is trained."""
-    if config.policy_distribution == "guided":
-        return Guidance(config.cfg_weight, config.temperature)
-    return CONDITIONAL
 
 
 def sampler_log_probs(rollout: Rollout, distribution: str) -> Tensor:
