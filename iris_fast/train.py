@@ -88,8 +88,8 @@ def loop(
     while progress.step < config.max_steps and not run.stopped:
         with run.step_or_rollback(learner):
             clock, scored = StepClock(), progress.scored
+            prompts.cursor = progress.cursor
             if scored is None:
-                prompts.cursor = progress.cursor
                 count, group = config.prompts_per_step, config.num_generations
                 samples, numbers = take_samples(prompts, count, group, ranks)
                 rollout = sampler.rollout(samples, numbers, run.pause)
