@@ -98,7 +98,7 @@ def test_a_constant_reward_prints_one_warning(here):
     assert finished.out.count("every group's rewards are equal") == 1
     assert all("no spread" in row["warnings"] for row in metrics("run"))
     assert all(row["frac_reward_zero_std"] == 1 for row in metrics("run"))
-    assert "every group&#x27;s rewards are equal" in Path("run/report.html").read_text()
+    assert "every group&#39;s rewards are equal" in Path("run/report.html").read_text()
 
 
 # --- Metrics --------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from small_runs import quick
 
 from iris_fast.cli import parse
 from iris_fast.config import PRESETS, TrainConfig
-from iris_fast.run.curves import curve, moving_mean
+from iris_fast.run.curves import Point, make_curve, moving_mean
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.provenance import command
-from iris_fast.run.report import write_report
+from iris_fast.run.report import TEMPLATES, write_report
 from iris_fast.run.samples import read_samples
 from iris_fast.train import train
 
@@ -40,7 +40,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run with an odd name. Read-only."""
+    """A run whose name has special characters. Read-only."""
     folder = tmp_path_factory.mktemp("report") / 'a <b> & "c"'
     settings = {"max_steps": 4, "sample_steps": 1, "num_sample_prompts": 2}
     train(quick(folder, **settings, metric_funcs=["diversity"], image_token_num_per_image=16))
@@ -61,12 +61,12 @@ def test_the_report_loads_nothing_from_elsewhere(report):
         assert tag not in ("link", "iframe", "object")
 
 
-def test_pictures_and_curves_of_the_report_say_what_they_show(report):
+def test_images_and_curves_of_the_report_are_described(report):
     images = [attributes for tag, attributes in report.tags if tag == "img"]
     prompts = [tag["data-prompt"] for _, tag in report.tags if "data-prompt" in tag]
     assert len(prompts) == 2
     assert [image["alt"] for image in images] == [
-        f"{when} (step {step}): 4 pictures of {prompt}"
+        f"{when} (step {step}): 4 images of {prompt}"
         for prompt in prompts
         for when, step in (("Before", 0), ("During", 2), ("After", 4))
     ]
@@ -79,22 +79,22 @@ def test_pictures_and_curves_of_the_report_say_what_they_show(report):
     assert ("html", {"lang": "en"}) in report.tags
 
 
-def test_odd_names_are_escaped_in_the_report(report):
+def test_special_characters_are_escaped_in_the_report(report):
     assert not [tag for tag, _ in report.tags if tag == "b"]
 
 
-def test_the_report_says_what_was_measured_before_and_after(finished):
+def test_the_report_shows_the_metrics_before_and_after(finished):
     page = (finished / "report.html").read_text()
     for step in (0, 2, 4):
         for value in read_samples(finished / f"samples/step_{step:05d}.png").means().values():
             assert f"<td>{value:.3f}</td>" in page
 
 
-def test_the_report_says_on_what_it_ran(report, finished):
+def test_the_report_shows_the_facts_of_the_run(report, finished):
     page = (finished / "report.html").read_text()
     for fact in ("4 steps of 4", "1 × image_nsc + 1 × text_nsc", "commit ", "1 process", "sdpa"):
         assert fact in page
-    assert "max_steps: 4" in page  # config.yaml, whole
+    assert "max_steps: 4" in page  # all of config.yaml
 
 
 @pytest.mark.parametrize("grids", [0, 1, 2])
@@ -131,7 +131,7 @@ def test_grids_of_other_prompts_are_left_out(here):
         {"preset": "janus-pro-1b", "prompts": "p.txt", "output_dir": "run", "bf16": False},
     ],
 )
-def test_the_command_that_is_told_gives_the_same_settings(changes):
+def test_the_command_of_the_report_gives_the_same_settings(changes):
     settings = asdict(TrainConfig(**PRESETS[changes.get("preset", "tiny")] | changes))
     words = shlex.split(command(settings))
     assert words[:3] == ["torchrun", "-m", "iris_fast.train"]
@@ -140,22 +140,31 @@ def test_the_command_that_is_told_gives_the_same_settings(changes):
         assert len(words) == 3
 
 
+def draw(title: str, points: list[Point], dots: list[Point] = ()) -> str:
+    template = TEMPLATES.get_template("curve.html.jinja")
+    return template.render(curve=make_curve(title, points, dots))
+
+
 def test_a_curve_by_hand():
-    drawn = curve("a < b", [(1, 0.0), (2, 10.0), (3, 5.0)], [(2, 20.0)])
+    drawn = draw("a < b", [(1, 0.0), (2, 10.0), (3, 5.0)], [(2, 20.0)])
     assert "a &lt; b" in drawn
     assert "0 at step 1, 5 at step 3, between 0 and 10" in drawn
-    assert ">20</text>" in drawn  # the dot is inside the picture
+    assert ">20</text>" in drawn  # the dot is inside the axes
+    assert 'points="10.0,132.0 170.0,71.0 330.0,101.5"' in drawn
+    assert '<circle cx="170.0" cy="10.0"' in drawn
     assert moving_mean([1.0, 2.0, 3.0]) == [1, 2, 3]
     assert moving_mean([0.0, 3.0, 6.0, 0.0]) == [1.5, 3, 3, 3]
 
 
-def test_equal_values_are_a_curve_too():
-    assert "nan" not in curve("flat", [(1, 2.0), (2, 2.0)])
+def test_a_curve_of_equal_values():
+    drawn = draw("flat", [(1, 2.0), (2, 2.0)])
+    assert "nan" not in drawn
+    assert "2 at step 1, 2 at step 2, between 2 and 2" in drawn
 
 
 # --- In a browser ---------------------------------------------------------------------------------
 
-# The page in a frame as wide as a phone; what it looks like there comes back as the title.
+# Shows the page in a frame as wide as a phone, and returns measurements as its own title.
 PROBE = """
 <title></title><iframe id="frame" width="390" height="800" style="border: 0"></iframe><script>
 const frame = document.getElementById("frame");
@@ -237,14 +246,17 @@ def test_the_prompt_filter_hides_the_others(seen):
 
 
 @pytest.mark.browser
-def test_the_report_is_painted(finished, tmp_path):
-    link = tmp_path / "report.html"  # the folder's own name is odd
+def test_the_report_is_rendered(finished, tmp_path):
+    link = tmp_path / "report.html"  # the folder's own name has special characters
     link.symlink_to(finished / "report.html")
-    picture = tmp_path / "report.png"
+    screenshot = tmp_path / "report.png"
     chromium(
-        tmp_path / "profile", f"--screenshot={picture}", "--window-size=1280,1600", f"file://{link}"
+        tmp_path / "profile",
+        f"--screenshot={screenshot}",
+        "--window-size=1280,1600",
+        f"file://{link}",
     )
-    with Image.open(picture) as opened:
+    with Image.open(screenshot) as opened:
         colours = opened.convert("RGB").getcolors(maxcolors=2**24)
-    assert len(colours) > 500  # the pictures
+    assert len(colours) > 500  # the images
     assert max(colours)[1] == (255, 255, 255)
