@@ -122,7 +122,7 @@ def set_spread(checkpoint: LoadedJanus, text: float, image: float) -> None:
     janus = checkpoint.model
     ids = torch.tensor(checkpoint.tokenizer.encode("a small blue ball left of a large green cone"))
     attention = PackedAttention([len(ids)])
-    hidden = janus.decode(janus.embed_text(ids), torch.arange(len(ids)), attention)
+    hidden = janus.hidden_states(janus.embed_text(ids), torch.arange(len(ids)), attention)
     janus.lm_head.weight *= text / janus.text_logits(hidden).std()
     scale = image / janus.image_logits(hidden).std()
     for parameter in janus.model.generation_head.vision_head.parameters():

@@ -24,9 +24,9 @@ from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.preflight.inputs import check_device, check_products
 from iris_fast.records import Prompt, Rollout
 from iris_fast.rollout.decode_loop import run_steps
-from iris_fast.rollout.fused_decoder import FusedDecoder, Product, lay_side_by_side
+from iris_fast.rollout.fused_decoder import FusedDecoder, FusedLinear, fuse_storage
 from iris_fast.rollout.sampler import Sampler
-from iris_fast.rollout.shared_cache import Beginnings, SharedKVCache
+from iris_fast.rollout.shared_cache import SharedKVCache, SharedPrefixes
 from iris_fast.tiny import build_random_tiny
 
 PROMPTS = ["a red cube", "a red cube", "a blue ball left of a cone", "x", "a red cube", "x"]
@@ -161,8 +161,8 @@ def test_fp8_weights_follow_those_they_are_made_of():
 def test_auto_is_plain_on_a_cpu():
     opened = lively()
     sampler = Sampler(opened.model, opened.tokenizer, SamplingConfig(), 9)
-    assert not sampler.static
-    assert not sampler.captured
+    assert not sampler.uses_static_engine
+    assert not sampler.uses_cuda_graph
 
 
 # --- What is shared -------------------------------------------------------------------------------
@@ -171,15 +171,15 @@ def test_auto_is_plain_on_a_cpu():
 def test_a_group_and_all_unconditional_rows_are_one_prefix_each():
     cond = [[1, 5, 6], [1, 5, 6], [1, 7]]
     uncond = [[1, 0, 0], [1, 0, 0], [1, 0]]
-    shared = Beginnings.of(cond + uncond)
+    shared = SharedPrefixes.of(cond + uncond)
     assert sorted(shared.prefixes) == [[1, 0, 0], [1, 5, 6], [1, 7]]
-    assert shared.seen == [3, 3, 2, 3, 3, 2]
+    assert shared.lengths == [3, 3, 2, 3, 3, 2]
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=8))
 def test_beginnings_are_all_there_and_none_is_there_twice(beginnings):
-    shared = Beginnings.of(beginnings)
-    for ids, place, seen in zip(beginnings, shared.index, shared.seen, strict=True):
+    shared = SharedPrefixes.of(beginnings)
+    for ids, place, seen in zip(beginnings, shared.index, shared.lengths, strict=True):
         assert shared.prefixes[place][:seen] == ids
     for i, prefix in enumerate(shared.prefixes):
         assert prefix in beginnings
@@ -190,13 +190,13 @@ def test_beginnings_are_all_there_and_none_is_there_twice(beginnings):
 
 def test_an_empty_beginning_is_refused():
     with pytest.raises(ValueError, match="not empty"):
-        Beginnings.of([[1, 2], []])
+        SharedPrefixes.of([[1, 2], []])
 
 
 def test_the_cache_holds_each_prefix_once():
     config = build_random_tiny().model.config.decoder
-    group = SharedKVCache(config, Beginnings.of([[1] * 50] * 8), room=3)
-    ungrouped = SharedKVCache(config, Beginnings.of([[1] * 49 + [i] for i in range(8)]), room=3)
+    group = SharedKVCache(config, SharedPrefixes.of([[1] * 50] * 8), room=3)
+    ungrouped = SharedKVCache(config, SharedPrefixes.of([[1] * 49 + [i] for i in range(8)]), room=3)
 
     def slots(cache: SharedKVCache) -> int:
         return sum(keys.shape[0] * keys.shape[2] for keys, _ in cache._prefix + cache._own)
@@ -224,7 +224,7 @@ def test_steps_end_when_told_to():
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_product_follows_weights_written_in_place(bias):
     layers = [torch.nn.Linear(48, size, bias=bias).requires_grad_(False) for size in (32, 16)]
-    product, x = Product(*layers), torch.randn(5, 48)
+    product, x = FusedLinear(*layers), torch.randn(5, 48)
     for layer in layers:
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -235,8 +235,8 @@ def test_a_product_follows_weights_written_in_place(bias):
 def test_a_second_product_leaves_the_first_right():
     """Two samplers of one model, say."""
     layers = [torch.nn.Linear(48, size, bias=True).requires_grad_(False) for size in (32, 16)]
-    first, second, x = Product(*layers), Product(*layers), torch.randn(5, 48)
-    alone = Product(layers[0])
+    first, second, x = FusedLinear(*layers), FusedLinear(*layers), torch.randn(5, 48)
+    alone = FusedLinear(layers[0])
     layers[0].weight.copy_(torch.randn(32, 48))
     layers[1].bias.copy_(torch.randn(16))
     expected = torch.cat([layer(x) for layer in layers], dim=-1)
@@ -249,7 +249,7 @@ def test_a_second_product_leaves_the_first_right():
 @pytest.mark.parametrize("bias", [False, True])
 def test_an_fp8_product_is_that_of_what_is_kept(bias):
     layer = torch.nn.Linear(48, 32, bias=bias).requires_grad_(False)
-    product, x = Product(layer, weight_dtype="fp8"), torch.randn(5, 48) * 9
+    product, x = FusedLinear(layer, weight_dtype="fp8"), torch.randn(5, 48) * 9
     layer.weight.copy_(torch.randn(32, 48))
     product.refresh()
     weight, rows = (q.values.float() * q.scales for q in map(quantize_rows, (layer.weight, x)))
@@ -279,11 +279,11 @@ def wider(weight: torch.Tensor) -> list[torch.Tensor]:
 def test_weights_that_share_memory_otherwise_are_laid_out_anew(views):
     parameters = [torch.nn.Parameter(v, False) for v in views(torch.randn(32, 16))]
     values = torch.cat([p.clone() for p in parameters])
-    together = lay_side_by_side(parameters)
+    together = fuse_storage(parameters)
     assert torch.equal(together, values)
     parameters[1].fill_(7.0)
     assert torch.equal(together, torch.cat(parameters))
-    assert lay_side_by_side(parameters).data_ptr() == together.data_ptr()
+    assert fuse_storage(parameters).data_ptr() == together.data_ptr()
 
 
 def to_double_and_back(sampler: Sampler) -> Sampler:
@@ -323,7 +323,7 @@ def test_an_fp8_product_on_a_gpu(rows):
     layers = [torch.nn.Linear(64, size).requires_grad_(False) for size in (32, 48)]
     layers = [layer.to("cuda", torch.bfloat16) for layer in layers]
     x = torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16)
-    found = Product(*layers, weight_dtype="fp8")(x)
+    found = FusedLinear(*layers, weight_dtype="fp8")(x)
     together = torch.cat([layer.weight for layer in layers])
     weight, given = (q.values.float() * q.scales for q in map(quantize_rows, (together, x)))
     bias = torch.cat([layer.bias for layer in layers]).float()
@@ -342,17 +342,17 @@ def test_a_model_that_fp8_products_cannot_take_is_refused():
 
 def test_sizes_that_fp8_products_cannot_take_are_refused():
     with pytest.raises(ValueError, match=r"that 16 divides, these layers have \(8, 48\)"):
-        Product(torch.nn.Linear(48, 8), weight_dtype="fp8")
+        FusedLinear(torch.nn.Linear(48, 8), weight_dtype="fp8")
 
 
 def test_a_fused_step_is_the_modules_in_few_launches():
     opened = lively()
     decoder = opened.model.model.language_model
-    cache = SharedKVCache(decoder.config, Beginnings.of([[1, 2, 3], [1, 2]]), room=2)
+    cache = SharedKVCache(decoder.config, SharedPrefixes.of([[1, 2, 3], [1, 2]]), room=2)
     embeds = opened.model.embed_text(torch.tensor([1, 2, 3, 7, 8]))
     for number, norm in enumerate(m for m in decoder.modules() if isinstance(m, RMSNorm)):
         norm.eps = 0.01 * (1 + number)
-    decoder(embeds[:3], torch.arange(3), cache.prefill())
+    decoder(embeds[:3], torch.arange(3), cache.prefill_attention())
     fused, launched = FusedDecoder(decoder), Counter()
     with Launches(launched):
         step = fused.step(embeds[3:], cache)
@@ -371,7 +371,7 @@ def test_a_fused_step_is_the_modules_in_few_launches():
 @pytest.mark.parametrize("settings", [{}, {"cot": True}], ids=["image", "text and image"])
 def test_a_replayed_graph_draws_what_single_steps_draw(settings):
     opened = lively("cuda")
-    assert Sampler(opened.model, opened.tokenizer, SamplingConfig(), 9).captured
+    assert Sampler(opened.model, opened.tokenizer, SamplingConfig(), 9).uses_cuda_graph
     plain, captured = (draw(opened, engine, **settings) for engine in ("plain", "auto"))
     assert captured.cot_ids == plain.cot_ids
     assert captured.codes_NI.tolist() == plain.codes_NI.tolist()
@@ -397,6 +397,6 @@ def test_a_replayed_graph_in_bfloat16_differs_by_near_ties_only():
 def test_a_replayed_graph_in_8_bits_draws_what_single_steps_draw(name, dtype, monkeypatch):
     opened = lively("cuda", dtype)
     captured = draw(opened, "static", **{name: "fp8"})
-    monkeypatch.setattr(Sampler, "captured", False)
+    monkeypatch.setattr(Sampler, "uses_cuda_graph", False)
     single = draw(opened, "static", **{name: "fp8"})
     assert captured.codes_NI.tolist() == single.codes_NI.tolist()

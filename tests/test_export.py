@@ -60,7 +60,7 @@ def test_transformers_opens_the_export_with_the_same_logits(trained, here):
     ids = torch.tensor([ours.tokenizer.encode("a red cube")])
     with torch.no_grad():
         expected = theirs(input_ids=ids).logits[0]
-        hidden = ours.model.decode(
+        hidden = ours.model.hidden_states(
             ours.model.embed_text(ids[0]),
             torch.arange(ids.shape[1]),
             PackedAttention([ids.shape[1]]),

@@ -128,7 +128,7 @@ def hidden_of(opened: LoadedJanus, prompt: list[int], codes: list[int]) -> torch
         [janus.embed_text(torch.tensor(prompt)), janus.embed_image(torch.tensor(codes[:-1]))]
     )
     attention = PackedAttention([len(embeds)])
-    return janus.decode(embeds, torch.arange(len(embeds)), attention)[len(prompt) - 1 :]
+    return janus.hidden_states(embeds, torch.arange(len(embeds)), attention)[len(prompt) - 1 :]
 
 
 def test_conditional_statistics_are_those_of_the_packed_forward_pass(opened, rollout):
@@ -290,8 +290,11 @@ def test_texts_that_all_end_early_stop_the_loop(opened, monkeypatch):
     first = draw(drawer, [0, 2]).cot_ids[0][0]  # of the same prompt twice
     monkeypatch.setattr(opened.tokenizer, "eos_id", first)
     steps = []
-    decode = type(opened.model).decode
-    monkeypatch.setattr(type(opened.model), "decode", lambda *a: steps.append(1) or decode(*a))
+    janus_type = type(opened.model)
+    hidden_states = janus_type.hidden_states
+    monkeypatch.setattr(
+        janus_type, "hidden_states", lambda *a: steps.append(1) or hidden_states(*a)
+    )
     ended = draw(drawer, [0, 2])
     assert ended.cot_ids == [[first]] * 2
     assert ended.truncated == [False, False]
@@ -325,7 +328,7 @@ def test_a_written_text_cannot_smuggle_in_special_tokens(opened, monkeypatch):
     assert start in tokenizer.decode(pieces)  # or there would be nothing to take out
     written = [tokenizer.image_start_id, *pieces, tokenizer.image_end_id, tokenizer.eos_id]
     trace = draw(sampler(opened), [0]).text
-    monkeypatch.setattr(Sampler, "_write_text", lambda *_: ([written], trace))
+    monkeypatch.setattr(Sampler, "_sample_text", lambda *_: ([written], trace))
     drawn = draw(sampler(opened), [0])
     ids = drawn.image_prompt_ids[0]
     specials = {tokenizer.image_start_id, tokenizer.pad_id, tokenizer.image_end_id}

@@ -136,7 +136,7 @@ class Janus(nn.Module):
         """Logits [..., K] of final-norm hidden rows [..., D]."""
         return self.model.generation_head(hidden)
 
-    def decode(
+    def hidden_states(
         self, embeds_TD: Tensor, positions_T: Tensor, attention: AttentionStrategy
     ) -> Tensor:
         """Final-norm hidden rows [T, D]; see `Decoder.forward`."""
@@ -159,7 +159,7 @@ class Janus(nn.Module):
         attention = PackedAttention(
             packed.sequence_lengths, embeds_TD.device, self.attn_implementation
         )
-        hidden_TD = self.decode(embeds_TD, packed.positions_T, attention)
+        hidden_TD = self.hidden_states(embeds_TD, packed.positions_T, attention)
         text = iris_kernels.linear_token_stats(
             hidden_TD.index_select(0, packed.text_rows),
             self.lm_head.weight,

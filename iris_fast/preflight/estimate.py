@@ -112,10 +112,10 @@ def estimate(
     batch = config.per_device_train_batch_size * config.num_generations
     tokens = prompt_tokens + text + image + (prompt_tokens + text if config.cot else 0)
 
-    if config.policy_distribution == "guided" and config.cfg_weight != 1:
+    if config.policy_distribution == "guided" and config.guided:
         tokens += prompt_tokens + text + image
 
-    rows = samples * (1 if config.cfg_weight == 1 else 2)
+    rows = samples * (2 if config.guided else 1)
     kv_item = 1 if config.kv_cache_dtype == "fp8" else item
     kv_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * kv_item
     compute, single = layer_activation_elements(decoder)

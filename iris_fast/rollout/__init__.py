@@ -1,1 +1,1 @@
-"""Prompts to samples: chain of thought and image codes, KV-cached and guided."""
+"""Rollout: from prompts to chains of thought and image codes, KV-cached and guided."""

@@ -1,5 +1,4 @@
-"""Steps of decoding: run one by one, or captured once and replayed; what they draw stays on the
-device until the last one is done.
+"""The decoding loop: steps called one by one, or captured once as a CUDA graph and replayed.
 
 Shapes: N samples, L steps.
 """
@@ -19,29 +18,29 @@ WARM_UP_STEPS = 2  # before a capture: compilation, library handles and workspac
 
 def run_steps(
     step: Callable[[], None],
-    count: int,
+    max_steps: int,
     device: torch.device,
-    captured: bool,
-    between: Callable[[int], bool],
+    use_cuda_graph: bool,
+    should_stop: Callable[[int], bool],
 ) -> int:
-    """Call `step` up to `count` times and return how often it ran.
+    """Call `step` up to `max_steps` times and return how often it ran.
 
-    `captured`: after a few calls the step becomes one CUDA graph, replayed from then on, which must
-    neither wait for the device nor count on the host. `between(done)` is called after each step and
-    says whether to stop early.
+    `use_cuda_graph`: after `WARM_UP_STEPS` calls the step is captured and from then on replayed; it
+    must not synchronise with the device or depend on host state. `should_stop(steps_done)` is
+    called after each step.
     """
     run = step
-    for done in range(1, count + 1):
-        if captured and done == WARM_UP_STEPS + 1:
+    for steps_done in range(1, max_steps + 1):
+        if use_cuda_graph and steps_done == WARM_UP_STEPS + 1:
             run = _capture(step, device)
         run()
-        if between(done):
-            return done
-    return count
+        if should_stop(steps_done):
+            return steps_done
+    return max_steps
 
 
 def _capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """`step` as a CUDA graph, which this records and does not run."""
+    """The replay of `step` as a CUDA graph; capturing does not run it."""
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -49,33 +48,31 @@ def _capture(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     return graph.replay
 
 
-class Record:
-    """Tokens and statistics of every step, written where a counter on the device points."""
+class StepBuffer:
+    """Random numbers, tokens and statistics of all steps, indexed by a step counter on the device.
 
-    def __init__(self, draws_NL: Tensor) -> None:
-        """`draws_NL`: the uniform numbers that the steps will sample with, on the device."""
-        samples, steps = draws_NL.shape
-        self._draws_NL = draws_NL
-        self._token_ids_NL = draws_NL.new_zeros(samples, steps, dtype=torch.int64)
-        self._stats_NL = draws_NL.new_zeros(2, 4, samples, steps)
-        self._step_1 = draws_NL.new_zeros(1, dtype=torch.int64)
+    uniforms_NL: the numbers in [0, 1) that the steps sample with, on the device.
+    token_ids_NL: the sampled tokens, int64; meaningless beyond the current step.
+    """
 
-    def draws_N(self) -> Tensor:
-        """This step's uniform numbers."""
-        return self._draws_NL.index_select(1, self._step_1)[:, 0]
+    def __init__(self, uniforms_NL: Tensor) -> None:
+        self._uniforms_NL = uniforms_NL
+        self.token_ids_NL = torch.zeros_like(uniforms_NL, dtype=torch.int64)
+        self._stats_NL = uniforms_NL.new_zeros(2, 4, *uniforms_NL.shape)
+        self._step_1 = uniforms_NL.new_zeros(1, dtype=torch.int64)
 
-    def write(self, sampled: GuidedSample) -> None:
-        """Keep what this step drew; the next step's turn."""
-        self._token_ids_NL.index_copy_(1, self._step_1, sampled.token_ids[:, None])
+    def uniforms_N(self) -> Tensor:
+        """The random numbers of the current step."""
+        return self._uniforms_NL.index_select(1, self._step_1)[:, 0]
+
+    def append(self, sampled: GuidedSample) -> None:
+        """Store what the current step sampled and advance the step counter."""
+        self.token_ids_NL.index_copy_(1, self._step_1, sampled.token_ids[:, None])
         stats = torch.stack([torch.stack(sampled.conditional), torch.stack(sampled.guided)])
         self._stats_NL.index_copy_(3, self._step_1, stats[..., None])
         self._step_1 += 1
 
-    def token_ids_NL(self, steps: int) -> Tensor:
-        """The tokens of the first `steps` steps, on the CPU."""
-        return self._token_ids_NL[:, :steps].cpu()
-
     def trace(self, mask_NL: Tensor) -> Trace:
-        """The statistics of the first steps, as many as the mask has, 0 where it does not hold."""
+        """The statistics of the first L steps on the CPU, L from the mask; 0 where it is False."""
         stats = self._stats_NL[..., : mask_NL.shape[1]].cpu().masked_fill(~mask_NL, 0.0)
         return Trace(TokenStats(*stats[0]), TokenStats(*stats[1]), mask_NL)

@@ -14,14 +14,16 @@ class KVCache:
     """Preallocated keys and values of a batch of sequences, each with its own length.
 
         cache = KVCache(config, batch, max_length, dtype, device)
-        decoder(prompt_embeds, positions, cache.prefill(prompt_lengths))
+        decoder(prompt_embeds, positions, cache.prefill_attention(prompt_lengths))
         for _ in range(n):
-            decoder(token_embeds_BD, cache.lengths_B, cache.decode())
+            decoder(token_embeds_BD, cache.lengths_B, cache.decode_attention())
             cache.advance()
 
-    `lengths_B` (int64, on the device) counts the tokens that each sequence holds, and so is also
-    the position of its next token. Tensors are allocated once and written in place: their
-    addresses are stable. A new `prefill` starts all sequences over in the same memory.
+    `lengths_B` (int64, on the device) counts the tokens that each sequence holds, which is also the
+    position of its next token. A new prefill starts all sequences over in the same memory.
+
+    Memory: 2 * layers * batch * kv_heads * max_length * head_dim elements of `dtype`.
+    `attn_implementation` is that of the prefill, as for `PackedAttention`.
     """
 
     def __init__(
@@ -33,8 +35,6 @@ class KVCache:
         device: torch.device | str = "cpu",
         attn_implementation: str = "sdpa",
     ) -> None:
-        """2 * layers * batch * kv_heads * max_length * head_dim elements of `dtype`.
-        `attn_implementation`: the prompts' own, as `PackedAttention` takes it."""
         shape = (batch, config.num_kv_heads, max_length, config.head_dim)
         # Zeros, not empty: a masked slot still meets a probability of 0, and 0 * NaN is NaN.
         self.keys = [
@@ -45,23 +45,18 @@ class KVCache:
         self._attn_implementation = attn_implementation
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._rows_B = torch.arange(batch, device=device)
-        self._longest = 0  # the host's upper bound of lengths_B, so that no step waits for it
+        self._longest = 0  # the longest of lengths_B, known without synchronising with the device
 
-    @property
-    def longest(self) -> int:
-        """Tokens held by the longest sequence, known without asking the device."""
-        return self._longest
+    def prefill_attention(self, sequence_lengths: list[int]) -> AttentionStrategy:
+        """Attention for a packed batch of prompts, one per cache row, in order.
 
-    def prefill(self, sequence_lengths: list[int]) -> AttentionStrategy:
-        """Strategy for a packed batch of prompts, one per cache row, in order.
-
-        It keeps their keys and values and attends causally inside each. `lengths_B` is set at
-        once. ValueError if the number of prompts is not the batch or one does not fit.
+        It stores their keys and values and is causal inside each. `lengths_B` is set at once.
+        ValueError if the number of prompts is not the batch size, or if one does not fit.
         """
         batch = self.lengths_B.shape[0]
         if len(sequence_lengths) != batch:
             raise ValueError(f"{len(sequence_lengths)} prompts for a cache of {batch} sequences")
-        self._need_room(max(sequence_lengths))
+        self._check_fits(max(sequence_lengths))
         device = self.lengths_B.device
         packed = PackedAttention(sequence_lengths, device, self._attn_implementation)
         row_T, position_T = rows_and_positions(sequence_lengths, device)
@@ -75,15 +70,10 @@ class KVCache:
 
         return attention
 
-    def decode(self, read_length: int | None = None) -> AttentionStrategy:
-        """Strategy for one new token per sequence: rows [B, ...], written at `lengths_B`.
-
-        `read_length`: how many slots are read, at least the longest sequence with its new token.
-        By default exactly that many, known on the host; a graph that is replayed while sequences
-        grow passes the largest it will need.
-        """
-        self._need_room(self._longest + 1)
-        live = self._longest + 1 if read_length is None else read_length
+    def decode_attention(self) -> AttentionStrategy:
+        """Attention for one new token per sequence: rows [B, ...], stored at `lengths_B`."""
+        live = self._longest + 1
+        self._check_fits(live)
         slot_S = torch.arange(live, device=self.lengths_B.device)
         mask = (slot_S <= self.lengths_B[:, None])[:, None, None, :]
 
@@ -103,13 +93,13 @@ class KVCache:
         return attention
 
     def advance(self) -> None:
-        """Counts the tokens that a `decode` step has written."""
+        """Count the tokens that a decoding step has stored."""
         self.lengths_B += 1
         self._longest += 1
 
-    def _need_room(self, length: int) -> None:
+    def _check_fits(self, length: int) -> None:
         if length > self.max_length:
             raise ValueError(
-                f"the cache holds {self.max_length} tokens per sequence, {length} are needed: "
+                f"the cache holds {self.max_length} tokens per sequence, {length} are needed; "
                 "make max_length larger"
             )

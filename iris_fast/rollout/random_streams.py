@@ -1,8 +1,8 @@
 """Random numbers that depend on names, not on the order of calls.
 
-Every sample draws from streams of its own, so its numbers are the same whatever batch, rank or
-restart it is drawn in. They come from NumPy's Philox, whose key takes a whole 128-bit hash of the
-name: torch's CPU generator would keep 32 bits of it, and two of some 65,000 streams would coincide.
+Each sample has its own streams, so its numbers do not depend on the batch, the rank or a restart.
+They come from NumPy's Philox, whose key takes a whole 128-bit hash of the name: torch's CPU
+generator would keep 32 bits of it, and two of some 65,000 streams would coincide.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def generator(seed: int, stream: str, number: int) -> np.random.Generator:
 
 
 def uniforms(seed: int, stream: str, numbers: list[int], count: int) -> Tensor:
-    """[len(numbers), count] float32 in [0, 1): one stream a row, on the CPU."""
-    drawn = np.empty((len(numbers), count), dtype=np.float32)
-    for row, number in zip(drawn, numbers, strict=True):
+    """Float32 [len(numbers), count] in [0, 1) on the CPU: one stream per row."""
+    values = np.empty((len(numbers), count), dtype=np.float32)
+    for row, number in zip(values, numbers, strict=True):
         generator(seed, stream, number).random(dtype=np.float32, out=row)
-    return torch.from_numpy(drawn)
+    return torch.from_numpy(values)

@@ -1,8 +1,8 @@
 """Prompts -> chain of thought -> image codes, KV-cached and guided, with per-token statistics.
 
 All samples of a call are one batch without padding: every sequence has its own length. A sample's
-tokens depend on its own prompt and random numbers; the rows beside it change its logits by
-rounding at most.
+tokens depend on its own prompt and random numbers; the rest of the batch changes its logits at most
+by rounding.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from iris_kernels import GuidedSample, TokenStats, guided_sample, uses_triton
+from iris_kernels import TokenStats, guided_sample, uses_triton
 from torch import Tensor
 
 from iris_fast.config import SamplingConfig
@@ -28,17 +29,18 @@ from iris_fast.models.templates import (
 )
 from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.records import Prompt, Rollout, Trace
-from iris_fast.rollout.decode_loop import Record, run_steps
+from iris_fast.rollout.decode_loop import StepBuffer, run_steps
 from iris_fast.rollout.fused_decoder import FusedDecoder
 from iris_fast.rollout.kv_cache import KVCache
 from iris_fast.rollout.random_streams import uniforms
-from iris_fast.rollout.shared_cache import Beginnings, SharedKVCache
+from iris_fast.rollout.shared_cache import SharedKVCache, SharedPrefixes
 
-Cache = KVCache | SharedKVCache
+# One decoding step: embeddings [B, D] of every sequence's next token -> final-norm hidden states.
+DecodingStep = Callable[[Tensor], Tensor]
 
-PAUSE_STEPS = 64  # image steps between two calls of `pause`
-# Text steps between two looks at the device's "all ended" flag: a look stalls a GPU.
-POLL_STEPS = {"cpu": 1, "cuda": 16}
+CALLBACK_STEPS = 64  # image steps between two calls of `callback`
+# Text steps between two checks of the device's "all ended" flag: a check stalls a GPU.
+END_CHECK_STEPS = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -53,28 +55,29 @@ class Sampler:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.janus.lm_head.weight.device
 
     @property
-    def static(self) -> bool:
-        """Whether equal beginnings are shared and every step is the same for the device."""
+    def uses_static_engine(self) -> bool:
+        """Whether prefixes are shared and every step runs the same kernels on the same memory."""
         engine = self.config.rollout_engine
         return engine == "static" or (engine == "auto" and self.device.type == "cuda")
 
     @property
-    def captured(self) -> bool:
-        """Whether steps become a CUDA graph: the torch path of the kernels asks the host."""
-        return self.static and self.device.type == "cuda" and uses_triton(self.janus.lm_head.weight)
+    def uses_cuda_graph(self) -> bool:
+        """Whether steps are captured, which needs the Triton kernels: the others synchronise."""
+        on_gpu = self.device.type == "cuda" and uses_triton(self.janus.lm_head.weight)
+        return self.uses_static_engine and on_gpu
 
     @functools.cached_property
     def instruction(self) -> str:
-        """The chain-of-thought instruction, read once: a file edited later changes no run."""
+        """The chain-of-thought instruction, read once: later edits of its file have no effect."""
         return load_instruction(self.config.cot_instruction)
 
     @functools.cached_property
     def fused(self) -> FusedDecoder:
-        """The static engine's decoder, of this model's weights and made once."""
+        """The decoder of the static engine, which shares this model's weights."""
         decoder = self.janus.model.language_model
         return FusedDecoder(decoder, self.config.rollout_weight_dtype)
 
@@ -83,37 +86,40 @@ class Sampler:
         self,
         prompts: list[Prompt],
         sample_numbers: list[int],
-        pause: Callable[[], None] = lambda: None,
+        callback: Callable[[], None] = lambda: None,
     ) -> Rollout:
         """One sample for each entry of `prompts`; `sample_numbers` choose their random streams.
 
-        `pause` is called from time to time, equally often on every rank, and may raise.
+        `callback` is called before the image and every `CALLBACK_STEPS` of its steps, equally often
+        on every rank; it may raise to stop the rollout.
         """
-        if self.static:
+        if self.uses_static_engine:
             self.fused.refresh()  # weights may have been written since
         template = TEMPLATES[self.config.template]
+        texts = [prompt.text for prompt in prompts]
         cot_prompt_ids: list[list[int]] = [[] for _ in prompts]
         cot_ids: list[list[int]] = [[] for _ in prompts]
-        truncated = [False for _ in prompts]
-        text = empty_trace(len(prompts))
-        texts = [prompt.text for prompt in prompts]
         cot_texts = ["" for _ in prompts]
+        truncated = [False for _ in prompts]
+        text_trace = empty_trace(len(prompts))
         if self.config.cot:
             cot_prompt_ids = [
                 self.tokenizer.encode(template.cot_prompt(fill_instruction(self.instruction, text)))
                 for text in texts
             ]
-            cot_ids, text = self._write_text(cot_prompt_ids, sample_numbers)
+            cot_ids, text_trace = self._sample_text(cot_prompt_ids, sample_numbers)
             truncated = [ids[-1] != self.tokenizer.eos_id for ids in cot_ids]
             cot_texts = [
                 self.tokenizer.strip_special(self.tokenizer.decode(ids)).strip() for ids in cot_ids
             ]
             texts = [join_prompt(*pair) for pair in zip(texts, cot_texts, strict=True)]
         prompt_ids = [image_prompt_ids(self.tokenizer, template, text) for text in texts]
-        unconditional: list[list[int]] = [[] for _ in prompts]
-        if self.config.cfg_weight != 1.0:
+        unconditional: list[list[int]] = []
+        if self.config.guided:
             unconditional = [unconditional_ids(ids, self.tokenizer) for ids in prompt_ids]
-        codes_NI, image = self._draw_codes(prompt_ids, unconditional, sample_numbers, pause)
+        codes_NI, image_trace = self._sample_image(
+            prompt_ids, unconditional, sample_numbers, callback
+        )
         return Rollout(
             prompts=prompts,
             sample_numbers=sample_numbers,
@@ -123,116 +129,133 @@ class Sampler:
             cot_texts=cot_texts,
             truncated=truncated,
             image_prompt_ids=prompt_ids,
-            unconditional_prompt_ids=unconditional,
+            unconditional_prompt_ids=unconditional or [[] for _ in prompts],
             codes_NI=codes_NI,
-            text=text,
-            image=image,
+            text=text_trace,
+            image=image_trace,
         )
 
-    def _write_text(
+    def _sample_text(
         self, prompt_ids: list[list[int]], sample_numbers: list[int]
     ) -> tuple[list[list[int]], Trace]:
         """Sample text until every sequence has ended or max_completion_length is reached."""
-        longest, device = self.config.max_completion_length, self.device
-        record = Record(uniforms(self.config.seed, "text", sample_numbers, longest).to(device))
-        embeds_ND, cache = self._start(prompt_ids, room=longest)
-        ended_N = torch.zeros(len(prompt_ids), dtype=torch.bool, device=device)
+        end, check_every = self.tokenizer.eos_id, END_CHECK_STEPS[self.device.type]
 
-        def step() -> None:
-            hidden_ND = self._decode(embeds_ND, cache)
-            sampled = self._sample(self.janus.text_logits(hidden_ND), None, record.draws_N())
-            record.write(sampled)
-            ended_N.logical_or_(sampled.token_ids == self.tokenizer.eos_id)
-            embeds_ND.copy_(self.janus.embed_text(sampled.token_ids))
+        def all_ended(ids_NL: Tensor) -> bool:
+            return ids_NL.shape[1] % check_every == 0 and bool((ids_NL == end).any(dim=1).all())
 
-        def all_ended(done: int) -> bool:
-            return done % POLL_STEPS[device.type] == 0 and bool(ended_N.all())
-
-        steps = run_steps(step, longest, device, self.captured, all_ended)
-        ids_NL = record.token_ids_NL(steps)
-        # Tokens count up to and with the first end token.
-        is_end = ids_NL == self.tokenizer.eos_id
+        max_steps = self.config.max_completion_length
+        ids_NL, buffer = self._sample_tokens(
+            "text", prompt_ids, [], sample_numbers, max_steps, all_ended
+        )
+        # A text includes its first end token and nothing after it.
+        is_end = ids_NL == end
         mask_NL = is_end.cumsum(dim=1) - is_end.long() == 0
         width = int(mask_NL.sum(dim=1).max())
         ids = [row[kept].tolist() for row, kept in zip(ids_NL, mask_NL, strict=True)]
-        return ids, record.trace(mask_NL[:, :width])
+        return ids, buffer.trace(mask_NL[:, :width])
 
-    def _draw_codes(
+    def _sample_image(
         self,
         prompt_ids: list[list[int]],
         unconditional: list[list[int]],
         sample_numbers: list[int],
-        pause: Callable[[], None],
+        callback: Callable[[], None],
     ) -> tuple[Tensor, Trace]:
-        """Sample the image codes; the unconditional rows follow the conditional ones."""
-        guided = self.config.cfg_weight != 1.0
-        draws_NI = uniforms(self.config.seed, "image", sample_numbers, self.image_tokens)
-        record = Record(draws_NI.to(self.device))
-        rows = prompt_ids + unconditional if guided else prompt_ids
-        embeds_BD, cache = self._start(rows, room=self.image_tokens)
+        """Sample the image codes; `unconditional` is empty without guidance."""
 
-        def step() -> None:
-            hidden_BD = self._decode(embeds_BD, cache)
-            logits_BK = self.janus.image_logits(hidden_BD)
-            cond, uncond = logits_BK.chunk(2) if guided else (logits_BK, None)
-            sampled = self._sample(cond, uncond, record.draws_N())
-            record.write(sampled)
-            embeds_ND = self.janus.embed_image(sampled.token_ids)
-            embeds_BD.copy_(torch.cat([embeds_ND, embeds_ND]) if guided else embeds_ND)
-
-        def look_up(done: int) -> bool:
-            if done % PAUSE_STEPS == 0:
-                pause()
+        def call_back(ids_NI: Tensor) -> bool:
+            if ids_NI.shape[1] % CALLBACK_STEPS == 0:
+                callback()
             return False
 
-        pause()
-        steps = run_steps(step, self.image_tokens, self.device, self.captured, look_up)
-        codes_NI = record.token_ids_NL(steps)
-        return codes_NI, record.trace(torch.ones_like(codes_NI, dtype=torch.bool))
-
-    def _sample(self, cond: Tensor, uncond: Tensor | None, draws_N: Tensor) -> GuidedSample:
-        config = self.config
-        return guided_sample(
-            cond,
-            uncond,
-            draws_N,
-            cfg_weight=config.cfg_weight if uncond is not None else 1.0,
-            temperature=0.0 if self.greedy else config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
+        callback()
+        codes_NI, buffer = self._sample_tokens(
+            "image", prompt_ids, unconditional, sample_numbers, self.image_tokens, call_back
         )
+        return codes_NI, buffer.trace(torch.ones_like(codes_NI, dtype=torch.bool))
 
-    def _decode(self, embeds_BD: Tensor, cache: Cache) -> Tensor:
-        """Final-norm hidden rows of every sequence's next token, which the cache then holds."""
-        if isinstance(cache, SharedKVCache):
-            return self.fused.step(embeds_BD, cache)
-        hidden_BD = self.janus.decode(embeds_BD, cache.lengths_B, cache.decode())
+    def _sample_tokens(
+        self,
+        stream: Literal["text", "image"],
+        prompt_ids: list[list[int]],
+        unconditional: list[list[int]],
+        sample_numbers: list[int],
+        max_steps: int,
+        should_stop: Callable[[Tensor], bool],
+    ) -> tuple[Tensor, StepBuffer]:
+        """Sample up to `max_steps` tokens after each prompt: ids [N, steps] on the CPU, statistics.
+
+        `unconditional` holds the rows that guide those of `prompt_ids`, or nothing; both rows of a
+        sample receive the same token. `should_stop` is given the tokens [N, steps] so far.
+        """
+        config, janus, guided = self.config, self.janus, bool(unconditional)
+        logits, embed = {
+            "text": (janus.text_logits, janus.embed_text),
+            "image": (janus.image_logits, janus.embed_image),
+        }[stream]
+        uniforms_NL = uniforms(config.seed, stream, sample_numbers, max_steps)
+        buffer = StepBuffer(uniforms_NL.to(self.device))
+        embeds_BD, decode = self._prefill(prompt_ids + unconditional, room=max_steps)
+
+        def step() -> None:
+            logits_BV = logits(decode(embeds_BD))
+            cond, uncond = logits_BV.chunk(2) if guided else (logits_BV, None)
+            sampled = guided_sample(
+                cond,
+                uncond,
+                buffer.uniforms_N(),
+                cfg_weight=config.cfg_weight,
+                temperature=0.0 if self.greedy else config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                min_p=config.min_p,
+            )
+            buffer.append(sampled)
+            embeds_ND = embed(sampled.token_ids)
+            embeds_BD.copy_(torch.cat([embeds_ND, embeds_ND]) if guided else embeds_ND)
+
+        steps = run_steps(
+            step,
+            max_steps,
+            self.device,
+            self.uses_cuda_graph,
+            lambda steps_done: should_stop(buffer.token_ids_NL[:, :steps_done]),
+        )
+        return buffer.token_ids_NL[:, :steps].cpu(), buffer
+
+    def _prefill(self, sequences: list[list[int]], room: int) -> tuple[Tensor, DecodingStep]:
+        """Run all but the last token of each sequence through the decoder.
+
+        Returns the embeddings [B, D] of the last tokens, which the first step takes, and the
+        decoding step, whose cache has room for `room` of them.
+        """
+        device, dtype = self.device, self.janus.lm_head.weight.dtype
+        config, attn_implementation = self.janus.config.decoder, self.janus.attn_implementation
+        prefixes = [ids[:-1] for ids in sequences]
+        if self.uses_static_engine:
+            shared = SharedPrefixes.of(prefixes)
+            prefixes = shared.prefixes
+            dtype = torch.float8_e4m3fn if self.config.kv_cache_dtype == "fp8" else dtype
+            cache = SharedKVCache(config, shared, room, dtype, device, attn_implementation)
+            attention = cache.prefill_attention()
+            decode = functools.partial(self.fused.step, cache=cache)
+        else:
+            lengths = [len(ids) for ids in prefixes]
+            slots = max(lengths) + room
+            cache = KVCache(config, len(lengths), slots, dtype, device, attn_implementation)
+            attention = cache.prefill_attention(lengths)
+            decode = functools.partial(self._plain_step, cache=cache)
+        ids_T = torch.tensor([token for ids in prefixes for token in ids], device=device)
+        _, positions_T = rows_and_positions([len(ids) for ids in prefixes], device)
+        self.janus.hidden_states(self.janus.embed_text(ids_T), positions_T, attention)
+        last_B = torch.tensor([ids[-1] for ids in sequences], device=device)
+        return self.janus.embed_text(last_B), decode
+
+    def _plain_step(self, embeds_BD: Tensor, cache: KVCache) -> Tensor:
+        hidden_BD = self.janus.hidden_states(embeds_BD, cache.lengths_B, cache.decode_attention())
         cache.advance()
         return hidden_BD
-
-    def _start(self, sequences: list[list[int]], room: int) -> tuple[Tensor, Cache]:
-        """Run all but the last token of each sequence. The last tokens' embeddings [B, D], with
-        which the first step begins, and the filled cache, with `room` for that many steps."""
-        device, dtype = self.device, self.janus.lm_head.weight.dtype
-        config, prompts_with = self.janus.config.decoder, self.janus.attn_implementation
-        beginnings = [ids[:-1] for ids in sequences]
-        if self.static:
-            shared = Beginnings.of(beginnings)
-            kept = torch.float8_e4m3fn if self.config.kv_cache_dtype == "fp8" else dtype
-            cache: Cache = SharedKVCache(config, shared, room, kept, device, prompts_with)
-            beginnings = cache.beginnings.prefixes
-            attention = cache.prefill()
-        else:
-            longest = max(map(len, beginnings))
-            slots = longest + room
-            cache = KVCache(config, len(sequences), slots, dtype, device, prompts_with)
-            attention = cache.prefill([len(ids) for ids in beginnings])
-        ids_T = torch.tensor([token for ids in beginnings for token in ids], device=device)
-        _, positions_T = rows_and_positions([len(ids) for ids in beginnings], device)
-        self.janus.decode(self.janus.embed_text(ids_T), positions_T, attention)
-        last_B = torch.tensor([ids[-1] for ids in sequences], device=device)
-        return self.janus.embed_text(last_B), cache
 
 
 def empty_trace(samples: int) -> Trace:

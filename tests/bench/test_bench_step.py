@@ -132,7 +132,9 @@ def nsc_of(janus, embeds, start, head):
     samples, length, _ = embeds.shape
     attention = PackedAttention([length] * samples, CPU)
     positions = torch.arange(length).repeat(samples)
-    hidden = janus.decode(embeds.flatten(0, 1), positions, attention).unflatten(0, (samples, -1))
+    hidden = janus.hidden_states(embeds.flatten(0, 1), positions, attention).unflatten(
+        0, (samples, -1)
+    )
     logits = head(hidden[:, start - 1 :]).double()
     return (math.log(logits.shape[-1]) - logits.logsumexp(-1) + logits.mean(-1)).sum(-1)
 

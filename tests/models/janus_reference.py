@@ -48,10 +48,10 @@ def cached_greedy_codes(
     rows = prompts + [[ids[0], *[pad] * (len(ids) - 2), ids[-1]] for ids in prompts]
     lengths = [len(row) for row in rows]
     cache = KVCache(model.config.decoder, len(rows), max(lengths) + tokens)
-    hidden = model.decode(
+    hidden = model.hidden_states(
         model.embed_text(torch.tensor([token for row in rows for token in row])),
         torch.cat([torch.arange(length) for length in lengths]),
-        cache.prefill(lengths),
+        cache.prefill_attention(lengths),
     )[torch.tensor(lengths).cumsum(0) - 1]
     codes, steps = [], []
     for _ in range(tokens):
@@ -60,7 +60,9 @@ def cached_greedy_codes(
         drawn = guided.argmax(-1)
         codes.append(drawn)
         steps.append(guided)
-        hidden = model.decode(model.embed_image(drawn.repeat(2)), cache.lengths_B, cache.decode())
+        hidden = model.hidden_states(
+            model.embed_image(drawn.repeat(2)), cache.lengths_B, cache.decode_attention()
+        )
         cache.advance()
     return torch.stack(codes, 1).tolist(), torch.stack(steps)
 
@@ -69,4 +71,4 @@ def packed_hidden(model: Janus, embeds: list[Tensor]) -> Tensor:
     """Hidden rows of sequences of embeddings [length, D], packed in one batch."""
     lengths = [len(rows) for rows in embeds]
     positions = torch.cat([torch.arange(length) for length in lengths])
-    return model.decode(torch.cat(embeds), positions, PackedAttention(lengths))
+    return model.hidden_states(torch.cat(embeds), positions, PackedAttention(lengths))

@@ -122,20 +122,21 @@ def test_cached_decoding_equals_packed(kv_heads):
     full = [length + steps for length in LENGTHS]
     expected = decoder(torch.cat(rows), positions_of(full), PackedAttention(full)).split(full)
     cache = KVCache(decoder.config, len(LENGTHS), max(full))
-    for read_length in (None, max(full)):  # and: a second prefill starts over in the same memory
+    for _ in range(2):  # a second prefill starts over in the same memory
         prompts = torch.cat([part[:n] for part, n in zip(rows, LENGTHS, strict=True)])
-        hidden = decoder(prompts, positions_of(LENGTHS), cache.prefill(LENGTHS)).split(LENGTHS)
+        hidden = decoder(prompts, positions_of(LENGTHS), cache.prefill_attention(LENGTHS)).split(
+            LENGTHS
+        )
         for part, whole in zip(hidden, expected, strict=True):
             assert (part - whole[: len(part)]).abs().max() < 2e-5
         assert cache.lengths_B.tolist() == LENGTHS
         for step in range(steps):
             new = torch.stack([part[n + step] for part, n in zip(rows, LENGTHS, strict=True)])
-            hidden = decoder(new, cache.lengths_B, cache.decode(read_length))
+            hidden = decoder(new, cache.lengths_B, cache.decode_attention())
             cache.advance()
             whole = torch.stack([part[n + step] for part, n in zip(expected, LENGTHS, strict=True)])
             assert (hidden - whole).abs().max() < 2e-5
         assert cache.lengths_B.tolist() == full
-        assert cache.longest == max(full)
 
 
 @torch.no_grad()
@@ -147,12 +148,12 @@ def test_dead_cache_is_not_read():
         cache = KVCache(decoder.config, 2, 12)
         generator = torch.Generator().manual_seed(1)
         rows = torch.randn(7, 48, generator=generator)
-        decoder(rows, positions_of([2, 5]), cache.prefill([2, 5]))
+        decoder(rows, positions_of([2, 5]), cache.prefill_attention([2, 5]))
         for tensor in (*cache.keys, *cache.values):
             tensor[0, :, 3:] = garbage
             tensor[1, :, 6:] = garbage
         token = torch.randn(2, 48, generator=generator)
-        results.append(decoder(token, cache.lengths_B, cache.decode(12)))
+        results.append(decoder(token, cache.lengths_B, cache.decode_attention()))
     assert torch.equal(*results)
 
 
@@ -162,8 +163,8 @@ def test_cache_keeps_its_addresses():
     cache = KVCache(decoder.config, 1, 8)
     tensors = [cache.lengths_B, *cache.keys, *cache.values]
     before = [tensor.data_ptr() for tensor in tensors]
-    decoder(torch.randn(3, 48), torch.arange(3), cache.prefill([3]))
-    decoder(torch.randn(1, 48), cache.lengths_B, cache.decode())
+    decoder(torch.randn(3, 48), torch.arange(3), cache.prefill_attention([3]))
+    decoder(torch.randn(1, 48), cache.lengths_B, cache.decode_attention())
     cache.advance()
     assert [tensor.data_ptr() for tensor in tensors] == before
     assert tensors[0].tolist() == [4]
@@ -172,12 +173,12 @@ def test_cache_keeps_its_addresses():
 def test_cache_refuses_what_does_not_fit():
     cache = KVCache(make_config(kv_heads=2), 2, 4)
     with pytest.raises(ValueError, match="holds 4 tokens per sequence, 5 are needed"):
-        cache.prefill([5, 1])
+        cache.prefill_attention([5, 1])
     with pytest.raises(ValueError, match="3 prompts for a cache of 2"):
-        cache.prefill([1, 1, 1])
-    cache.prefill([4, 1])
+        cache.prefill_attention([1, 1, 1])
+    cache.prefill_attention([4, 1])
     with pytest.raises(ValueError, match="5 are needed"):
-        cache.decode()
+        cache.decode_attention()
 
 
 def test_packed_attention_refuses_wrong_lengths():

@@ -210,7 +210,7 @@ def test_text_statistics_are_over_the_whole_vocabulary(tiny):
     rows = packed.text_rows
     with torch.no_grad():
         text, _ = tiny.model(packed)
-        hidden = tiny.model.decode(
+        hidden = tiny.model.hidden_states(
             tiny.model.embed_text(packed.token_ids_T), packed.positions_T, PackedAttention([8])
         )
         expected = iris_kernels.token_stats(
