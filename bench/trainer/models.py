@@ -1,13 +1,14 @@
 """Models of Janus-Pro's shapes with random weights, in our code and in transformers'."""
 
 import re
+from types import SimpleNamespace
 
 import torch
 
 from bench.harness import peers
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
-from iris_fast.models.pretrained.config_json import transformers_config
+from iris_fast.models.pretrained.save import layout_json
 from iris_fast.models.tokenizer import IMAGE_START as IMAGE_START_TEXT
 from iris_fast.models.vq import VQConfig
 
@@ -67,8 +68,10 @@ def in_transformers(janus: Janus) -> torch.nn.Module:
     """Transformers' Janus with the same weights."""
     weight = janus.lm_head.weight
     transformers = peers.load("transformers", weight.device, needs_gpu=False)
-    ids = {"bos": BOS, "eos": 3, "pad": PAD, "image": 4}
-    config = transformers.JanusConfig(**transformers_config(janus.config, ids, weight.dtype))
+    ids = SimpleNamespace(bos_id=BOS, eos_id=3, pad_id=PAD, image_placeholder_id=4)
+    config = transformers.JanusConfig(
+        **layout_json("transformers", "config.json", janus.config, weight.dtype, ids)
+    )
     default = torch.get_default_dtype()
     torch.set_default_dtype(weight.dtype)
     try:

@@ -33,6 +33,11 @@ class VisionConfig:
     patch_size: int
     num_positions: int
 
+    @property
+    def mlp_ratio(self) -> float:
+        """`mlp_size` as transformers' config states it."""
+        return self.mlp_size / self.hidden_size
+
 
 @dataclass(frozen=True)
 class JanusConfig:
@@ -59,9 +64,14 @@ class JanusConfig:
         return self.vq.patch_size
 
     @property
+    def tokens_per_side(self) -> int:
+        """Image tokens along the side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
     def image_tokens(self) -> int:
         """I: tokens of one image, row-major over its grid."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.tokens_per_side**2
 
 
 class GenerationAligner(nn.Module):

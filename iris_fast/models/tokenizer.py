@@ -87,6 +87,12 @@ class JanusTokenizer:
             ) from error
         return cls(backend, specials, str(path))
 
+    @property
+    def additional_specials(self) -> list[str]:
+        """All special strings but BOS, EOS and pad, in order."""
+        named = {self.specials[name] for name in ("bos_token", "eos_token", "pad_token")}
+        return sorted(set(self.special_strings) - named)
+
     def __len__(self) -> int:
         """One more than the largest id: the embedding needs at least so many rows."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1

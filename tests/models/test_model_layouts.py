@@ -22,10 +22,10 @@ from iris_fast.errors import UserError
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
 from iris_fast.models.pretrained import hub
-from iris_fast.models.pretrained.config_json import build_config, original_config
+from iris_fast.models.pretrained.config_json import build_config
 from iris_fast.models.pretrained.load import VQ_PREFIX, load_janus, untouched_shapes
 from iris_fast.models.pretrained.names import ORIGINAL_ONLY, to_original, to_transformers
-from iris_fast.models.pretrained.save import save_janus
+from iris_fast.models.pretrained.save import layout_json, save_janus
 from iris_fast.models.pretrained.weights import read_tensors
 from iris_fast.models.templates import get_template, image_prompt_ids
 from iris_fast.models.vq import VQConfig, VQModel
@@ -269,7 +269,7 @@ def test_full_size_checkpoints(name, tmp_path):
     assert len(original) + 13 + 1 == count
     total = sum(tensor.numel() for tensor in original.values())
     assert total + ATTENTION_POOL_ELEMENTS + 65536 == elements
-    raw = original_config(config, torch.bfloat16)
+    raw = layout_json("original", "config.json", config, torch.bfloat16)
     raw["vision_config"].pop("num_attention_heads")
     raw["_attn_implementation"] = "flash_attention_2"
     if name == "7b":

@@ -1,8 +1,8 @@
-"""config.json of both layouts: read into a `JanusConfig`, and written from one.
+"""Read config.json of both layouts into a `JanusConfig`.
 
-The original config lacks many sizes (its reference hard-codes them), so whatever a weight's shape
-tells is taken from there. What no shape tells (numbers of heads) is taken from the config, from
-`overrides`, or from the defaults of the reference.
+The original config lacks many sizes (its reference hard-codes them), so every size that follows
+from a weight's shape is taken from there. What no shape determines (numbers of heads) comes from
+the config, from `overrides`, or from the defaults of the reference.
 """
 
 from __future__ import annotations
@@ -22,33 +22,54 @@ from iris_fast.models.janus import JanusConfig, VisionConfig
 from iris_fast.models.pretrained.weights import read_json
 from iris_fast.models.vq import VQConfig
 
-Shapes = Mapping[str, torch.Size]
-LAYOUTS = {"multi_modality": "original", "janus": "transformers"}
+LAYOUT_OF = {"multi_modality": "original", "janus": "transformers"}
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     """The raw config.json and its layout, "original" or "transformers".
 
-    UserError if there is none or it is not a Janus one.
+    UserError if there is none or if it is not that of a Janus model.
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"no config.json in {folder}: it is not a checkpoint folder")
+        raise UserError(f"no config.json in {folder}; it is not a model folder")
     raw = read_json(path)
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in LAYOUTS:
+    if not isinstance(model_type, str) or model_type not in LAYOUT_OF:
         raise UserError(
             f"{path}: model_type is {model_type!r}, expected 'multi_modality' (original Janus) "
-            "or 'janus' (transformers): give a Janus or Janus-Pro checkpoint"
+            "or 'janus' (transformers); give a Janus or Janus-Pro model"
         )
-    return raw, LAYOUTS[model_type]
+    return raw, LAYOUT_OF[model_type]
 
 
-class _Block:
-    """One sub-dict of config.json; reads typed values and says where a wrong one stands."""
+class _Shapes:
+    """Tensor shapes of a model folder, under transformers' names."""
 
-    def __init__(self, raw: dict[str, Any], where: Path, *names: str) -> None:
-        self.where = f"{where}: {'.'.join(names)}"
+    def __init__(self, shapes: Mapping[str, torch.Size], folder: Path) -> None:
+        self.shapes, self.folder = shapes, folder
+
+    def size(self, name: str, dim: int) -> int:
+        """The size of one dimension; UserError if there is none."""
+        shape = self.shapes.get(name, ())
+        if len(shape) <= dim:
+            raise UserError(
+                f"{self.folder} has no tensor {name!r} (or not of the right rank); "
+                "download it again"
+            )
+        return shape[dim]
+
+    def count(self, prefix: str) -> int:
+        """How many different numbers follow `prefix` in the names."""
+        matches = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in self.shapes)
+        return len({match[1] for match in matches if match})
+
+
+class _Section:
+    """A sub-dict of config.json, {} if absent; reports where a wrong value is."""
+
+    def __init__(self, raw: dict[str, Any], file: Path, *names: str) -> None:
+        self.file, self.where = file, f"{file}: {'.'.join(names)}"
         data: Any = raw
         for name in names:
             data = data.get(name) if isinstance(data, dict) else None
@@ -66,147 +87,127 @@ class _Block:
     def number(self, key: str, default: float) -> float:
         value = self.data.get(key)
         value = default if value is None else value
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 < value < math.inf
-        ):
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not numeric or not 0 < value < math.inf:
             raise UserError(f"{self.where}.{key} is {value!r}: expected a positive number")
         return float(value)
-
-
-def _size(shapes: Shapes, name: str, dim: int, folder: Path) -> int:
-    if name not in shapes or len(shapes[name]) <= dim:
-        raise UserError(
-            f"{folder} has no tensor {name!r} (or not of the right rank): download it again"
-        )
-    return shapes[name][dim]
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers stand for `(\\d+)` in the tensor names."""
-    matches = (re.match(pattern, name) for name in shapes)
-    return len({match[1] for match in matches if match})
 
 
 def build_config(
     raw: dict[str, Any],
     layout: str,
-    shapes: Shapes,
+    shapes: Mapping[str, torch.Size],
     folder: Path,
     overrides: Mapping[str, Any] | None = None,
 ) -> JanusConfig:
-    """The sizes of a checkpoint; `shapes` under transformers' names.
+    """The sizes of a model; `shapes` under transformers' names.
 
     `overrides`: field values by dotted name, e.g. {"vision.num_heads": 4, "image_size": 96}.
     """
-    where = folder / "config.json"
-    original = layout == "original"
+    file, known, original = folder / "config.json", _Shapes(shapes, folder), layout == "original"
     decoder = "language_config" if original else "text_config"
     if not isinstance(raw.get(decoder), dict):  # sizes would be guessed, and heads guessed wrong
-        raise UserError(f"{where} has no {decoder}: put back the checkpoint's own config.json")
-    text = _Block(raw, where, decoder)
-    vision = _Block(raw, where, "vision_config")
-    pictures = _Block(raw, where, "vision_config", "params") if original else vision
-    codes = (
-        _Block(raw, where, "gen_vision_config", "params")
-        if original
-        else _Block(raw, where, "vq_config")
-    )
+        raise UserError(f"{file} has no {decoder}; restore the model's own config.json")
+    vision = _Section(raw, file, "vision_config")
+    image = _Section(raw, file, "vision_config", "params") if original else vision
     config = JanusConfig(
-        decoder=_decoder_config(text, shapes, folder),
-        vq=_vq_config(shapes, folder),
-        vision=_vision_config(vision, shapes, folder),
-        image_size=pictures.integer("image_size", 384),
+        decoder=_decoder_config(_Section(raw, file, decoder), known),
+        vq=_vq_config(known),
+        vision=_vision_config(vision, known),
+        image_size=image.integer("image_size", 384),
     )
     config = _override(config, overrides or {})
-    _check_codebook(config, codes, original, shapes, folder)
+    if original:
+        stated = _Section(raw, file, "gen_vision_config", "params"), "image_token_size"
+    else:
+        stated = _Section(raw, file, "vq_config"), "num_embeddings"
+    _check_codebook(config.codebook_size, *stated, known)
     grid = config.image_size // config.vision.patch_size
     if grid * grid != config.vision.num_positions or config.image_size % config.patch_size:
         raise UserError(
-            f"{where}: image_size {config.image_size} does not fit the weights "
+            f"{file}: image_size {config.image_size} does not fit the weights "
             f"(patch {config.vision.patch_size}, {config.vision.num_positions} positions, "
-            f"VQ patch {config.patch_size}): correct image_size"
+            f"VQ patch {config.patch_size}); correct image_size"
         )
     return config
 
 
-def _decoder_config(block: _Block, shapes: Shapes, folder: Path) -> DecoderConfig:
-    prefix = "model.language_model."
-    hidden = block.integer("hidden_size", _size(shapes, prefix + "embed_tokens.weight", 1, folder))
-    heads = block.integer("num_attention_heads", 32)  # LlamaConfig's default, which 7B relies on
-    if "head_dim" not in block.data and hidden % heads:
-        raise UserError(f"{block.where}: hidden_size {hidden} is no multiple of {heads} heads")
-    head_dim = block.integer("head_dim", max(hidden // heads, 1))
-    keys = _size(shapes, prefix + "layers.0.self_attn.k_proj.weight", 0, folder)
-    kv_heads = block.integer("num_key_value_heads", max(keys // head_dim, 1))
+def _decoder_config(section: _Section, shapes: _Shapes) -> DecoderConfig:
+    model = "model.language_model."
+    embedding, layer = model + "embed_tokens.weight", model + "layers.0."
+    hidden = section.integer("hidden_size", shapes.size(embedding, 1))
+    heads = section.integer("num_attention_heads", 32)  # LlamaConfig's default, which 7B relies on
+    if "head_dim" not in section.data and hidden % heads:
+        raise UserError(f"{section.where}: hidden_size {hidden} is no multiple of {heads} heads")
+    head_dim = section.integer("head_dim", max(hidden // heads, 1))
+    keys = shapes.size(layer + "self_attn.k_proj.weight", 0)
+    kv_heads = section.integer("num_key_value_heads", max(keys // head_dim, 1))
     if heads % kv_heads:
-        raise UserError(f"{block.where}: {heads} heads are no multiple of {kv_heads} kv heads")
-    rope_key = "rope_parameters" if block.data.get("rope_parameters") else "rope_scaling"
-    rope = block.data.get(rope_key) or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{block.where}.{rope_key} is {rope!r}: expected an object")
-    supported = {
-        "hidden_act": block.data.get("hidden_act", "silu") == "silu",
-        "attention_bias": not block.data.get("attention_bias"),
-        "mlp_bias": not block.data.get("mlp_bias"),
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) == "default",
-    }
-    for key, fine in supported.items():
-        if not fine:
-            raise UserError(f"{block.where}.{key}: this variant of the decoder is not supported")
-    theta = block
-    if rope.get("rope_theta") is not None:
-        theta = _Block(block.data, folder / "config.json", rope_key)
+        raise UserError(f"{section.where}: {heads} heads are no multiple of {kv_heads} kv heads")
+    mlp = shapes.size(layer + "mlp.gate_proj.weight", 0)
     return DecoderConfig(
-        vocab_size=block.integer(
-            "vocab_size", _size(shapes, prefix + "embed_tokens.weight", 0, folder)
-        ),
+        vocab_size=section.integer("vocab_size", shapes.size(embedding, 0)),
         hidden_size=hidden,
-        intermediate_size=block.integer(
-            "intermediate_size", _size(shapes, prefix + "layers.0.mlp.gate_proj.weight", 0, folder)
-        ),
-        num_layers=block.integer(
-            "num_hidden_layers", _count(shapes, re.escape(prefix) + r"layers\.(\d+)\.")
-        ),
+        intermediate_size=section.integer("intermediate_size", mlp),
+        num_layers=section.integer("num_hidden_layers", shapes.count(model + "layers.")),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=block.number("rms_norm_eps", 1e-6),
-        rope_theta=theta.number("rope_theta", 10000.0),
-        max_positions=block.integer("max_position_embeddings", 2048),
+        rms_norm_eps=section.number("rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(section),
+        max_positions=section.integer("max_position_embeddings", 2048),
     )
 
 
-def _vq_config(shapes: Shapes, folder: Path) -> VQConfig:
-    prefix = "model.vqmodel."
-    base = _size(shapes, prefix + "encoder.conv_in.weight", 0, folder)
-    levels = _count(shapes, re.escape(prefix) + r"encoder\.down\.(\d+)\.")
+def _rope_theta(section: _Section) -> float:
+    """The base of the rotary frequencies; UserError for variants that the decoder lacks."""
+    data = section.data
+    key = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
+    rope = data.get(key) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{section.where}.{key} is {rope!r}: expected an object")
+    supported = {
+        "hidden_act": data.get("hidden_act", "silu") == "silu",
+        "attention_bias": not data.get("attention_bias"),
+        "mlp_bias": not data.get("mlp_bias"),
+        "rope_type": rope.get("rope_type", rope.get("type", "default")) == "default",
+    }
+    for name, fine in supported.items():
+        if not fine:
+            raise UserError(f"{section.where}.{name}: this variant of the decoder is not supported")
+    if rope.get("rope_theta") is not None:
+        section = _Section(data, section.file, key)
+    return section.number("rope_theta", 10000.0)
+
+
+def _vq_config(shapes: _Shapes) -> VQConfig:
+    vq = "model.vqmodel."
+    base = shapes.size(vq + "encoder.conv_in.weight", 0)
     widths = [
-        _size(shapes, f"{prefix}encoder.down.{i}.block.0.conv1.weight", 0, folder)
-        for i in range(levels)
+        shapes.size(f"{vq}encoder.down.{level}.block.0.conv1.weight", 0)
+        for level in range(shapes.count(vq + "encoder.down."))
     ]
     return VQConfig(
-        codebook_size=_size(shapes, prefix + "quantize.embedding.weight", 0, folder),
-        codebook_dim=_size(shapes, prefix + "quantize.embedding.weight", 1, folder),
-        latent_channels=_size(shapes, prefix + "encoder.conv_out.weight", 0, folder),
+        codebook_size=shapes.size(vq + "quantize.embedding.weight", 0),
+        codebook_dim=shapes.size(vq + "quantize.embedding.weight", 1),
+        latent_channels=shapes.size(vq + "encoder.conv_out.weight", 0),
         base_channels=base,
         channel_multiplier=tuple(width // base for width in widths),
-        num_res_blocks=_count(shapes, re.escape(prefix) + r"encoder\.down\.0\.block\.(\d+)\."),
+        num_res_blocks=shapes.count(vq + "encoder.down.0.block."),
     )
 
 
-def _vision_config(block: _Block, shapes: Shapes, folder: Path) -> VisionConfig:
-    prefix = "model.vision_model."
-    width = _size(shapes, prefix + "embeddings.patch_embedding.weight", 0, folder)
+def _vision_config(section: _Section, shapes: _Shapes) -> VisionConfig:
+    tower = "model.vision_model."
+    width = shapes.size(tower + "embeddings.patch_embedding.weight", 0)
     return VisionConfig(
         hidden_size=width,
-        num_layers=_count(shapes, re.escape(prefix) + r"encoder\.layers\.(\d+)\."),
-        # Neither the original config nor a shape tells it; SigLIP's heads are 64 wide.
-        num_heads=block.integer("num_attention_heads", max(width // 64, 1)),
-        mlp_size=_size(shapes, prefix + "encoder.layers.0.mlp.fc1.weight", 0, folder),
-        patch_size=_size(shapes, prefix + "embeddings.patch_embedding.weight", 2, folder),
-        num_positions=_size(shapes, prefix + "embeddings.position_embedding.weight", 0, folder),
+        num_layers=shapes.count(tower + "encoder.layers."),
+        # In neither the original config nor a shape; SigLIP's heads are 64 wide.
+        num_heads=section.integer("num_attention_heads", max(width // 64, 1)),
+        mlp_size=shapes.size(tower + "encoder.layers.0.mlp.fc1.weight", 0),
+        patch_size=shapes.size(tower + "embeddings.patch_embedding.weight", 2),
+        num_positions=shapes.size(tower + "embeddings.position_embedding.weight", 0),
     )
 
 
@@ -223,144 +224,19 @@ def _override(config: JanusConfig, overrides: Mapping[str, Any]) -> JanusConfig:
     return config
 
 
-def _check_codebook(
-    config: JanusConfig, block: _Block, original: bool, shapes: Shapes, folder: Path
-) -> None:
-    """The image vocabulary is stated four times; UserError unless all agree."""
-    key = "image_token_size" if original else "num_embeddings"
+def _check_codebook(codebook_size: int, section: _Section, key: str, shapes: _Shapes) -> None:
+    """UserError unless the four places that state the image vocabulary agree."""
     found = {
-        "the VQ's codebook": config.codebook_size,
-        "generation_embeddings (gen_embed)": _size(
-            shapes, "model.generation_embeddings.weight", 0, folder
+        "the VQ's codebook": codebook_size,
+        "generation_embeddings (gen_embed)": shapes.size("model.generation_embeddings.weight", 0),
+        "generation_head.vision_head (gen_head)": shapes.size(
+            "model.generation_head.vision_head.weight", 0
         ),
-        "generation_head.vision_head (gen_head)": _size(
-            shapes, "model.generation_head.vision_head.weight", 0, folder
-        ),
-        f"config.json {key}": block.integer(key, config.codebook_size),
+        f"config.json {key}": section.integer(key, codebook_size),
     }
     if len(set(found.values())) > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in found.items())
         raise UserError(
-            f"{folder}: the image vocabularies disagree ({sizes}): parts of different checkpoints?"
+            f"{shapes.folder}: the image vocabularies disagree ({sizes}); "
+            "use files of one and the same model"
         )
-
-
-def transformers_config(
-    config: JanusConfig, ids: Mapping[str, int], dtype: torch.dtype
-) -> dict[str, Any]:
-    """config.json of the transformers layout; `ids`: bos, eos, pad and image placeholder."""
-    decoder, vq, vision = config.decoder, config.vq, config.vision
-    name = str(dtype).removeprefix("torch.")
-    text = {
-        "model_type": "llama",
-        "vocab_size": decoder.vocab_size,
-        **_llama_sizes(decoder),
-        "head_dim": decoder.head_dim,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "hidden_act": "silu",
-        "rope_parameters": {"rope_type": "default", "rope_theta": decoder.rope_theta},
-        "bos_token_id": ids["bos"],
-        "eos_token_id": ids["eos"],
-        "pad_token_id": ids["pad"],
-        "tie_word_embeddings": False,
-        "dtype": name,
-    }
-    return {
-        "architectures": ["JanusForConditionalGeneration"],
-        "model_type": "janus",
-        # The library's default is True, which would overwrite one weight by the other.
-        "tie_word_embeddings": False,
-        "dtype": name,
-        "image_token_id": ids["image"],
-        "text_config": text,
-        "vision_config": {
-            "model_type": "janus_vision_model",
-            "hidden_size": vision.hidden_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_heads,
-            "mlp_ratio": vision.mlp_size / vision.hidden_size,
-            "patch_size": vision.patch_size,
-            "image_size": config.image_size,
-            "num_image_tokens": vision.num_positions,
-            "projection_dim": decoder.hidden_size,
-            "depth": 2,
-        },
-        "vq_config": {
-            "model_type": "janus_vqgan",
-            "num_embeddings": vq.codebook_size,
-            "embed_dim": vq.codebook_dim,
-            "latent_channels": vq.latent_channels,
-            "base_channels": vq.base_channels,
-            "channel_multiplier": list(vq.channel_multiplier),
-            "num_res_blocks": vq.num_res_blocks,
-            "num_patches": config.image_size // config.patch_size,
-            "projection_dim": decoder.hidden_size,
-            "image_token_embed_dim": decoder.hidden_size,
-        },
-    }
-
-
-def _llama_sizes(decoder: DecoderConfig) -> dict[str, Any]:
-    return {
-        "hidden_size": decoder.hidden_size,
-        "intermediate_size": decoder.intermediate_size,
-        "num_hidden_layers": decoder.num_layers,
-        "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": decoder.num_kv_heads,
-        "max_position_embeddings": decoder.max_positions,
-        "rms_norm_eps": decoder.rms_norm_eps,
-    }
-
-
-def original_config(config: JanusConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of the original layout."""
-    width = config.decoder.hidden_size
-    name = str(dtype).removeprefix("torch.")
-
-    def block(cls: str, model_type: str, **params: Any) -> dict[str, Any]:
-        return {"cls": cls, "model_type": model_type, "params": params}
-
-    projector = {"depth": 2, "n_embed": width, "projector_type": "mlp_gelu"}
-    vision = block(
-        "CLIPVisionTower",
-        "vision",
-        image_size=config.image_size,
-        model_name=f"siglip_large_patch{config.vision.patch_size}_{config.image_size}",
-        select_feature="same",
-        select_layer=-1,
-    )
-    vision["num_attention_heads"] = config.vision.num_heads  # ours: see _vision_config
-    return {
-        "model_type": "multi_modality",
-        "architectures": ["MultiModalityCausalLM"],
-        "torch_dtype": name,
-        "vision_config": vision,
-        "aligner_config": block(
-            "MlpProjector", "aligner", input_dim=config.vision.hidden_size, **projector
-        ),
-        "gen_vision_config": block(
-            "VQ-16",
-            "gen_vision",
-            image_token_size=config.codebook_size,
-            n_embed=config.codebook_dim,
-        ),
-        "gen_aligner_config": block(
-            "MlpProjector", "gen_aligner", input_dim=config.codebook_dim, **projector
-        ),
-        "gen_head_config": block(
-            "vision_head",
-            "gen_head",
-            image_token_embed=width,
-            image_token_size=config.codebook_size,
-            n_embed=width,
-        ),
-        "language_config": {
-            "model_type": "llama",
-            "vocab_size": config.decoder.vocab_size,
-            **_llama_sizes(config.decoder),
-            "head_dim": config.decoder.head_dim,
-            "rope_theta": config.decoder.rope_theta,
-            "torch_dtype": name,
-        },
-    }

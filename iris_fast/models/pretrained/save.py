@@ -1,54 +1,40 @@
-"""Writing a Janus checkpoint folder, in the transformers or in the original layout."""
+"""Write a Janus model folder, in the transformers or in the original layout.
+
+`layouts/LAYOUT/` holds the files that are not weights. A JSON string "$path" there stands for a
+value: an attribute of the `JanusConfig` (`$config.decoder.hidden_size`), of the `JanusTokenizer`
+(`$tokenizer.bos_id`), `$dtype` or `$vision_model_name`. Three choices are deliberate:
+
+- `tie_word_embeddings` is false: transformers' default would overwrite one weight with another.
+- `generation_kwargs.boi_token_id` is where transformers' image generation reads it, or fails.
+- `vision_config.num_attention_heads` is not part of the original layout; `load` reads it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import string
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from iris_fast.errors import UserError
-from iris_fast.models.pretrained.config_json import (
-    original_config,
-    read_config,
-    transformers_config,
-)
-from iris_fast.models.pretrained.load import LoadedJanus
+from iris_fast.models.janus import JanusConfig
+from iris_fast.models.pretrained.config_json import read_config
+from iris_fast.models.pretrained.load import VQ_PREFIX, LoadedJanus
 from iris_fast.models.pretrained.names import ORIGINAL_ONLY, to_original
 from iris_fast.models.pretrained.weights import write_tensors
+from iris_fast.models.tokenizer import JanusTokenizer
 
-# Turns of the form `ROLE: text`, as iris_fast.models.templates writes them.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message.content is string -%}
-{%- set text = message.content -%}
-{%- else -%}
-{%- set text = message.content | selectattr('type', 'equalto', 'text') | map(attribute='text')
- | join('') -%}
-{%- endif -%}
-{%- if message.role == 'system' -%}
-{{ text | trim }}{{ '\\n\\n' }}
-{%- else -%}
-{{ message.role }}: {{ text | trim }}
-{%- if message.role in ['<|Assistant|>', 'Assistant'] -%}
-{{ eos_token }}
-{%- else -%}
-{{ '\\n\\n' }}
-{%- endif -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|Assistant|>:' }}
-{%- endif -%}
-"""
+TEMPLATES = Path(__file__).with_name("layouts")
+LAYOUTS = ("transformers", "original")
 
-# Kept as they are when a checkpoint goes back into the layout it came from.
+# Kept as they are when a model is written in the layout that it was read in.
 _KEPT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,7 +47,7 @@ _KEPT_FILES = (
 
 
 def save_janus(
-    checkpoint: LoadedJanus,
+    loaded: LoadedJanus,
     path: str | Path,
     layout: str = "transformers",
     *,
@@ -69,41 +55,41 @@ def save_janus(
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
-    """Writes `checkpoint` as a complete folder at `path` and returns it.
+    """Write `loaded` as a complete model folder at `path` and return it.
 
     layout: "transformers" opens with `JanusForConditionalGeneration.from_pretrained`, untied;
         "original" is that of the published Janus files. Tensors that only the original layout
-        has (the vision tower's attn_pool, the VQ's codebook_used: no code reads them) are absent
-        where the checkpoint came without them.
-    model_state: the policy's full state dict if it is not `checkpoint.model`'s own (gathered from
+        has (the vision tower's attn_pool, the VQ's codebook_used: no code reads them) are left out
+        if the model was loaded without them.
+    model_state: the policy's full state dict if it is not `loaded.model`'s own (gathered from
         shards, merged with adapters).
-    dtype: casts every tensor; None leaves each as it is.
+    dtype: casts every floating-point tensor; None leaves each as it is.
 
-    Written beside `path`, re-opened, compared, and only then renamed into place: `path` is never
-    half a checkpoint. UserError if it exists and is not empty, or cannot be written.
+    The folder is written under a temporary name, read back, compared, and then renamed, so `path`
+    is never incomplete. UserError if `path` exists and is not empty, or cannot be written.
     """
-    if layout not in ("transformers", "original"):
-        raise UserError(f"no layout {layout!r}: choose transformers or original")
+    if layout not in LAYOUTS:
+        raise UserError(f"layout: {layout!r} does not exist; choose transformers or original")
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already: remove it or choose another folder")
-    tensors = _tensors(checkpoint, layout, model_state, dtype)
-    stored = dtype or next(iter(checkpoint.model.parameters())).dtype
-    aside = None
+        raise UserError(f"{target} exists already; remove it or choose another folder")
+    tensors = _tensors(loaded, layout, model_state, dtype)
+    stored_dtype = dtype or next(iter(loaded.model.parameters())).dtype
+    partial = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        aside.chmod(0o777 & ~_umask())
-        for name, text in _texts(checkpoint, layout, stored).items():
-            (aside / name).write_text(text, encoding="utf-8", newline="\n")
-        write_tensors(tensors, aside, max_shard_size)
-        read_config(aside)
-        os.replace(aside, target)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        partial.chmod(0o777 & ~_umask())
+        for name, text in _texts(loaded, layout, stored_dtype).items():
+            (partial / name).write_text(text, encoding="utf-8", newline="\n")
+        write_tensors(tensors, partial, max_shard_size)
+        read_config(partial)
+        os.replace(partial, target)
     except OSError as error:
-        raise UserError(f"cannot write {target} ({error}): check space and permissions") from error
+        raise UserError(f"cannot write {target} ({error}); check space and permissions") from error
     finally:
-        if aside is not None and aside.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -114,25 +100,24 @@ def _umask() -> int:
 
 
 def _tensors(
-    checkpoint: LoadedJanus,
+    loaded: LoadedJanus,
     layout: str,
     model_state: Mapping[str, Tensor] | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    expected = checkpoint.model.state_dict()
-    state = expected if model_state is None else model_state
-    if set(state) != set(expected):
-        odd = sorted(set(state) ^ set(expected))
+    expected = loaded.model.state_dict()
+    tensors = dict(expected if model_state is None else model_state)
+    if tensors.keys() != expected.keys():
+        odd = sorted(tensors.keys() ^ expected.keys())
         raise ValueError(f"model_state is not the policy's: {odd[:3]} missing or unknown")
-    tensors = dict(state)
-    tensors |= {f"model.vqmodel.{k}": v for k, v in checkpoint.vq.state_dict().items()}
-    for name, tensor in checkpoint.untouched.items():  # the others were looked at when opened
+    tensors |= {VQ_PREFIX + name: t for name, t in loaded.vq.state_dict().items()}
+    for name, tensor in loaded.untouched.items():  # the others were checked when they were loaded
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(
-                f"tensor {name}, which is carried along and not run, holds NaN or infinity: start "
-                "from an intact copy of the checkpoint"
+                f"tensor {name}, which is only passed on, holds NaN or infinity; start from an "
+                "intact copy of the model"
             )
-    tensors |= checkpoint.untouched
+    tensors |= loaded.untouched
     if layout == "original":
         tensors = to_original(tensors)
     else:
@@ -142,110 +127,40 @@ def _tensors(
     return tensors
 
 
-def _texts(checkpoint: LoadedJanus, layout: str, dtype: torch.dtype) -> dict[str, str]:
-    """Every file that is not weights, by name."""
-    write = _transformers_files if layout == "transformers" else _original_files
-    texts = {
-        name: data if isinstance(data, str) else json.dumps(data, indent=2, ensure_ascii=False)
-        for name, data in write(checkpoint, dtype).items()
-    }
-    if checkpoint.path is not None and checkpoint.layout == layout:
+def _texts(loaded: LoadedJanus, layout: str, dtype: torch.dtype) -> dict[str, str]:
+    """The content of every file that is not weights, by name."""
+    # transformers adds no BOS by itself to a byte-level tokenizer: its file has to.
+    texts = {"tokenizer.json": loaded.tokenizer.json_text(add_bos=layout == "transformers")}
+    for file in (TEMPLATES / layout).iterdir():
+        texts[file.name] = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            data = layout_json(layout, file.name, loaded.config, dtype, loaded.tokenizer)
+            texts[file.name] = json.dumps(data, indent=2, ensure_ascii=False)
+    if loaded.path is not None and loaded.layout == layout:
         for name in _KEPT_FILES:
-            source = checkpoint.path / name
-            if source.is_file():
-                texts[name] = source.read_text(encoding="utf-8")
+            if (loaded.path / name).is_file():
+                texts[name] = (loaded.path / name).read_text(encoding="utf-8")
     return texts
 
 
-def _images() -> dict[str, Any]:
-    return {
-        "background_color": [127, 127, 127],
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "min_size": 14,
-        "rescale_factor": 1 / 255,
+def layout_json(
+    layout: str,
+    name: str,
+    config: JanusConfig,
+    dtype: torch.dtype,
+    tokenizer: JanusTokenizer | None = None,
+) -> dict:
+    """The JSON file `name` of `layout`; the original config.json needs no tokenizer."""
+    values = {
+        "config": config,
+        "tokenizer": tokenizer,
+        "dtype": str(dtype).removeprefix("torch."),
+        "vision_model_name": f"siglip_large_patch{config.vision.patch_size}_{config.image_size}",
     }
 
+    def value(match: re.Match[str]) -> str:
+        field, _ = string.Formatter().get_field(match[1], (), values)
+        return json.dumps(field)
 
-def _transformers_files(checkpoint: LoadedJanus, dtype: torch.dtype) -> dict[str, Any]:
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    ids = {
-        "bos": tokenizer.bos_id,
-        "eos": tokenizer.eos_id,
-        "pad": tokenizer.pad_id,
-        "image": tokenizer.image_placeholder_id,
-    }
-    size = config.image_size
-    return {
-        "config.json": transformers_config(config, ids, dtype),
-        "generation_config.json": {
-            "bos_token_id": ids["bos"],
-            "eos_token_id": ids["eos"],
-            "pad_token_id": ids["pad"],
-            "guidance_scale": 5.0,
-            # Image generation reads it here and fails without.
-            "generation_kwargs": {"boi_token_id": tokenizer.image_start_id},
-        },
-        # transformers adds no BOS by itself to a byte-level tokenizer: its file has to.
-        "tokenizer.json": tokenizer.json_text(add_bos=True),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": config.decoder.max_positions,
-            "clean_up_tokenization_spaces": False,
-            "padding_side": "left",
-            "processor_class": "JanusProcessor",
-            **tokenizer.specials,
-        },
-        "special_tokens_map.json": {
-            name: tokenizer.specials[name] for name in ("bos_token", "eos_token", "pad_token")
-        },
-        "processor_config.json": {
-            "processor_class": "JanusProcessor",
-            "num_image_tokens": config.vision.num_positions,
-            "image_processor": {
-                "image_processor_type": "JanusImageProcessor",
-                "do_resize": True,
-                "do_rescale": True,
-                "do_pad": True,
-                "resample": 3,
-                "size": {"height": size, "width": size},
-                **_images(),
-            },
-        },
-        "chat_template.jinja": CHAT_TEMPLATE,
-    }
-
-
-def _original_files(checkpoint: LoadedJanus, dtype: torch.dtype) -> dict[str, Any]:
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    named = {name: tokenizer.specials[name] for name in ("bos_token", "eos_token", "pad_token")}
-    others = sorted(set(tokenizer.special_strings) - set(named.values()))
-    return {
-        "config.json": original_config(config, dtype),
-        "tokenizer.json": tokenizer.json_text(),
-        "tokenizer_config.json": {
-            **named,
-            "unk_token": None,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config.decoder.max_positions,
-            "tokenizer_class": "LlamaTokenizer",
-            "use_default_system_prompt": True,
-        },
-        "special_tokens_map.json": {**named, "additional_special_tokens": others},
-        "processor_config.json": {
-            "processor_class": "VLChatProcessor",
-            "add_special_token": False,
-            "ignore_id": -100,
-            "image_tag": tokenizer.specials["image_token"],
-            "mask_prompt": True,
-            "num_image_tokens": config.vision.num_positions,
-            "sft_format": "deepseek",
-        },
-        "preprocessor_config.json": {
-            "processor_class": "VLChatProcessor",
-            "image_processor_type": "VLMImageProcessor",
-            "image_size": config.image_size,
-            **_images(),
-        },
-    }
+    text = (TEMPLATES / layout / name).read_text(encoding="utf-8")
+    return json.loads(re.sub(r'"\$([\w.\[\]]+)"', value, text))
