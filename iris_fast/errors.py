@@ -1,4 +1,4 @@
-"""Errors that the user can mend: one line on standard error instead of a traceback."""
+"""Errors that the user can fix: one line on standard error instead of a traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 EXIT_CODE = 2
-FIRST_RANK_SPEAKS_S = 1.0
+OTHER_RANKS_WAIT_S = 1.0
 
 
 class UserError(ValueError):
@@ -32,21 +32,21 @@ def require(holds: bool, name: str, value: Any, remedy: str) -> None:
 
 @contextlib.contextmanager
 def writing(setting: str, path: Path) -> Iterator[None]:
-    """Turns an OSError in the `with` block, which writes `path`, into a UserError about the setting
-    that named the place."""
+    """Report an OSError of the `with` block, which writes `path`, as a UserError that names the
+    setting the path comes from."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"{setting}: {path} cannot be written ({error.strerror or error}); name a place "
-            "that you may write to, on a disk with room"
+            "that you may write to, on a disk with free space"
         ) from None
 
 
 @contextlib.contextmanager
-def replacing(setting: str, path: Path) -> Iterator[Path]:
-    """A neighbour of `path` for the `with` block to write, which then takes its place: a reader
-    never meets half a file, and nothing is left of one that fails. UserError as `writing`."""
+def atomic_write(setting: str, path: Path) -> Iterator[Path]:
+    """A temporary path for the `with` block to write, renamed to `path` at its end: no reader sees
+    an incomplete file, and a failed write leaves nothing behind. UserError as for `writing`."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing(setting, path):
@@ -58,9 +58,9 @@ def replacing(setting: str, path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def optional(package: str, setting: str, otherwise: str) -> Iterator[None]:
-    """For imports of a `package` that only one `setting` asks for: UserError where it is missing.
-    Its warnings meanwhile, such as of parts that do not load here and that nothing uses, are muted.
+def optional_import(package: str, setting: str, alternative: str) -> Iterator[None]:
+    """For imports of a `package` that only one `setting` needs: UserError if it is not installed.
+    The package's warnings while importing, for example about parts that are not used, are muted.
     """
     logging.disable(logging.WARNING)
     try:
@@ -68,28 +68,27 @@ def optional(package: str, setting: str, otherwise: str) -> Iterator[None]:
     except ImportError:
         raise UserError(
             f"{setting} needs {package}, which is not installed; pip install {package}, or "
-            f"{otherwise}"
+            f"{alternative}"
         ) from None
     finally:
         logging.disable(logging.NOTSET)
 
 
 def report_error(program: str, error: UserError) -> int:
-    """Print the error's one line, once and not once a rank, and return the exit code.
+    """Print the error in one line, once rather than once per rank, and return the exit code.
 
-    Most errors are met by every rank. Rank 0 speaks at once; torchrun then ends the others while
-    they still wait here, unless the error was theirs alone. Under torchrun the line is also left
-    where its closing report looks for it: that would otherwise end on "to enable traceback see".
+    Most errors occur on every rank. Rank 0 prints at once; torchrun then ends the others while they
+    still wait here, unless the error was theirs alone. Under torchrun the line is also written to
+    the file that its closing report reads, which would otherwise advise "to enable traceback see".
     """
-    line = " ".join(f"{program}: error: {error}".split())
+    line = f"{program}: error: {error}"
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError):  # the disk may be what the error is about
-            Path(error_file).write_text(
-                json.dumps({"message": {"message": line, "extraInfo": extra}})
-            )
+        report = {"message": {"message": line, "extraInfo": extra}}
+        with contextlib.suppress(OSError):  # the error may be about the disk
+            Path(error_file).write_text(json.dumps(report))
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(FIRST_RANK_SPEAKS_S)
+        time.sleep(OTHER_RANKS_WAIT_S)
     print(line, file=sys.stderr, flush=True)
     return EXIT_CODE

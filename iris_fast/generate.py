@@ -76,7 +76,7 @@ def generate(config: GenerateConfig) -> None:
 def refuse_to_overwrite(config: GenerateConfig, paths: list[Path], ranks: Ranks) -> None:
     """UserError if an image, or the codes file, is there already, or the folder is unwritable."""
     targets = [*paths, *([Path(config.save_codes)] if config.save_codes else [])]
-    with ranks.first_does() as mine:
+    with ranks.on_first_rank() as mine:
         if mine:
             standing = [path for path in targets if path.exists()]
             if standing and not config.overwrite:

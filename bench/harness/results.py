@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.rows import Row
-from iris_fast.errors import replacing
+from iris_fast.errors import atomic_write
 
 Run = dict[str, Any]  # one file: "head", "rows" and, where calls were profiled, "profiles"
 
@@ -18,7 +18,7 @@ def read(path: Path) -> Run:
 def write(path: Path, run: Run) -> None:
     """Write the file in one step, so that no reader sees half of it."""
     text = json.dumps(run, indent=1, allow_nan=False) + "\n"
-    with replacing("out", path) as partial:
+    with atomic_write("out", path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

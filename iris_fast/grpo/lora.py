@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from iris_fast.config import TrainConfig
-from iris_fast.errors import optional
+from iris_fast.errors import optional_import
 from iris_fast.grpo.fsdp import full
 from iris_fast.models.janus import Janus
 from iris_fast.records import PackedBatch
@@ -46,7 +46,7 @@ def add(policy: Janus, lora: Lora) -> None:
 
     Only they require a gradient; they are float32. UserError without peft.
     """
-    with optional("peft", "use_peft: true", "leave it out"):
+    with optional_import("peft", "use_peft: true", "leave it out"):
         from peft import LoraConfig, inject_adapter_in_model
 
     settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target_modules)

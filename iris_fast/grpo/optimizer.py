@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from iris_fast.config import TrainConfig
-from iris_fast.errors import optional, require
+from iris_fast.errors import optional_import, require
 
 LEAST_ROWS = 128
 BLOCK = 64  # values that share a scale: divides the rows of all Janus models, the tiny one's too
@@ -39,7 +39,7 @@ def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 def _compact(name: str) -> type[torch.optim.Optimizer]:
-    with optional("torchao", f"optim: {name}", "use --optim adamw_torch"):
+    with optional_import("torchao", f"optim: {name}", "use --optim adamw_torch"):
         from torchao.optim import AdamW8bit
         from torchao.optim.subclass_8bit import OptimState8bit
 

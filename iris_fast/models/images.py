@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from iris_fast.errors import UserError, replacing
+from iris_fast.errors import UserError, atomic_write
 from iris_fast.models.vq import VQModel, to_uint8
 
 GAP_PIXELS = 4
@@ -75,6 +75,6 @@ def strips(sheet: Image.Image, rows: int, columns: int) -> list[Image.Image]:
 
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write it, in a new folder if need be. UserError if the disk does not take it."""
-    with replacing("output_dir", path) as partial:
+    with atomic_write("output_dir", path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(partial, format="PNG")

@@ -88,7 +88,7 @@ def save(
     """
     target = folder / f"step_{progress.step:05d}"
     partial = folder / f".partial-{target.name}"
-    with ranks.first_does() as mine:
+    with ranks.on_first_rank() as mine:
         if mine:
             with writing("output_dir", target):
                 for leftover in folder.glob(".partial-*"):
@@ -106,7 +106,7 @@ def save(
             f"output_dir: {target} could not be written ({failure or 'on another rank'}); make "
             "room on the disk and go on with --resume_from_checkpoint true"
         )
-    with ranks.first_does() as mine:
+    with ranks.on_first_rank() as mine:
         if mine:
             try:
                 with writing("output_dir", target):

@@ -71,7 +71,7 @@ class Run:
         last = config.sample_steps > 0 and step == config.max_steps
         if not (last or is_due(config.sample_steps, step)):
             return
-        with self.ranks.first_does() as mine:
+        with self.ranks.on_first_rank() as mine:
             if mine:
                 path = write_samples(
                     sampler, scorer, prompts, self.folder.samples, step, config.num_sample_prompts

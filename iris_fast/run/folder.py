@@ -17,7 +17,7 @@ import yaml
 
 from iris_fast.config import TrainConfig, to_yaml
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError, replacing, writing
+from iris_fast.errors import UserError, atomic_write, writing
 
 LAUNCH = ".launch"
 # Settings that a resumed run may change; the others would make it a different run.
@@ -84,9 +84,9 @@ def choose(config: TrainConfig, ranks: Ranks) -> RunFolder:
     UserError if the folder holds anything and resuming was not asked for, or if there is no such
     run to resume, or if the settings are another run's.
     """
-    with ranks.first_does() as mine:
+    with ranks.on_first_rank() as mine:
         folder = _choose(config) if mine else None
-    return ranks.from_first(folder)
+    return ranks.broadcast(folder)
 
 
 def _choose(config: TrainConfig) -> RunFolder:
@@ -118,7 +118,7 @@ def claimed(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> Iterator[No
     was chosen.
     """
     with contextlib.ExitStack() as held:
-        with ranks.first_does() as mine:
+        with ranks.on_first_rank() as mine:
             if mine:
                 with writing("output_dir", folder.path):
                     held.enter_context(_lock(folder))
@@ -153,7 +153,7 @@ def _fill(folder: RunFolder, config: TrainConfig) -> None:
     folder.checkpoints.mkdir(exist_ok=True)
     # Without the flag, so that --config config.yaml starts the same run anew.
     settings = to_yaml(replace(config, resume_from_checkpoint=False))
-    with replacing("output_dir", folder.path / "config.yaml") as partial:
+    with atomic_write("output_dir", folder.path / "config.yaml") as partial:
         partial.write_text(settings, encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError, replacing, writing
+from iris_fast.errors import UserError, atomic_write, writing
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.health import find_warnings
 from iris_fast.run.samples import read_samples
@@ -45,7 +45,7 @@ class Log:
         self.history = read_metrics(path, up_to=step)
         self._path, self._max_steps = path, max_steps
         self._first_step, self._opened_at = step, time.perf_counter()
-        with replacing("output_dir", path) as partial:
+        with atomic_write("output_dir", path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.history))
         with writing("output_dir", path):
             self._file = path.open("a", buffering=1)

@@ -24,7 +24,7 @@ def restore(
     fresh = Progress(prompts_sha256=prompts_sha256, lora=Lora.of(config))
     if not folder.resumed:
         return fresh
-    path, faults = ranks.from_first(
+    path, faults = ranks.broadcast(
         checkpoint.newest(folder.checkpoints) if ranks.is_first else None
     )
     if ranks.is_first:

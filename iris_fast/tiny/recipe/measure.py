@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 
 from iris_fast.config import GenerateConfig
-from iris_fast.errors import UserError, replacing, report_error
+from iris_fast.errors import UserError, atomic_write, report_error
 from iris_fast.models.images import decode_images, grid
 from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.models.vq import VQModel
@@ -173,7 +173,7 @@ def main() -> None:
         known[settings] = {"images": len(prompts) * arguments.samples} | {
             name: round(value, 4) for name, value in found.items()
         }
-        with replacing("json", arguments.json) as partial:
+        with atomic_write("json", arguments.json) as partial:
             partial.write_text(json.dumps(known, indent=2) + "\n")
     if arguments.grid:
         grid(rows, [prompt.text for prompt in prompts]).save(arguments.grid)
