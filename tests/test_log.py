@@ -267,6 +267,14 @@ ROWS = [["a cube", "one"], ["a cube", "two"], ["a | b", "three\nlines"], ["a | b
 
 
 @pytest.fixture
+def fresh_accelerate() -> None:
+    """accelerate as in a new process: other tests may have initialized its state."""
+    from accelerate import PartialState
+
+    PartialState._reset_state()
+
+
+@pytest.fixture
 def grid(here) -> Path:
     """A grid of 8 x 6 pixels, red and blue."""
     path = here / "step_00004.png"
@@ -365,7 +373,7 @@ class FakeTrackioImage:
     [("wandb", FakeWandbRun, FakeWandbImage), ("trackio", FakeTrackioRun, FakeTrackioImage)],
 )
 def test_wandb_and_trackio_receive_numbers_images_and_chains_of_thought(
-    folder, ranks, grid, monkeypatch, name, run_class, image_class
+    folder, ranks, grid, monkeypatch, fresh_accelerate, name, run_class, image_class
 ):
     module, fake_run, settings = types.ModuleType(name), run_class(), {}
     module.init = lambda project=None: fake_run

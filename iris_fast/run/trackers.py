@@ -50,8 +50,9 @@ class Tracker:
     """The tracker that `report_to` names; tensorboard writes its files into `folder`."""
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
-        from accelerate import tracking  # slow to import: only where a tracker is used
+        from accelerate import PartialState, tracking  # slow to import
 
+        PartialState()  # accelerate's trackers log through it, and fail where nothing created it
         self._name = config.report_to
         self._tracker: Any
         if self._name == "tensorboard":
