@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def texts(source: str) -> list[str]:
     ],
     ids=["plain", "no end", "CRLF", "BOM", "trailing blank lines", "spaces around"],
 )
-def test_txt_is_one_prompt_a_line(write, content):
+def test_txt_is_one_prompt_per_line(write, content):
     assert read_prompts(write("p.txt", content)) == [Prompt("a cube"), Prompt("a ball")]
 
 
@@ -59,9 +60,9 @@ def test_jsonl_carries_other_fields_and_fills_absent_ones_with_none(write):
     ]
 
 
-def test_emoji_and_other_scripts_are_prompts(write):
-    prompts = ["a 😀 cube", "👩‍👩‍👧 family", "ein Würfel", "一个红色的立方体", "مكعب أحمر"]
-    assert texts(write("p.txt", "\n".join(prompts))) == prompts
+def test_emoji_and_other_scripts_are_accepted(write):
+    lines = ["a 😀 cube", "👩‍👩‍👧 family", "ein Würfel", "一个红色的立方体", "مكعب أحمر"]
+    assert texts(write("p.txt", "\n".join(lines))) == lines
     escaped = write("p.jsonl", json.dumps({"prompt": "a 😀 cube"}))  # \ud83d\ude00
     assert texts(escaped) == ["a 😀 cube"]
 
@@ -96,25 +97,25 @@ def test_emoji_and_other_scripts_are_prompts(write):
         ("p.csv", "prompt\na\n", "p.csv: unknown kind of file; give a .txt or .jsonl"),
     ],
 )
-def test_what_is_no_prompt_is_refused_with_its_line(write, name, content, message):
+def test_invalid_prompts_are_refused_with_their_line(write, name, content, message):
     with pytest.raises(UserError, match=message) as refusal:
         read_prompts(write(name, content))
     assert len(str(refusal.value)) < 400
 
 
 @pytest.mark.parametrize("name", ["absent.txt", "absent.jsonl", "absent", "/no/such/absent"])
-def test_a_missing_file_is_told_at_once(here, name):
+def test_a_missing_file_is_refused(here, name):
     with pytest.raises(UserError, match=f"{name}: no such file"):
         read_prompts(name)
 
 
-def test_a_pipe_is_told_at_once(here):
+def test_a_pipe_is_refused(here):
     os.mkfifo(here / "p.txt")
     with pytest.raises(UserError, match=r"p\.txt: not a regular file; give a"):
         read_prompts("p.txt")
 
 
-def test_a_mistyped_file_in_a_folder_that_exists_is_no_hub_id(here):
+def test_a_mistyped_file_in_an_existing_folder_is_not_taken_for_a_hub_id(here):
     (here / "data").mkdir()
     with pytest.raises(UserError, match="data/prompts: no such file"):
         read_prompts("data/prompts")
@@ -122,10 +123,14 @@ def test_a_mistyped_file_in_a_folder_that_exists_is_no_hub_id(here):
 
 class TestDatasets:
     @pytest.fixture(autouse=True)
-    def _offline(self, monkeypatch, tmp_path):
-        pytest.importorskip("datasets", reason="needs the `datasets` library")
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    def _no_network(self, monkeypatch):
+        datasets = pytest.importorskip("datasets", reason="needs the `datasets` library")
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+        def connect(*_):
+            raise AssertionError("tried to use the network")
+
+        monkeypatch.setattr(socket.socket, "connect", connect)
 
     def test_a_saved_dataset_is_read_with_its_columns(self, tmp_path):
         import datasets
@@ -137,7 +142,7 @@ class TestDatasets:
             Prompt("a ball", {"level": 2}),
         ]
 
-    def test_of_several_splits_train_is_read(self, tmp_path):
+    def test_the_train_split_is_read(self, tmp_path):
         import datasets
 
         splits = {
@@ -162,10 +167,15 @@ class TestDatasets:
         with pytest.raises(UserError, match=message):
             read_prompts(str(tmp_path / "saved"))
 
-    def test_a_folder_that_is_no_dataset_is_refused(self, tmp_path):
+    def test_a_folder_without_a_dataset_is_refused(self, tmp_path):
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match="empty cannot be read as a Hugging Face dataset"):
             read_prompts(str(tmp_path / "empty"))
+
+    def test_a_hub_id_is_refused_without_a_try_where_the_hub_is_not_reachable(self, monkeypatch):
+        monkeypatch.setattr("iris_fast.prompts.hub_is_reachable", lambda: False)
+        with pytest.raises(UserError, match="no-org/no-data cannot be read as a Hugging Face data"):
+            read_prompts("no-org/no-data")
 
 
 class TestAgainstTheModel:
@@ -188,7 +198,7 @@ class TestAgainstTheModel:
 
     def test_every_special_token_is_refused_inside_a_prompt(self):
         for special in self.tokenizer.special_strings:
-            with pytest.raises(UserError, match="holds the special token"):
+            with pytest.raises(UserError, match="contains the special token"):
                 self.check(f"a {special} cube")
 
     def test_emoji_and_braces_pass(self):
@@ -196,7 +206,7 @@ class TestAgainstTheModel:
 
 
 def stream(source: PromptSource, count: int, world_size: int, rounds: int) -> list[str]:
-    """What all ranks together take, in global order."""
+    """The prompts that all ranks together take, in global order."""
     taken = {}
     cursor = source.cursor
     for rank in range(world_size):
@@ -210,14 +220,14 @@ def stream(source: PromptSource, count: int, world_size: int, rounds: int) -> li
 PROMPTS = [Prompt(f"p{i}") for i in range(5)]
 
 
-def test_every_epoch_holds_every_prompt_once_in_an_order_of_its_own():
+def test_every_epoch_has_every_prompt_once_in_a_new_order():
     taken = stream(PromptSource(PROMPTS, seed=1), 1, 1, 50)
     epochs = [taken[i : i + 5] for i in range(0, 50, 5)]
     assert all(sorted(epoch) == [p.text for p in PROMPTS] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 5
 
 
-def test_the_order_is_that_of_the_seed_and_of_no_other_generator():
+def test_the_order_depends_on_the_seed_and_on_no_other_generator():
     torch.manual_seed(0)
     first = stream(PromptSource(PROMPTS, seed=1), 1, 1, 20)
     torch.manual_seed(1)
@@ -236,14 +246,14 @@ def test_any_integer_is_a_seed(seed):
     world_size=st.integers(1, 4),
     rounds=st.integers(1, 4),
 )
-def test_ranks_share_the_stream_of_one(prompts, count, world_size, rounds):
+def test_all_ranks_together_take_the_stream_of_one_rank(prompts, count, world_size, rounds):
     chosen = [Prompt(f"p{i}") for i in range(prompts)]
     seen = [
         number
         for rank in range(world_size)
         for number in PromptSource(chosen, seed=3).take(count, rank, world_size)[1]
     ]
-    assert sorted(seen) == list(range(count * world_size))  # disjoint, and nothing left out
+    assert sorted(seen) == list(range(count * world_size))  # disjoint and complete
     alone = stream(PromptSource(chosen, seed=3), 1, 1, count * world_size * rounds)
     assert stream(PromptSource(chosen, seed=3), count, world_size, rounds) == alone
 
