@@ -216,7 +216,7 @@ def generate_codes(
     config = SamplingConfig(cfg_weight=CFG_WEIGHT, **settings)
     sampler = Sampler(janus, tokenizer, config, tokens, greedy)
     unconditional = [unconditional_ids(ids, tokenizer) for ids in prompts]
-    return sampler._draw_codes(prompts, unconditional, list(range(len(prompts))), lambda: None)
+    return sampler.sample_image(prompts, unconditional, list(range(len(prompts))), lambda: None)
 
 
 def eager_loop(janus: Janus) -> GenerateCodes:

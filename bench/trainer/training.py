@@ -275,7 +275,7 @@ def check(janus: Janus, inputs: Inputs, logprobs: Tensor, gradient: Tensor) -> N
     """Compare with plain torch: our decoder, log-softmax over all logits in float32."""
     packed = packed_batch(inputs)
     attention = PackedAttention(packed.sequence_lengths, logprobs.device)
-    hidden = janus.hidden_states(janus._embed_packed(packed), packed.positions_T, attention)
+    hidden = janus.hidden_states(janus.embed_packed(packed), packed.positions_T, attention)
     logits = janus.image_logits(hidden.index_select(0, packed.image_rows)).float()
     reference = logits.log_softmax(-1).gather(-1, packed.image_targets[:, None])
     reference = reference.view(inputs.codes.shape)

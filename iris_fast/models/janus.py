@@ -165,7 +165,7 @@ class Janus(nn.Module):
         so the logits are the same. All of it happens inside this one call, since that is when FSDP
         has the weights gathered.
         """
-        embeds_TD = self._embed_packed(packed)
+        embeds_TD = self.embed_packed(packed)
         attention = PackedAttention(
             packed.sequence_lengths, embeds_TD.device, self.attn_implementation
         )
@@ -194,7 +194,8 @@ class Janus(nn.Module):
         uncond = head.hidden(hidden_TD.index_select(0, packed.unconditional_rows)).float()
         return (uncond + packed.guidance.cfg_weight * (cond.float() - uncond)).to(cond.dtype)
 
-    def _embed_packed(self, packed: PackedBatch) -> Tensor:
+    def embed_packed(self, packed: PackedBatch) -> Tensor:
+        """Embeddings [T, D] of the text and image tokens of a packed batch."""
         # Both embeddings run on all rows and `where` picks: the rows of one kind cannot be counted
         # without waiting for the device, and the aligner is 0.3% of the decoder's work.
         is_image_T = packed.is_image_T

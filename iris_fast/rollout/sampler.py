@@ -117,7 +117,7 @@ class Sampler:
         unconditional: list[list[int]] = []
         if self.config.guided:
             unconditional = [unconditional_ids(ids, self.tokenizer) for ids in prompt_ids]
-        codes_NI, image_trace = self._sample_image(
+        codes_NI, image_trace = self.sample_image(
             prompt_ids, unconditional, sample_numbers, callback
         )
         return Rollout(
@@ -155,7 +155,7 @@ class Sampler:
         ids = [row[kept].tolist() for row, kept in zip(ids_NL, mask_NL, strict=True)]
         return ids, buffer.trace(mask_NL[:, :width])
 
-    def _sample_image(
+    def sample_image(
         self,
         prompt_ids: list[list[int]],
         unconditional: list[list[int]],
