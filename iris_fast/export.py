@@ -34,28 +34,13 @@ def export(run_folder: Path, target: Path, layout: str, dtype_name: str) -> Path
     """Write the newest complete checkpoint of `run_folder` to `target`; UserError if there is none
     or the target cannot be written."""
     import torch
-    import yaml
 
     from iris_fast.models.pretrained.save import save_janus
-    from iris_fast.preflight.inputs import open_model
-    from iris_fast.run import checkpoint
+    from iris_fast.run.trained import open_trained
 
-    config_file = run_folder / "config.yaml"
-    if not config_file.is_file():
-        raise UserError(f"run_folder: {run_folder} holds no run (no config.yaml)")
-    try:
-        model = yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"run_folder: {config_file} is damaged; restore it") from None
-    newest, faults = checkpoint.newest(run_folder / "checkpoints")
-    for fault in faults:
-        print(f"{PROGRAM}: warning: {fault}", file=sys.stderr)
-    if newest is None:
-        raise UserError(f"run_folder: {run_folder} holds no sound checkpoint; train first")
-    opened = open_model(model, torch.float32)
-    checkpoint.load_policy_weights(newest, opened.model)
-    written = save_janus(opened, target, layout, dtype=getattr(torch, dtype_name))
-    print(f"{newest} written to {written} ({layout} layout, {dtype_name})")
+    trained, checkpoint = open_trained(run_folder)
+    written = save_janus(trained, target, layout, dtype=getattr(torch, dtype_name))
+    print(f"{checkpoint} written to {written} ({layout} layout, {dtype_name})")
     return written
 
 

@@ -99,8 +99,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(trained, here
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["absent", "out"], "absent holds no run (no config.yaml)"),
-        (["empty", "out"], "empty holds no sound checkpoint"),
+        (["absent", "out"], "absent has no config.yaml"),
+        (["empty", "out"], "empty has no valid checkpoint"),
         (["odd", "out"], "odd/config.yaml is damaged"),
         (["run", "full"], "full exists already"),
         (["run", "file/out"], "cannot write file/out"),

@@ -27,8 +27,8 @@ def rollout_metrics(scored: Scored, num_generations: int, ranks: Ranks) -> dict[
         **{f"rewards/{name}": values for name, values in scored.reward_terms.items()},
         **{f"metrics/{name}": values for name, values in scored.metrics.items()},
         "cot_truncated": torch.tensor(rollout.truncated),
-        **_trace_columns("image", rollout.image),
-        **_trace_columns("text", rollout.text),
+        **trace_sums("image", rollout.image),
+        **trace_sums("text", rollout.text),
     }
     table = ranks.gather(torch.stack([values.double() for values in columns.values()], dim=1))
     mean = dict(zip(columns, table.mean(dim=0).tolist(), strict=True))
@@ -52,7 +52,8 @@ def rollout_metrics(scored: Scored, num_generations: int, ranks: Ranks) -> dict[
     return metrics
 
 
-def _trace_columns(kind: str, trace: Trace) -> dict[str, Tensor]:
+def trace_sums(kind: str, trace: Trace) -> dict[str, Tensor]:
+    """Token counts [N] and sums [N] of token statistics per sample; names start with `kind`."""
     return {
         f"{kind}_tokens": trace.mask.sum(dim=1),
         f"{kind}_nsc": trace.conditional.nsc.sum(dim=1),

@@ -1,4 +1,4 @@
-"""The embedded default: a small world of coloured shapes and a Janus to draw it."""
+"""The built-in default: a synthetic world of coloured shapes and a tiny Janus trained on it."""
 
 from iris_fast.tiny.build import MODEL_FOLDER, build_random_tiny, build_tiny
 from iris_fast.tiny.captions import HELD_OUT_FILE, PROMPTS_FILE

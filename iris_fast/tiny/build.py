@@ -1,8 +1,8 @@
 """The tiny Janus: the real architecture, tokenizer and layouts, small enough for a CPU.
 
-`build_tiny` opens the model that comes with the package, trained on the small world by
-`iris_fast.tiny.recipe.pretrain`. `build_random_tiny` makes a still smaller one in code, untrained,
-for tests: 64 pixels, 8 x 8 image tokens out of a codebook of 256, 4 layers of 128 channels.
+`build_tiny` opens the model of the package, which `iris_fast.tiny.recipe.pretrain` trained on the
+synthetic world. `build_random_tiny` builds a smaller, untrained one for tests: 64 x 64 pixels,
+8 x 8 image tokens, a codebook of 256, 4 layers of width 128.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODEL_FOLDER = Path(__file__).with_name("model")
 
 TEXT_TOKENS = 616  # 256 bytes and the merges learned from the prompts
 VOCAB_SIZE = 640  # larger than the tokenizer, as in the real checkpoints
-PLACES = "top left, top, top right, left, middle, right, bottom left, bottom, bottom right, "
+POSITIONS = "top left, top, top right, left, middle, right, bottom left, bottom, bottom right, "
 EXTRA_SPECIALS = ["<patch_placeholder>", "<|User|>", "<|Assistant|>"]
 WEIGHT_STD = 0.02
 IMAGE_LOGIT_SCALE = 0.15
@@ -58,20 +58,20 @@ TINY_CONFIG = JanusConfig(
 
 
 def build_tiny(dtype: torch.dtype = torch.float32) -> LoadedJanus:
-    """The tiny Janus of the package, trained on the small world."""
+    """Open the tiny Janus of the package, trained on the synthetic world."""
     return load_janus(MODEL_FOLDER, dtype)
 
 
 def build_random_tiny(
     seed: int = 0, dtype: torch.dtype = torch.float32, config: JanusConfig = TINY_CONFIG
 ) -> LoadedJanus:
-    """A tiny Janus with random weights: the same for the same seed, whatever was drawn before."""
+    """Build a tiny Janus with random weights that depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, vq = Janus(config), VQModel(config.vq)
         for module in model.modules():
             _initialise(module)
-        # Guidance multiplies the image logits; larger ones would leave it one token to choose.
+        # Guidance scales the image logits; larger ones would leave a single likely token.
         model.model.generation_head.vision_head.weight.data *= IMAGE_LOGIT_SCALE
         untouched = {
             name: torch.randn(shape) * WEIGHT_STD
@@ -85,8 +85,11 @@ def build_random_tiny(
 
 
 def _initialise(module: nn.Module) -> None:
-    """Embeddings and logits of size 1: with the 0.02 of large models every distribution would be as
-    good as uniform, and rewards would differ by rounding alone. The VQ keeps torch's own."""
+    """Initialise so that embeddings and logits have unit variance.
+
+    With a standard deviation of 0.02, as in large models, distributions would be nearly uniform and
+    rewards would differ by rounding alone. The VQ model keeps torch's initialisation.
+    """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if isinstance(module, nn.Linear):
         nn.init.normal_(weight, std=module.in_features**-0.5)
@@ -97,7 +100,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def build_tokenizer() -> JanusTokenizer:
-    """A byte-level BPE over the tiny prompts and the default instruction, with Janus's specials."""
+    """Train a byte-level BPE, with Janus's special tokens, on prompts and the CoT instruction."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -107,9 +110,9 @@ def build_tokenizer() -> JanusTokenizer:
         show_progress=False,
     )
     lines = [caption.text for captions in prompt_sets() for caption in captions]
-    # The instruction's words are rarer, but each CoT prompt holds all of them.
+    # Repeated, because every CoT prompt contains the whole instruction.
     lines += [load_instruction()] * 4
-    lines += [f"{colour} {shape} {PLACES}" for colour in COLOURS for shape in SHAPES]
+    lines += [f"{colour} {shape} {POSITIONS}" for colour in COLOURS for shape in SHAPES]
     backend.train_from_iterator(lines, trainer)
     specials = [*KNOWN_SPECIALS.values(), *EXTRA_SPECIALS]
     backend.add_special_tokens(

@@ -1,9 +1,9 @@
-"""The small world: coloured shapes on quiet backgrounds, described by a record and drawn from it.
+"""The synthetic world: coloured shapes on nearly grey backgrounds, as records and as images.
 
-A `Scene` is a background and a list of `Thing`s; `render` is a pure function of it. What people
-would call the content (shape, colour, place, number) is what captions speak of; what they would
-call the finish (background pattern, shading, exact size and place) no caption mentions, so that a
-model trained on this world can make simple, uniform pictures or rich ones of the same prompt.
+A `Scene` is a background and a list of `SceneObject`s; `render` is a pure function of it. Captions
+describe the content (shape, colour, position, number) and never the style (background pattern,
+shading, exact size and position), so that a model trained on this world can generate simple,
+uniform images or rich ones for the same prompt.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-SIDE = 64
+IMAGE_SIZE = 64
 Pixels = NDArray[np.uint8]
 Field = NDArray[np.float32]
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-# Hues at least 43 degrees apart, so that a blurred picture still has the colour it had.
+# Hues at least 43 degrees apart, so that blurring an image does not change the nearest colour.
 COLOURS = {
     "red": (220, 40, 40),
     "yellow": (240, 210, 40),
@@ -29,8 +29,8 @@ COLOURS = {
     "blue": (40, 80, 215),
     "purple": (165, 55, 205),
 }
-# Nearly without colour: whatever is colourful in a picture is a thing.
-TONES = (
+# Nearly grey, so that every saturated region of an image belongs to an object.
+GREYS = (
     (236, 234, 228),
     (204, 208, 214),
     (168, 164, 158),
@@ -43,18 +43,18 @@ SHADINGS = ("flat", "shaded", "glossy", "banded")
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 
-# Centres and radii come from a coarse grid: few codes then draw every edge there is.
+# In pixels. Centres and radii come from a coarse grid, so that few VQ codes cover all edges.
 GRID = 4
-SMALL, MEDIUM, LARGE = 9, 12, 17
-GAP = 4
+SMALL, MEDIUM, LARGE = 9, 12, 17  # radii
+MIN_GAP = 4  # between two objects
 
-_AXIS = np.arange(SIDE, dtype=np.float32) + 0.5
+_AXIS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
 _X, _Y = np.meshgrid(_AXIS, _AXIS)
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One shape. `x`, `y`: its centre in pixels from the top left; `radius`: half its width."""
+class SceneObject:
+    """One shape. `x`, `y`: centre in pixels from the top left; `radius`: half the width."""
 
     shape: str
     colour: str
@@ -66,18 +66,18 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `tones`: the two greys of the background pattern."""
+    """The content of an image. `greys`: indices into GREYS of the two background colours."""
 
     kind: str
     background: str
-    tones: tuple[int, int]
-    things: tuple[Thing, ...]
+    greys: tuple[int, int]
+    objects: tuple[SceneObject, ...]
 
 
 def shape_distance(shape: str, dx: Field, dy: Field, radius: float) -> Field:
-    """Signed distance-like field of a shape around 0: negative inside, about 1 per pixel.
+    """Approximate signed distance in pixels to a shape centred at 0, negative inside.
 
-    Its width is 2 * radius for every shape, so a bounding box alone does not tell the shape.
+    Every shape is 2 * radius wide, so the size of its bounding box does not reveal the shape.
     """
     ax, ay = np.abs(dx), np.abs(dy)
     if shape == "circle":
@@ -92,30 +92,30 @@ def shape_distance(shape: str, dx: Field, dy: Field, radius: float) -> Field:
     if shape == "triangle":  # apex up, as high as it is wide
         slope = (2 * ax - dy - radius) / np.float32(5**0.5)
         return np.maximum(slope, dy - radius)
-    raise ValueError(f"no shape {shape!r}: choose one of {', '.join(SHAPES)}")
+    raise ValueError(f"shape: {shape!r} is unknown; choose one of {', '.join(SHAPES)}")
 
 
 def render(scene: Scene) -> Pixels:
-    """The picture [64, 64, 3] of a scene; edges cover their pixels in part (anti-aliased)."""
-    canvas = _background(scene.background, *scene.tones)
-    for thing in scene.things:
-        dx, dy = _X - thing.x, _Y - thing.y
-        cover = np.clip(0.5 - shape_distance(thing.shape, dx, dy, thing.radius), 0, 1)[..., None]
-        canvas += cover * (_paint(thing, dx, dy) - canvas)
+    """Render a scene as an anti-aliased image, uint8 [64, 64, 3]."""
+    canvas = _background(scene.background, *scene.greys)
+    for obj in scene.objects:
+        dx, dy = _X - obj.x, _Y - obj.y
+        coverage = np.clip(0.5 - shape_distance(obj.shape, dx, dy, obj.radius), 0, 1)[..., None]
+        canvas += coverage * (_object_colour(obj, dx, dy) - canvas)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
 
 
 def render_all(scenes: list[Scene]) -> Pixels:
-    """Pictures [N, 64, 64, 3]."""
+    """Render scenes as images, uint8 [N, 64, 64, 3]."""
     return np.stack([render(scene) for scene in scenes])
 
 
 def _background(pattern: str, first: int, second: int) -> Field:
-    a, b = (np.array(TONES[tone], dtype=np.float32) for tone in (first, second))
+    a, b = (np.array(GREYS[grey], dtype=np.float32) for grey in (first, second))
     if pattern == "plain":
         mix = np.zeros_like(_X)
     elif pattern == "gradient":
-        mix = _Y / SIDE
+        mix = _Y / IMAGE_SIZE
     elif pattern == "stripes":
         mix = (_X // 8) % 2
     else:
@@ -123,74 +123,74 @@ def _background(pattern: str, first: int, second: int) -> Field:
     return a + mix[..., None] * (b - a)
 
 
-def _paint(thing: Thing, dx: Field, dy: Field) -> Field:
-    """The colour of a thing at every pixel; shading changes brightness, hardly the hue."""
-    colour = np.array(COLOURS[thing.colour], dtype=np.float32)
-    if thing.shading == "shaded":
-        return colour * (0.95 - 0.3 * np.clip(dy / thing.radius, -1, 1))[..., None]
-    if thing.shading == "banded":
+def _object_colour(obj: SceneObject, dx: Field, dy: Field) -> Field:
+    """The colour of an object at every pixel; shading changes the brightness and hardly the hue."""
+    colour = np.array(COLOURS[obj.colour], dtype=np.float32)
+    if obj.shading == "shaded":
+        return colour * (0.95 - 0.3 * np.clip(dy / obj.radius, -1, 1))[..., None]
+    if obj.shading == "banded":
         return colour * np.where((_Y // 4) % 2 == 0, 1.0, 0.7)[..., None]
-    if thing.shading == "glossy":
-        reach = (dx + 0.35 * thing.radius) ** 2 + (dy + 0.35 * thing.radius) ** 2
-        light = 0.55 * np.exp(-reach / (0.3 * thing.radius) ** 2)[..., None]
-        return colour + light * (255 - colour)
-    return np.broadcast_to(colour, (SIDE, SIDE, 3))
+    if obj.shading == "glossy":
+        squared_distance = (dx + 0.35 * obj.radius) ** 2 + (dy + 0.35 * obj.radius) ** 2
+        highlight = 0.55 * np.exp(-squared_distance / (0.3 * obj.radius) ** 2)[..., None]
+        return colour + highlight * (255 - colour)
+    return np.broadcast_to(colour, (IMAGE_SIZE, IMAGE_SIZE, 3))
 
 
 def random_scene(kind: str, rng: Generator) -> Scene:
-    """A scene of which a caption of this GenEval kind can be true."""
-    first, second = rng.permutation(len(TONES))[:2]
+    """Sample a scene that a caption of this GenEval kind can describe."""
+    first, second = rng.permutation(len(GREYS))[:2]
     background = str(rng.choice(BACKGROUNDS))
-    return Scene(kind, background, (int(first), int(second)), tuple(_things(kind, rng)))
+    return Scene(kind, background, (int(first), int(second)), tuple(_random_objects(kind, rng)))
 
 
 def random_scenes(count: int, seed: int) -> list[Scene]:
-    """`count` scenes, the kinds in turn; the same for the same seed."""
+    """Sample `count` scenes, cycling through the kinds; deterministic for a seed."""
     rng = np.random.default_rng(seed)
     return [random_scene(KINDS[i % len(KINDS)], rng) for i in range(count)]
 
 
-def _things(kind: str, rng: Generator) -> list[Thing]:
+def _random_objects(kind: str, rng: Generator) -> list[SceneObject]:
     shapes = [str(name) for name in rng.permutation(SHAPES)]
     colours = [str(name) for name in rng.permutation(list(COLOURS))]
     shading = str(rng.choice(SHADINGS))
     if kind in ("single_object", "colors"):
         radius = int(rng.choice((MEDIUM, LARGE)))
-        spots = [tuple(_snap(rng.uniform(radius + 1, SIDE - radius - 1, 2)))]
+        centres = [tuple(_snap_to_grid(rng.uniform(radius + 1, IMAGE_SIZE - radius - 1, 2)))]
         radii = [radius]
     elif kind == "counting":
         number = int(rng.integers(2, 5))
         radii = [SMALL if number > 2 else int(rng.choice((SMALL, MEDIUM)))] * number
-        spots = _corners(number, 2 * radii[0] + GAP, rng)
+        centres = _corner_centres(number, 2 * radii[0] + MIN_GAP, rng)
         shapes, colours = shapes[:1] * number, colours[:1] * number
     else:
         radii = [int(rng.choice((SMALL, MEDIUM))) for _ in range(2)]
-        spots = _pair(radii, rng)
+        centres = _pair_centres(radii, rng)
     return [
-        Thing(shapes[i], colours[i], radii[i], int(spot[0]), int(spot[1]), shading)
-        for i, spot in enumerate(spots)
+        SceneObject(shapes[i], colours[i], radii[i], int(centre[0]), int(centre[1]), shading)
+        for i, centre in enumerate(centres)
     ]
 
 
-def _pair(radii: list[int], rng: Generator) -> list[NDArray[np.int64]]:
-    """Two centres, clearly beside or clearly above each other."""
-    low, high = max(radii) + 2, SIDE - max(radii) - 2
+def _pair_centres(radii: list[int], rng: Generator) -> list[NDArray[np.int64]]:
+    """Two centres, one clearly to the side of or clearly above the other."""
+    low, high = max(radii) + 2, IMAGE_SIZE - max(radii) - 2
     while True:
-        spots = [_snap(rng.uniform(low, high, 2)) for _ in range(2)]
-        near, far = sorted(np.abs(spots[0] - spots[1]))
-        if far >= sum(radii) + GAP and near <= 2 * GRID:
-            return spots
+        centres = [_snap_to_grid(rng.uniform(low, high, 2)) for _ in range(2)]
+        near, far = sorted(np.abs(centres[0] - centres[1]))
+        if far >= sum(radii) + MIN_GAP and near <= 2 * GRID:
+            return centres
 
 
-def _corners(number: int, apart: int, rng: Generator) -> list[NDArray[np.int64]]:
-    """Centres near different corners of a square, `apart` or more from each other on an axis."""
+def _corner_centres(number: int, distance: int, rng: Generator) -> list[NDArray[np.int64]]:
+    """Centres near different corners of a square, at least `distance` apart along one axis."""
     while True:
         corners = rng.permutation(4)[:number]
-        centres = np.stack([16 + 32 * (corners % 2), 16 + 32 * (corners // 2)], axis=1)
-        spots = [_snap(centre + rng.uniform(-6, 6, 2)) for centre in centres]
-        if all(np.abs(a - b).max() >= apart for a, b in combinations(spots, 2)):
-            return spots
+        points = np.stack([16 + 32 * (corners % 2), 16 + 32 * (corners // 2)], axis=1)
+        centres = [_snap_to_grid(point + rng.uniform(-6, 6, 2)) for point in points]
+        if all(np.abs(a - b).max() >= distance for a, b in combinations(centres, 2)):
+            return centres
 
 
-def _snap(point: NDArray[np.float64]) -> NDArray[np.int64]:
+def _snap_to_grid(point: NDArray[np.float64]) -> NDArray[np.int64]:
     return (np.round(np.asarray(point) / GRID) * GRID).astype(np.int64)

@@ -1,4 +1,4 @@
-"""The trained model that comes with the package."""
+"""The trained model of the package."""
 
 import json
 
@@ -16,15 +16,15 @@ from iris_fast.rollout.sampler import Sampler
 from iris_fast.tiny import HELD_OUT_FILE, MODEL_FOLDER, build_tiny
 from iris_fast.tiny.recipe.measure import (
     MEASURED_FILE,
-    draw_held_out,
-    model_accuracy,
-    reconstruct,
+    accuracy_by_kind,
+    generate_images,
     verifier_rates,
+    vq_reconstruction,
 )
 from iris_fast.tiny.recipe.pretrain_vq import encode_all
 from iris_fast.tiny.world import COLOURS, SHAPES, random_scenes, render_all
 
-# Pretraining draws its scenes from other seeds.
+# Pretraining uses other seeds.
 FRESH_SEED = 90210
 
 
@@ -52,7 +52,7 @@ def test_opens_from_both_layouts(shipped, tmp_path):
 
 
 def test_accuracy_is_as_stated(shipped):
-    """On every second held-out prompt; the bound is three standard deviations of so few draws."""
+    """On every second held-out prompt; the tolerance is about three standard deviations."""
     stated = json.loads(MEASURED_FILE.read_text())
     preset = PRESETS["tiny"]
     config = GenerateConfig(
@@ -67,22 +67,22 @@ def test_accuracy_is_as_stated(shipped):
     ]
     assert 0.40 <= of_preset["mean"] <= 0.85
     prompts = read_prompts(str(HELD_OUT_FILE))[::2]
-    rows, _ = draw_held_out(shipped, config, prompts, 1)
-    assert model_accuracy(prompts, rows)["mean"] == pytest.approx(of_preset["mean"], abs=0.2)
+    rows, _ = generate_images(shipped, config, prompts, 1)
+    assert accuracy_by_kind(prompts, rows)["mean"] == pytest.approx(of_preset["mean"], abs=0.2)
 
 
-def test_codebook_is_fully_alive(shipped):
+def test_all_codes_are_used(shipped):
     codes = encode_all(shipped.vq, render_all(random_scenes(1500, FRESH_SEED)))
     assert len(codes.unique()) == shipped.config.codebook_size
 
 
-def test_reconstructions_keep_what_is_shown(shipped):
-    pictures = render_all(random_scenes(60, FRESH_SEED))
-    error = np.abs(reconstruct(shipped.vq)(pictures).astype(float) - pictures).mean()
+def test_reconstructions_keep_the_objects(shipped):
+    images = render_all(random_scenes(60, FRESH_SEED))
+    error = np.abs(vq_reconstruction(shipped.vq)(images).astype(float) - images).mean()
     assert error < 12
-    rates = verifier_rates(40, FRESH_SEED, reconstruct(shipped.vq))
+    rates = verifier_rates(40, FRESH_SEED, vq_reconstruction(shipped.vq))
     assert np.mean([accepted for accepted, _ in rates.values()]) > 0.75
-    assert min(refused for _, refused in rates.values()) > 0.9
+    assert min(rejected for _, rejected in rates.values()) > 0.9
 
 
 def test_chain_of_thought_is_written(shipped):

@@ -7,7 +7,7 @@ from iris_fast.models.vq import VQModel
 from iris_fast.tiny.recipe.pretrain import DECODER_RECIPE, block_scenes
 from iris_fast.tiny.recipe.pretrain_decoder import DecoderRecipe, Phase, phase_at, train_decoder
 from iris_fast.tiny.recipe.pretrain_vq import VQ_CONFIG
-from iris_fast.tiny.recipe.training import Course, load_state
+from iris_fast.tiny.recipe.training import StageProgress, load_state
 from iris_fast.tiny.world import random_scenes
 
 PHASES = (
@@ -47,14 +47,14 @@ def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path):
         return random_scenes(20, 50 + number), codes
 
     stop_at = 0
-    whole = train_decoder(block, vq, tmp_path / "whole.pt", RECIPE, Course(save_every_s=0))
+    whole = train_decoder(block, vq, tmp_path / "whole.pt", RECIPE, StageProgress(save_every_s=0))
     assert asked == [0, 0, 1, 2, 3]
     asked, stop_at = [], 4
     with pytest.raises(KeyboardInterrupt):
-        train_decoder(block, vq, tmp_path / "parts.pt", RECIPE, Course(save_every_s=0))
+        train_decoder(block, vq, tmp_path / "parts.pt", RECIPE, StageProgress(save_every_s=0))
     assert load_state(tmp_path / "parts.pt")["step"] == 3
     stop_at = 0
-    parts = train_decoder(block, vq, tmp_path / "parts.pt", RECIPE, Course(save_every_s=0))
+    parts = train_decoder(block, vq, tmp_path / "parts.pt", RECIPE, StageProgress(save_every_s=0))
     assert asked == [0, 0, 1, 2, 2, 3]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(parts.model.state_dict()[name], tensor), name

@@ -1,1 +1,1 @@
-"""How the tiny model was made and measured."""
+"""How the tiny model was pretrained, measured and used for ablations."""

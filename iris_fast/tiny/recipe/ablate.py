@@ -1,19 +1,18 @@
-"""The paper's ablations in the small world: every arm trained from several seeds, then measured.
+"""Run the paper's ablations in the synthetic world: train every arm from several seeds, measure.
 
     python -m iris_fast.tiny.recipe.ablate [--runs runs/ablation] [--jobs 2] [--dry_run true]
 
-An arm is the preset `tiny` with the changes in `ARMS`. Each arm and seed is one ordinary training
-run in RUNS/ARM-SEED, measured on the held-out prompts as it is trained to draw, with the same
-random numbers before and after and for every arm. What is finished is not done again: after a stop,
-start the same command. RUNS/results.json holds what was measured, ablation.md and ablation.svg show
-it.
+An arm is the preset `tiny` with the changes in `ARMS`. Each arm and seed is one training run in
+RUNS/ARM-SEED. It is measured on the held-out prompts with its own sampling settings and with the
+same random numbers before and after training and in every arm. After an interruption, the same
+command runs what is missing. The measurements are in RUNS/results.json; ablation.md and
+ablation.svg show them.
 
-Nothing is tuned here: all hyperparameters are the preset's, and were chosen on other seeds.
+Nothing is tuned here: all hyperparameters are those of the preset, chosen on other seeds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,16 +20,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from iris_fast.cli import CommandParser
 from iris_fast.config import PRESETS, TrainConfig
 from iris_fast.errors import UserError, report_error, require, writing
 from iris_fast.run.log import read_metrics
 from iris_fast.run.provenance import commit, hardware
 from iris_fast.tiny import HELD_OUT_FILE
-from iris_fast.tiny.recipe.ablation_page import draw, page
+from iris_fast.tiny.recipe.ablation_page import figure, page
 
 PROGRAM = "iris_fast.tiny.recipe.ablate"
 Settings = dict[str, Any]
@@ -47,18 +47,17 @@ ARMS: dict[str, Settings] = {
     "no_cot": {"cot": False},
     "direct": {"objective": "direct"},
 }
-# None of them, nor that of the measurement, is one that the preset was chosen with: 1 for its
-# learning rate, 42 for its guidance.
+# None of these is a seed that the preset was chosen with: 1 (learning rate) and 42 (guidance).
 SEEDS = [11, 12, 13]
-MEASURING_SEED = 7
+MEASUREMENT_SEED = 7
 SAMPLES = 8
-# One thread of a 2-core AMD EPYC: what --dry_run reckons with.
-START_S, STEP_S, PICTURE_S = 5.0, 1.2, 0.04
+# Seconds on one thread of a 2-core AMD EPYC, for the estimate of --dry_run.
+STARTUP_S, STEP_S, IMAGE_S = 5.0, 1.2, 0.04
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run. `settings` are shared by all arms; `samples` pictures a prompt."""
+    """The runs of an ablation: `settings` of all arms, `samples` images per held-out prompt."""
 
     folder: Path
     arms: dict[str, Settings] = field(default_factory=lambda: ARMS)
@@ -69,13 +68,13 @@ class Plan:
     jobs: int = 2
 
     def runs(self) -> list[Run]:
-        """Seed by seed, so that a stop leaves whole rounds."""
+        """All runs, grouped by seed, so that an interruption leaves complete seeds."""
         return [Run(self, arm, seed) for seed in self.seeds for arm in self.arms]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm from one seed."""
+    """One arm with one seed."""
 
     plan: Plan
     arm: str
@@ -83,28 +82,28 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Of the training run."""
+        """Folder of the training run."""
         return self.plan.folder / f"{self.arm}-{self.seed}"
 
     @property
     def config(self) -> TrainConfig:
-        """All settings; UserError where the given ones contradict each other."""
-        return TrainConfig(**PRESETS["tiny"] | self._given())
+        """All settings; UserError if they contradict each other."""
+        return TrainConfig(**PRESETS["tiny"] | self._overrides())
 
     @property
-    def before(self) -> Path:
-        """What is measured of the untrained model, drawing as this run does."""
+    def before_file(self) -> Path:
+        """Measurements of the initial model with this run's sampling settings."""
         config, samples = self.config, self.plan.samples
         name = f"before-cot_{config.cot}-cfg_{config.cfg_weight:g}-x{samples}.json".lower()
         return self.plan.folder / name
 
     @property
-    def after(self) -> Path:
-        """What is measured of the trained one."""
+    def after_file(self) -> Path:
+        """Measurements of the trained model."""
         return self.folder / f"held_out-x{self.plan.samples}.json"
 
     def check(self) -> None:
-        """Raise UserError if the folder holds a run of other settings."""
+        """Raise UserError if the folder contains a run with other settings."""
         path = self.folder / "config.yaml"
         if not path.is_file():
             return
@@ -112,40 +111,44 @@ class Run:
         for name, value in asdict(self.config).items():
             if name != "output_dir" and found.get(name) != value:
                 raise UserError(
-                    f"runs: {self.folder} was run with {name} {found.get(name)}, and now {name} is "
-                    f"{value}; give the same, or another --runs folder"
+                    f"runs: {self.folder} has {name} {found.get(name)}, this command {name} "
+                    f"{value}; give the same settings or another --runs folder"
                 )
 
     def train(self) -> None:
-        """Train to the end, or go on; UserError if that does not get there."""
+        """Start or resume training; UserError if it stops before the last step."""
         flags = [
-            f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in self._given().items()
+            f"--{k}={v if isinstance(v, str) else json.dumps(v)}"
+            for k, v in self._overrides().items()
         ]
         if (self.folder / "config.yaml").is_file():
             flags.append("--resume_from_checkpoint=true")
-        call(["iris_fast.train", *flags], self.folder)
+        log = self.folder.parent / f"{self.folder.name}.log"
+        run_command(["iris_fast.train", *flags], log)
         rows = read_metrics(self.folder / "metrics.jsonl")
         if not rows or rows[-1]["step"] < self.config.max_steps:
-            raise UserError(f"{self.folder} was stopped; start the same command again to go on")
+            raise UserError(
+                f"runs: {self.folder} was interrupted; run the same command to resume it"
+            )
 
-    def measure(self, target: Path, *words: str) -> None:
-        """The held-out prompts drawn as this run does, by the model that `words` name."""
+    def measure(self, target: Path, *arguments: str) -> None:
+        """Measure the initial model, or the one that `arguments` name, and write `target`."""
         config, plan = self.config, self.plan
-        words += ("--prompts", str(plan.prompts), "--samples", str(plan.samples))
-        words += ("--cfg_weight", str(config.cfg_weight), "--seed", str(MEASURING_SEED))
-        words += ("--cot",) * config.cot
-        call(
-            ["iris_fast.tiny.recipe.measure", *words, "--json", str(target)], target.with_suffix("")
-        )
+        command = ["iris_fast.tiny.recipe.measure", *arguments, "--json", str(target)]
+        command += ["--prompts", str(plan.prompts), "--samples", str(plan.samples)]
+        command += ["--cfg_weight", str(config.cfg_weight), "--seed", str(MEASUREMENT_SEED)]
+        if config.cot:
+            command.append("--cot")
+        run_command(command, target.with_suffix(".log"))
 
     def finish(self) -> str:
-        """All of it that is not there yet; a line that says so."""
-        if not self.after.is_file():
+        """Train and measure unless that is done already; return a summary line."""
+        if not self.after_file.is_file():
             self.train()
-            self.measure(self.after, "--run", str(self.folder))
-        return f"{self.folder.name}: accuracy {read(self.after)['mean']:.3f}"
+            self.measure(self.after_file, "--run", str(self.folder))
+        return f"{self.folder.name}: accuracy {read_measurements(self.after_file)['mean']:.3f}"
 
-    def _given(self) -> Settings:
+    def _overrides(self) -> Settings:
         steps = self.plan.settings.get("max_steps", PRESETS["tiny"]["max_steps"])
         shared = {"preset": "tiny", "save_steps": 0, "sample_steps": steps} | self.plan.settings
         return (
@@ -153,58 +156,59 @@ class Run:
         )
 
 
-def call(words: list[str], log: Path) -> None:
-    """Run one of the package's commands on one thread, its output into LOG.log; UserError, with the
-    last line of it, if it fails."""
-    path = log.parent / f"{log.name}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", *words],
+def run_command(command: list[str], log: Path) -> None:
+    """Run a module with its arguments on one thread and write its output to `log`.
+
+    Raises UserError with the last line of the output if the command fails.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        finished = subprocess.run(
+            [sys.executable, "-m", *command],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
             check=False,
         )
-    if done.returncode:
-        last = path.read_text(encoding="utf-8").strip().rpartition("\n")[2]
-        raise UserError(f"{words[0]} ended with {done.returncode}: {last} (all of it: {path})")
+    if finished.returncode:
+        last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+        raise UserError(f"{command[0]} exited with {finished.returncode}: {last} (log: {log})")
 
 
-def read(path: Path) -> dict[str, float]:
-    """What `iris_fast.tiny.recipe.measure --json` wrote of one setting."""
+def read_measurements(path: Path) -> dict[str, float]:
+    """Read a file that `iris_fast.tiny.recipe.measure --json` wrote for one setting."""
     (measured,) = json.loads(path.read_text(encoding="utf-8")).values()
     return measured
 
 
 def ablate(plan: Plan) -> dict[str, Any]:
-    """Do what is not done yet, and write RUNS/results.json, ablation.md and ablation.svg.
+    """Run what is missing; write RUNS/results.json, ablation.md and ablation.svg.
 
-    A run that fails does not keep the others from going on, and is named in the results. UserError
-    if a folder holds a run of other settings.
+    A failed run does not stop the others and is listed in the results. Raises UserError if a folder
+    contains a run with other settings.
     """
     runs = plan.runs()
     for run in runs:
         run.check()
     with writing("runs", plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
-    for run in {run.before: run for run in runs}.values():
-        if not run.before.is_file():
-            run.measure(run.before)
-    results = gather(plan, finish_all(runs, plan.jobs))
-    pages = {
+    for run in {run.before_file: run for run in runs}.values():
+        if not run.before_file.is_file():
+            run.measure(run.before_file)
+    results = collect_results(plan, finish_all(runs, plan.jobs))
+    files = {
         "results.json": json.dumps(results, indent=2) + "\n",
         "ablation.md": page(results),
-        "ablation.svg": draw(results),
+        "ablation.svg": figure(results),
     }
-    for name, text in pages.items():
+    for name, text in files.items():
         with writing("runs", plan.folder / name):
             (plan.folder / name).write_text(text, encoding="utf-8")
     return results
 
 
 def finish_all(runs: list[Run], jobs: int) -> dict[str, str]:
-    """Finish all runs, `jobs` at a time; the names of those that failed, and why."""
+    """Finish all runs, `jobs` in parallel; return the failed ones with their errors."""
     failed = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(run.finish): run.folder.name for run in runs}
@@ -215,23 +219,24 @@ def finish_all(runs: list[Run], jobs: int) -> dict[str, str]:
                 except UserError as error:
                     failed[futures[future]] = str(error)
                     print(f"{futures[future]}: {error}", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:  # the commands under way have had it too
+        except KeyboardInterrupt:  # the running commands received it too
             pool.shutdown(cancel_futures=True)
             raise
     return failed
 
 
-def gather(plan: Plan, failed: dict[str, str]) -> dict[str, Any]:
-    """All that was measured, with what it came from."""
+def collect_results(plan: Plan, failed: dict[str, str]) -> dict[str, Any]:
+    """All measurements, with the commit, hardware and settings that they are from."""
     arms: dict[str, Any] = {
         arm: {"settings": settings, "before": {}, "after": {}}
         for arm, settings in plan.arms.items()
     }
     for run in plan.runs():
-        arms[run.arm]["before"] = read(run.before)
-        if run.after.is_file():
+        arms[run.arm]["before"] = read_measurements(run.before_file)
+        if run.after_file.is_file():
             kl = read_metrics(run.folder / "metrics.jsonl")[-1]["kl"]
-            arms[run.arm]["after"][str(run.seed)] = read(run.after) | {"kl": round(kl, 4)}
+            measured = read_measurements(run.after_file) | {"kl": round(kl, 4)}
+            arms[run.arm]["after"][str(run.seed)] = measured
     steps = plan.settings.get("max_steps", PRESETS["tiny"]["max_steps"])
     return {
         "commit": commit(),
@@ -244,53 +249,55 @@ def gather(plan: Plan, failed: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def tell_plan(plan: Plan) -> None:
-    """The runs, which are done, and about how long the others take."""
-    left = [run for run in plan.runs() if not run.after.is_file()]
+def print_plan(plan: Plan) -> None:
+    """Print all runs, whether each is done, and an estimate of the remaining time."""
+    remaining = [run for run in plan.runs() if not run.after_file.is_file()]
     for run in plan.runs():
         changes = " ".join(f"{name} {value}" for name, value in plan.arms[run.arm].items())
-        state = "to do" if run in left else "done"
-        print(f"{run.folder.name:24} {state:6} {changes}")
-    pictures = plan.samples * len(plan.prompts.read_text(encoding="utf-8").splitlines())
-    measuring = START_S + PICTURE_S * pictures
-    seconds = sum(START_S + STEP_S * run.config.max_steps + measuring for run in left)
-    seconds = seconds / plan.jobs + measuring * len(
-        {run.before for run in plan.runs() if not run.before.is_file()}
-    )
-    print(f"{len(left)} runs to do, about {seconds / 60:.0f} min with {plan.jobs} side by side")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports an error as a UserError: one line, as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists what there is")
+        status = "to do" if run in remaining else "done"
+        print(f"{run.folder.name:24} {status:6} {changes}")
+    num_prompts = len(plan.prompts.read_text(encoding="utf-8").splitlines())
+    measure_s = STARTUP_S + IMAGE_S * plan.samples * num_prompts
+    runs_s = sum(STARTUP_S + STEP_S * run.config.max_steps + measure_s for run in remaining)
+    before = {run.before_file for run in plan.runs() if not run.before_file.is_file()}
+    minutes = (runs_s / plan.jobs + measure_s * len(before)) / 60
+    print(f"{len(remaining)} runs to do, about {minutes:.0f} min with {plan.jobs} in parallel")
 
 
 def main() -> int:
-    """The command; its exit code."""
-    parser = _Parser(prog=PROGRAM, description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side; default: 2")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="SEED")
-    parser.add_argument("--max_steps", type=int, default=PRESETS["tiny"]["max_steps"])
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="pictures a held-out prompt")
-    parser.add_argument("--dry_run", choices=("true", "false"), default="false")
+    """Run the command and return its exit code."""
+    parser = CommandParser(prog=PROGRAM, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="runs in parallel; default: 2")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=SEEDS, metavar="SEED", help="default: 11 12 13"
+    )
+    parser.add_argument(
+        "--max_steps", type=int, default=PRESETS["tiny"]["max_steps"], help="training steps per run"
+    )
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="images per held-out prompt")
+    parser.add_argument(
+        "--dry_run", choices=("true", "false"), default="false", help="only list the runs"
+    )
     try:
-        asked = parser.parse_args()
+        options = parser.parse_args()
         for name in ("jobs", "samples"):
-            require(getattr(asked, name) >= 1, name, getattr(asked, name), "give 1 or more")
+            require(getattr(options, name) >= 1, name, getattr(options, name), "give 1 or more")
         plan = Plan(
-            folder=asked.runs,
-            arms={name: ARMS[name] for name in ARMS if name in asked.arms},
-            seeds=list(dict.fromkeys(asked.seeds)),
-            settings={"max_steps": asked.max_steps},
-            samples=asked.samples,
-            jobs=asked.jobs,
+            folder=options.runs,
+            arms={name: ARMS[name] for name in ARMS if name in options.arms},
+            seeds=list(dict.fromkeys(options.seeds)),
+            settings={"max_steps": options.max_steps},
+            samples=options.samples,
+            jobs=options.jobs,
         )
-        if asked.dry_run == "true":
-            tell_plan(plan)
+        if options.dry_run == "true":
+            print_plan(plan)
             return 0
         failed = ablate(plan)["failed"]
         print(f"results: {plan.folder / 'ablation.md'}")
@@ -298,7 +305,7 @@ def main() -> int:
     except UserError as error:
         return report_error(PROGRAM, error)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
 
 

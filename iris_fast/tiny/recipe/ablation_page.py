@@ -1,7 +1,7 @@
-"""The ablation's results as a page of Markdown and a figure, for `iris_fast.tiny.recipe.ablate`.
+"""Markdown page and SVG figure of an ablation's results, for `iris_fast.tiny.recipe.ablate`.
 
-Nothing is left out and nothing is judged by hand: what the paper finds is written down in `PAPER`,
-and a rule says whether the small world shows the same.
+Both show all results. `PAPER` lists the paper's findings; the rule in `verdict` decides whether the
+synthetic world reproduces each of them.
 """
 
 from __future__ import annotations
@@ -24,43 +24,44 @@ MEASURES = {
     "kl": "KL",
 }
 BASE = "nsc"
-UNTRAINED = "untrained"
-# What the paper (arXiv 2509.25562) finds, or chose for its method, where an arm differs from it.
+INITIAL = "initial model"
+# What the paper (arXiv 2509.25562) finds, or which choice of its method an arm changes.
 PAPER = {
-    ("mean", UNTRAINED): "finds: training helps",
-    ("mean", "sc"): "finds: uncertainty, not certainty, improves images",
-    ("mean", "image_nsc_text_sc"): "chose: NSC of the text too",
-    ("mean", "image_sc_text_nsc"): "chose: NSC of the image too",
-    ("mean", "backward_kl"): "finds: KL(U, p) does better than entropy",
-    ("mean", "no_cot"): "chose: a chain of thought",
+    ("mean", INITIAL): "finds: training helps",
+    ("mean", "sc"): "finds: rewarding uncertainty, not certainty, improves images",
+    ("mean", "image_nsc_text_sc"): "uses NSC of text and image",
+    ("mean", "image_sc_text_nsc"): "uses NSC of text and image",
+    ("mean", "backward_kl"): "finds: KL(U, p) is a better reward than entropy",
+    ("mean", "no_cot"): "uses a chain of thought",
     ("mean", "direct"): "finds: direct optimisation collapses",
-    ("diversity", "sc"): "finds: certain models draw uniform images",
-    ("richness", "sc"): "finds: certain models draw simple images",
+    ("diversity", "sc"): "finds: certain models generate uniform images",
+    ("richness", "sc"): "finds: certain models generate simple images",
 }
-OFF_SCALE = "direct"  # lies so far from the others that they would be one dot on its scale
+OFF_SCALE = "direct"  # ignored for the axis ranges: its values are far from all others
 COLUMNS, PANEL_WIDTH, LABEL_WIDTH, LINE, HEAD, FOOT = 3, 360, 130, 16, 26, 22
 
 
 def page(results: Results) -> str:
-    """Markdown: what was run, everything measured, and where that agrees with the paper."""
+    """The results as Markdown: setup, all measurements, and the comparison with the paper."""
     seeds = ", ".join(map(str, results["seeds"]))
     parts = [
-        "# Ablations in the small world",
-        f"{results['steps']} steps from seeds {seeds}, every arm with the hyperparameters of the "
-        f"preset `tiny`, each measured on {results['pictures']} pictures of the held-out prompts, "
-        "with the same random numbers before and after. Mean ± standard deviation over seeds. "
-        f"Commit {results['commit']}; {results['hardware']}.",
-        "![every arm and seed](ablation.svg)",
-        "A dot is a run, a bar the mean of an arm, a dashed line the untrained model. Direct "
-        "optimisation does not shape the scales: where it lies off them it is put at the edge.",
+        "# Ablations in the synthetic world",
+        f"{results['steps']} training steps with seeds {seeds}. All arms use the hyperparameters "
+        f"of the preset `tiny` and are measured on {results['pictures']} images of the held-out "
+        "prompts, with the same random numbers before and after training. Values are mean ± "
+        f"standard deviation over seeds. Commit {results['commit']}; {results['hardware']}.",
+        "![Results of all arms and seeds](ablation.svg)",
+        "Dots are runs, solid bars the mean of an arm, dashed bars the initial model. The axes "
+        "ignore direct optimisation; its values outside the axes are shown at the edge.",
         table(results),
-        "NSC is per token (nats), KL that to the untrained model per token in the last step "
-        "(nats). Accuracy is the mean of the six kinds.",
-        "## The paper's reward against the others",
+        "Accuracy is the share of images that the verifier accepts, averaged over the six kinds. "
+        "NSC is per token, in nats. KL is the divergence from the initial model per token in the "
+        "last training step, in nats.",
+        "## The paper's reward compared with the other arms",
         comparison(results),
-        "Differences are taken seed by seed. Agrees: the paper's side is ahead from every seed; "
-        "disagrees: behind from every one; else undecided. With three seeds and no effect at all, "
-        "one in four comes out one way or the other.",
+        "Differences are per seed. The synthetic world agrees with the paper if the difference is "
+        "positive for every seed, disagrees if it is negative for every seed, and is undecided "
+        "otherwise. With three seeds and no effect, one comparison in four is decided by chance.",
     ]
     if results["failed"]:
         parts += ["## Not finished", *(f"- {k}: {v}" for k, v in results["failed"].items())]
@@ -68,64 +69,71 @@ def page(results: Results) -> str:
 
 
 def table(results: Results) -> str:
-    """A line an arm, and one for each way of drawing with the untrained model."""
+    """Table with one row per arm, and one for the initial model per distinct sampling setting."""
     lines = [f"| arm | {' | '.join(MEASURES.values())} |", "|---|" + "---|" * len(MEASURES)]
-    starts: dict[str, tuple[str, dict[str, float]]] = {}
+    initial: dict[str, tuple[str, dict[str, float]]] = {}
     for name, arm in results["arms"].items():
-        starts.setdefault(str(arm["before"]), (name, arm["before"]))
-    for name, before in starts.values():
+        initial.setdefault(str(arm["before"]), (name, arm["before"]))
+    for name, before in initial.values():
         shown = [f"{before[key]:.3f}" if key in before else "" for key in MEASURES]
-        lines.append(f"| untrained, drawn as {name} | {' | '.join(shown)} |")
+        lines.append(f"| initial model, sampled as {name} | {' | '.join(shown)} |")
     for name, arm in results["arms"].items():
         runs = list(arm["after"].values())
-        shown = [spread([run[key] for run in runs if key in run]) for key in MEASURES]
+        shown = [mean_and_std([run[key] for run in runs if key in run]) for key in MEASURES]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
 def comparison(results: Results) -> str:
-    """The paper's arm minus its own start and each other: accuracy, and where the paper says
-    something of it, another measure."""
+    """Table of differences between the paper's arm and the others, and the paper's findings.
+
+    It compares accuracy for every arm, and other measures where `PAPER` has a finding.
+    """
     lines = [
-        f"| {BASE} minus | of | difference | the paper | the small world |",
+        f"| {BASE} minus | measure | difference | paper | synthetic world |",
         "|---|---|---|---|---|",
     ]
-    others = [UNTRAINED, *(name for name in results["arms"] if name != BASE)]
-    asked = [("mean", name) for name in others]
-    asked += [pair for pair in PAPER if pair[0] != "mean" and pair[1] in others]
-    for measure, name in asked:
-        found, claim = gaps(results, measure, name), PAPER.get((measure, name), "")
-        told = verdict(found) if claim else ""
-        lines.append(f"| {name} | {MEASURES[measure]} | {spread(found)} | {claim} | {told} |")
+    others = [INITIAL, *(name for name in results["arms"] if name != BASE)]
+    compared = [("mean", name) for name in others]
+    compared += [pair for pair in PAPER if pair[0] != "mean" and pair[1] in others]
+    for measure, name in compared:
+        values, claim = differences(results, measure, name), PAPER.get((measure, name), "")
+        outcome = verdict(values) if claim else ""
+        lines.append(
+            f"| {name} | {MEASURES[measure]} | {mean_and_std(values)} | {claim} | {outcome} |"
+        )
     return "\n".join(lines)
 
 
-def gaps(results: Results, measure: str, name: str) -> list[float]:
-    """What the paper's arm has more of a measure than arm `name`, or than its start, per seed."""
+def differences(results: Results, measure: str, name: str) -> list[float]:
+    """Per seed: a measure of the paper's arm minus that of arm `name` or of the initial model."""
     base = results["arms"].get(BASE, {"before": {}, "after": {}})
     ours = {seed: run[measure] for seed, run in base["after"].items()}
-    if name == UNTRAINED:
+    if name == INITIAL:
         return [value - base["before"][measure] for value in ours.values()]
     theirs = {seed: run[measure] for seed, run in results["arms"][name]["after"].items()}
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def verdict(gaps: list[float]) -> str:
-    """Whether a difference that the paper finds positive is so from every seed."""
-    if gaps and min(gaps) > 0:
+def verdict(values: list[float]) -> str:
+    """Whether differences that are positive in the paper are positive for every seed."""
+    if values and min(values) > 0:
         return "agrees"
-    return "disagrees" if gaps and max(gaps) < 0 else "undecided"
+    return "disagrees" if values and max(values) < 0 else "undecided"
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation, as far as there are values."""
+def mean_and_std(values: list[float]) -> str:
+    """`mean ± standard deviation`, the mean alone for one value, nothing for none."""
     if not values:
         return ""
     return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def draw(results: Results) -> str:
-    """SVG: a panel a measure, a line an arm; a dot a seed, a bar their mean, a dash the start."""
+def figure(results: Results) -> str:
+    """The results as SVG with one panel per measure and one line per arm.
+
+    Dots are seeds, solid bars their mean, dashed bars the initial model.
+    """
     height = HEAD + LINE * len(results["arms"]) + FOOT
     rows = -(-len(MEASURES) // COLUMNS)
     panels = [
@@ -147,18 +155,18 @@ def _panel(results: Results, key: str, title: str) -> str:
         name: [run[key] for run in arm["after"].values() if key in run]
         for name, arm in arms.items()
     }
-    starts = {name: arm["before"][key] for name, arm in arms.items() if key in arm["before"]}
-    scale = [mine for name, mine in values.items() if name != OFF_SCALE] or values.values()
-    shown = [*(value for mine in scale for value in mine), *starts.values()]
+    initial = {name: arm["before"][key] for name, arm in arms.items() if key in arm["before"]}
+    on_scale = [runs for name, runs in values.items() if name != OFF_SCALE] or values.values()
+    shown = [*(value for runs in on_scale for value in runs), *initial.values()]
     low, high = (min(shown), max(shown)) if shown else (0.0, 0.0)
     left, right = LABEL_WIDTH, PANEL_WIDTH - 20
 
-    def place(value: float) -> str:
+    def x_of(value: float) -> str:
         share = (value - low) / ((high - low) or 1)
         return f"{left + (right - left) * min(max(share, 0.0), 1.0):.1f}"
 
-    def mark(value: float, y: int, style: str) -> str:
-        x = place(value)
+    def bar(value: float, y: int, style: str) -> str:
+        x = x_of(value)
         return f"<line x1='{x}' x2='{x}' y1='{y - 6}' y2='{y + 6}' {style}/>"
 
     parts = [f"<text x='{left}' y='14' font-weight='bold'>{escape(title)}</text>"]
@@ -168,15 +176,15 @@ def _panel(results: Results, key: str, title: str) -> str:
             f"<text x='{left - 10}' y='{y + 4}' text-anchor='end'>{escape(name)}</text>",
             f"<line x1='{left}' x2='{right}' y1='{y}' y2='{y}' stroke='#ddd'/>",
         ]
-        if name in starts:
-            parts.append(mark(starts[name], y, "stroke='#777' stroke-dasharray='2 2'"))
+        if name in initial:
+            parts.append(bar(initial[name], y, "stroke='#777' stroke-dasharray='2 2'"))
         parts += [
-            f"<circle cx='{place(value)}' cy='{y}' r='3' fill='#b45309' opacity='.6'/>"
+            f"<circle cx='{x_of(value)}' cy='{y}' r='3' fill='#b45309' opacity='.6'/>"
             for value in values[name]
         ]
         if values[name]:
             mean = fmean(values[name])
-            parts.append(mark(mean, y, "stroke='#1d4ed8' stroke-width='2.5'"))
+            parts.append(bar(mean, y, "stroke='#1d4ed8' stroke-width='2.5'"))
             if not low <= mean <= high:
                 x, anchor = (left + 10, "start") if mean < low else (right - 10, "end")
                 parts.append(

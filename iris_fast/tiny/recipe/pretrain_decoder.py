@@ -1,9 +1,10 @@
-"""Stage B of the recipe: the Janus decoder learns captions, codes and the chain of thought.
+"""Stage B of pretraining: the Janus decoder, on captions, codes and chains of thought.
 
-The sequences are those that `iris_fast.rollout.sampler` samples, packed as `iris_fast.grpo.update`
-packs them:
-[image prompt, codes], the prompt dropped for guidance now and then, half of the time with a chain
-of thought behind it; and for a few scenes of each batch [CoT prompt, CoT, EOS].
+The sequences are those of a rollout (`iris_fast.rollout.sampler`), packed by
+`iris_fast.grpo.packing`:
+- [image prompt, codes] for every scene. Some prompts include a chain of thought; some are replaced
+  by padding, which trains the unconditional model for guidance.
+- [CoT prompt, CoT, EOS] for a few scenes of each batch.
 """
 
 from __future__ import annotations
@@ -35,10 +36,15 @@ from iris_fast.models.vq import VQModel
 from iris_fast.records import PackedBatch, Rollout
 from iris_fast.rollout.sampler import empty_trace
 from iris_fast.tiny.build import VOCAB_SIZE, build_random_tiny
-from iris_fast.tiny.captions import caption_of, chain_of_thought
+from iris_fast.tiny.captions import chain_of_thought, random_caption
 from iris_fast.tiny.recipe.pretrain_vq import VQ_CONFIG
-from iris_fast.tiny.recipe.training import Course, load_state, save_state
-from iris_fast.tiny.world import SIDE, Scene
+from iris_fast.tiny.recipe.training import (
+    StageProgress,
+    load_state,
+    save_state,
+    set_learning_rate,
+)
+from iris_fast.tiny.world import IMAGE_SIZE, Scene
 
 CONFIG = JanusConfig(
     decoder=DecoderConfig(
@@ -55,30 +61,30 @@ CONFIG = JanusConfig(
     vision=VisionConfig(
         hidden_size=32, num_layers=1, num_heads=2, mlp_size=64, patch_size=8, num_positions=64
     ),
-    image_size=SIDE,
+    image_size=IMAGE_SIZE,
 )
 TEMPLATE = TEMPLATES["janus-pro"]
-LLAMA_STD = 0.02
+WEIGHT_STD = 0.02
 PAIR_KINDS = ("two_object", "position", "color_attr")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps under one course of the learning rate; `steps_per_block` on each block of scenes.
+    """Steps under one learning rate schedule, `steps_per_block` of them on each block of scenes.
 
-    A block that is seen ten times over is learnt by heart: the loss on its scenes fell to 0.96
-    where that on fresh ones stayed at 1.31. Blocks that are seen once cost their encoding.
+    Ten epochs over a block overfit: the loss on its scenes fell to 0.96 while the loss on new
+    scenes stayed at 1.31. New blocks cost the time to encode them.
     """
 
     steps: int
     learning_rate: float
     first_block: int
     steps_per_block: int
-    cot_sequences: int  # scenes of a batch whose chain of thought is itself learnt
-    pairs: float = 0.5  # share of the scenes with two things, half of all: the hard ones
+    cot_sequences: int  # scenes per batch whose chain of thought is trained
+    pairs: float = 0.5  # share of scenes with two different objects, the hard ones
 
     def block(self, step: int) -> int:
-        """The block of scenes that a step of this phase draws from."""
+        """The block of scenes that a step of this phase uses."""
         return self.first_block + step // self.steps_per_block
 
 
@@ -93,9 +99,9 @@ class DecoderRecipe:
     )
     batch_size: int = 16
     weight_decay: float = 0.02
-    dropped: float = 0.1  # share of prompts replaced by padding: the model's unconditional half
-    with_cot: float = 0.4  # share of prompts that a chain of thought follows
-    text_weight: float = 0.5  # of a text token's loss against an image token's
+    dropped: float = 0.1  # share of prompts replaced by padding, for guidance
+    with_cot: float = 0.4  # share of image prompts that include a chain of thought
+    text_weight: float = 0.5  # weight of a text token's loss relative to an image token's
     seed: int = 12
 
 
@@ -103,10 +109,14 @@ Block = tuple[list[Scene], Tensor]  # scenes and their codes [N, I]
 
 
 def train_decoder(
-    block: Callable[[int], Block], vq: VQModel, path: Path, recipe: DecoderRecipe, course: Course
+    block: Callable[[int], Block],
+    vq: VQModel,
+    path: Path,
+    recipe: DecoderRecipe,
+    progress: StageProgress,
 ) -> LoadedJanus:
-    """The model trained on numbered blocks of scenes; goes on from `path` if it exists."""
-    checkpoint = start(vq, recipe.seed)
+    """Train the decoder on the blocks that `block` returns; resume from `path` if it exists."""
+    checkpoint = build_untrained(vq, recipe.seed)
     janus = checkpoint.model
     matrices = [p for p in janus.parameters() if p.dim() > 1]
     vectors = [p for p in janus.parameters() if p.dim() == 1]
@@ -121,15 +131,15 @@ def train_decoder(
         step = state["step"]
     total = sum(phase.steps for phase in recipe.phases)
     while step < total:
-        phase, inside = phase_at(recipe, step)
-        scenes, codes = block(phase.block(inside))
+        phase, phase_step = phase_at(recipe, step)
+        scenes, codes = block(phase.block(phase_step))
         rng = np.random.default_rng((recipe.seed, step))
-        picks = pick(scenes, recipe.batch_size, phase.pairs, rng)
-        picked = [scenes[i] for i in picks]
+        chosen = choose_scenes(scenes, recipe.batch_size, phase.pairs, rng)
+        batch = [scenes[i] for i in chosen]
         packed = make_batch(
-            picked, codes[picks], checkpoint.tokenizer, recipe, phase.cot_sequences, rng
+            batch, codes[chosen], checkpoint.tokenizer, recipe, phase.cot_sequences, rng
         )
-        course.set_rate(optimizer, phase.learning_rate, inside, phase.steps)
+        set_learning_rate(optimizer, phase.learning_rate, phase_step, phase.steps)
         with torch.autocast("cpu", torch.bfloat16):
             text, image = janus(packed)
         image_loss, text_loss = -image.logprob.mean(), -text.logprob.mean()
@@ -139,30 +149,32 @@ def train_decoder(
         torch.nn.utils.clip_grad_norm_(janus.parameters(), 1.0)
         optimizer.step()
         step += 1
-        course.tell("decoder", step, total, image=image_loss.item(), text=text_loss.item())
-        if course.due() or step == total:
+        progress.log("decoder", step, total, image=image_loss.item(), text=text_loss.item())
+        if progress.save_is_due() or step == total:
             save_state(path, model=janus.state_dict(), optimizer=optimizer.state_dict(), step=step)
     return checkpoint
 
 
-def pick(scenes: list[Scene], count: int, pairs: float, rng: Generator) -> NDArray[np.int64]:
-    """Numbers of `count` scenes, each with the chance `pairs` one of two different things."""
+def choose_scenes(
+    scenes: list[Scene], count: int, pairs: float, rng: Generator
+) -> NDArray[np.int64]:
+    """Sample indices of `count` scenes; each has two different objects with probability `pairs`."""
     is_pair = np.array([scene.kind in PAIR_KINDS for scene in scenes])
-    odds = np.where(is_pair, pairs / is_pair.sum(), (1 - pairs) / (~is_pair).sum())
-    return rng.choice(len(scenes), size=count, p=odds)
+    probabilities = np.where(is_pair, pairs / is_pair.sum(), (1 - pairs) / (~is_pair).sum())
+    return rng.choice(len(scenes), size=count, p=probabilities)
 
 
 def phase_at(recipe: DecoderRecipe, step: int) -> tuple[Phase, int]:
-    """The phase that a step is in, and its number inside it."""
+    """The phase that contains a step, and the step's number within it."""
     for phase in recipe.phases:
         if step < phase.steps:
             return phase, step
         step -= phase.steps
-    raise ValueError("step: the recipe ends before it")
+    raise ValueError("step: the recipe has fewer steps")
 
 
-def start(vq: VQModel, seed: int) -> LoadedJanus:
-    """The untrained model around a trained VQ; its image embedding starts as the codebook."""
+def build_untrained(vq: VQModel, seed: int) -> LoadedJanus:
+    """The untrained model with a trained VQ; its image embeddings start as the scaled codebook."""
     checkpoint = build_random_tiny(seed, config=CONFIG)
     checkpoint.vq.load_state_dict(vq.state_dict())
     janus: Janus = checkpoint.model
@@ -171,11 +183,11 @@ def start(vq: VQModel, seed: int) -> LoadedJanus:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in janus.modules():
-            # torch's own, as in Janus, for the aligner: 0.02 would make its output vanish.
+            # The aligner keeps torch's initialisation, as in Janus: 0.02 would be too small.
             if isinstance(module, nn.Linear) and module in aligner:
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=LLAMA_STD)
+                nn.init.normal_(module.weight, std=WEIGHT_STD)
         janus.model.generation_embeddings.weight.copy_(rows * CONFIG.codebook_dim**0.5)
     return checkpoint
 
@@ -188,13 +200,13 @@ def make_batch(
     cot_sequences: int,
     rng: Generator,
 ) -> PackedBatch:
-    """Packed sequences of these scenes, as if a rollout had drawn them."""
+    """Packed sequences of these scenes, in the format of a rollout."""
     count = len(scenes)
     image_prompts: list[list[int]] = []
     cot_prompts: list[list[int]] = [[] for _ in scenes]
     cots: list[list[int]] = [[] for _ in scenes]
     for index, scene in enumerate(scenes):
-        text, cot = caption_of(scene, rng).text, chain_of_thought(scene)
+        text, cot = random_caption(scene, rng).text, chain_of_thought(scene)
         if index < cot_sequences:
             cot_prompts[index], cots[index] = cot_task(text, cot, tokenizer)
         if rng.random() < recipe.with_cot:
@@ -220,7 +232,7 @@ def make_batch(
 
 
 def cot_task(text: str, cot: str, tokenizer: JanusTokenizer) -> tuple[list[int], list[int]]:
-    """Ids of the CoT prompt, and of the answer with its end token."""
-    asked = TEMPLATE.cot_prompt(fill_instruction(load_instruction(), text))
-    # The prompt ends in ":", so the answer starts with a space, as a turn's text does.
-    return tokenizer.encode(asked), [*tokenizer.encode(f" {cot}")[1:], tokenizer.eos_id]
+    """Token ids of the CoT prompt, and of the answer with its end token."""
+    prompt = TEMPLATE.cot_prompt(fill_instruction(load_instruction(), text))
+    # The prompt ends in ":", so the answer starts with a space.
+    return tokenizer.encode(prompt), [*tokenizer.encode(f" {cot}")[1:], tokenizer.eos_id]

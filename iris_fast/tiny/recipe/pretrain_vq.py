@@ -1,10 +1,13 @@
-"""Stage A of the recipe: the VQ of the small world, 64 pixels to 8 x 8 codes.
+"""Stage A of pretraining: the VQ model, from images of 64 x 64 pixels to 8 x 8 codes.
 
-First a plain autoencoder, its latents on the unit sphere with a growing noise that makes room for
-rounding; then k-means of its latents as the codebook; then straight-through training, the codebook
-following the latents by moving averages, codes that nothing uses moved onto latents of the batch;
-last the pixel decoder alone, while stage B may already learn the codes, which are final by then.
-A VQ trained from scratch in the same time gives blobs and wrong hues.
+1. Plain autoencoder: latents on the unit sphere, with increasing noise that makes the decoder
+   robust to quantisation.
+2. Codebook: spherical k-means of its latents.
+3. Quantised training: straight-through gradients, the codebook as moving averages of the latents,
+   unused codes reset to latents of the batch.
+4. Pixel decoder alone. The codes no longer change, so that stage B can already train on them.
+
+A VQ model trained with quantisation from the start gives blobs and wrong hues in the same time.
 """
 
 from __future__ import annotations
@@ -19,7 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iris_fast.models.vq import VQConfig, VQModel
-from iris_fast.tiny.recipe.training import Course, load_state, save_state
+from iris_fast.tiny.recipe.training import (
+    StageProgress,
+    load_state,
+    save_state,
+    set_learning_rate,
+)
 
 VQ_CONFIG = VQConfig(
     codebook_size=512,
@@ -29,6 +37,9 @@ VQ_CONFIG = VQConfig(
     channel_multiplier=(1, 1, 2, 3),
     num_res_blocks=1,
 )
+
+MIN_COUNT = 0.05  # moving average of uses per batch below which a code counts as unused
+MAX_PER_CELL = 4
 
 
 @dataclass(frozen=True)
@@ -40,21 +51,23 @@ class VQRecipe:
     frozen_steps: int = 600
     batch_size: int = 16
     learning_rate: float = 1.5e-3
-    noise: float = 0.12  # of the plain latents, per dimension, at the end of the plain phase
+    noise: float = 0.12  # std per latent dimension at the end of the plain phase
     commitment: float = 0.25
     decay: float = 0.98  # of the codebook's moving averages
-    revive_every: int = 40
+    reset_every: int = 40  # steps between resets of unused codes
     kmeans_images: int = 1024
     seed: int = 11
 
     @property
     def codes_final(self) -> int:
-        """The step from which on the code of a picture does not change any more."""
+        """The first step at which the codes of an image no longer change."""
         return self.plain_steps + self.quantised_steps
 
 
-def train_vq(images: NDArray[np.uint8], path: Path, recipe: VQRecipe, course: Course) -> VQModel:
-    """The VQ trained on `images` [N, 64, 64, 3]; goes on from `path` if that exists."""
+def train_vq(
+    images: NDArray[np.uint8], path: Path, recipe: VQRecipe, progress: StageProgress
+) -> VQModel:
+    """Train the VQ model on `images`, uint8 [N, 64, 64, 3]; resume from `path` if it exists."""
     torch.manual_seed(recipe.seed)
     vq = VQModel(VQ_CONFIG)
     total = recipe.codes_final + recipe.frozen_steps
@@ -72,34 +85,40 @@ def train_vq(images: NDArray[np.uint8], path: Path, recipe: VQRecipe, course: Co
             sums = kmeans_codebook(vq, images[: recipe.kmeans_images], recipe.seed)
             counts = torch.ones(len(sums))
             vq.quantize.embedding.weight.data.copy_(sums)
-        # Numbers drawn from the step alone: a resumed run goes the same way.
+        # Seeded by the step alone, so that a resumed run takes the same samples.
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         picks = torch.randint(len(images), (recipe.batch_size,), generator=generator)
         pixels = to_pixels(images[picks.numpy()])
-        course.set_rate(optimizer, recipe.learning_rate, step, total)
-        plain, frozen = step < recipe.plain_steps, step >= recipe.codes_final
+        set_learning_rate(optimizer, recipe.learning_rate, step, total)
+        is_plain, is_frozen = step < recipe.plain_steps, step >= recipe.codes_final
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.set_grad_enabled(not frozen):
+            with torch.set_grad_enabled(not is_frozen):
                 latents = unit_latents(vq, pixels)
-            if plain:
+            if is_plain:
                 scale = recipe.noise * step / recipe.plain_steps
                 noise = torch.randn(latents.shape, generator=generator) * scale
-                rows, extra = F.normalize(latents + noise, dim=-1), 0.0
+                rows, commitment_loss = F.normalize(latents + noise, dim=-1), 0.0
             else:
                 rows, codes = straight_through(vq, latents)
-                extra = recipe.commitment * F.mse_loss(latents, rows.detach()) * latents.shape[-1]
-            drawn = draw(vq, rows)
-        loss = picture_loss(drawn.float(), pixels)
+                commitment_loss = (
+                    recipe.commitment * F.mse_loss(latents, rows.detach()) * latents.shape[-1]
+                )
+            output = decode_latents(vq, rows)
+        loss = pixel_loss(output.float(), pixels)
         optimizer.zero_grad()
-        (loss + extra).backward()
+        (loss + commitment_loss).backward()
         torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
         optimizer.step()
-        if not plain and not frozen:
-            revive = step % recipe.revive_every == 0 and step < recipe.codes_final - 100
-            _follow(vq, latents.detach(), codes, counts, sums, recipe.decay, revive, generator)
+        if not is_plain and not is_frozen:
+            reset = step % recipe.reset_every == 0 and step < recipe.codes_final - 100
+            update_codebook(
+                vq, latents.detach(), codes, counts, sums, recipe.decay, reset, generator
+            )
         step += 1
-        course.tell("vq", step, total, loss=loss.item(), alive=float((counts > 0.05).sum()))
-        if course.due() or step in (recipe.plain_steps, recipe.codes_final, total):
+        progress.log(
+            "vq", step, total, loss=loss.item(), used_codes=float((counts > MIN_COUNT).sum())
+        )
+        if progress.save_is_due() or step in (recipe.plain_steps, recipe.codes_final, total):
             save_state(
                 path,
                 model=vq.state_dict(),
@@ -117,49 +136,48 @@ def to_pixels(images: NDArray[np.uint8]) -> Tensor:
 
 
 def unit_latents(vq: VQModel, pixels: Tensor) -> Tensor:
-    """Latents [B, I, e] of length 1, before they are rounded to codes."""
+    """Latents [B, I, e] of norm 1, before quantisation."""
     latents = vq.quant_conv(vq.encoder(pixels)).flatten(2).transpose(1, 2)
     return F.normalize(latents.float(), dim=-1)
 
 
-def draw(vq: VQModel, rows: Tensor) -> Tensor:
-    """Pixels of latent rows [B, I, e]: `VQModel.decode` without the look-up."""
+def decode_latents(vq: VQModel, rows: Tensor) -> Tensor:
+    """Pixels of latent rows [B, I, e]: `VQModel.decode` without the codebook lookup."""
     side = round(rows.shape[1] ** 0.5)
     return vq.decoder(vq.post_quant_conv(rows.transpose(1, 2).unflatten(2, (side, side))))
 
 
 def straight_through(vq: VQModel, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Codebook rows whose gradient goes to the latents unchanged, and the codes."""
+    """Codebook rows with straight-through gradients to the latents, and the codes."""
     codes = vq.quantize(latents.detach())
     rows = vq.quantize.lookup(codes).detach()
     return latents + (rows - latents).detach(), codes
 
 
-def picture_loss(drawn: Tensor, pixels: Tensor) -> Tensor:
-    """L1 plus squared error, pixels of colourful things counting up to four times as much."""
+def pixel_loss(output: Tensor, pixels: Tensor) -> Tensor:
+    """L1 plus squared error, with a weight of 1 to 4 per pixel that increases with its chroma."""
     chroma = (pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)) / 2
-    error = drawn - pixels
+    error = output - pixels
     return ((1 + 3 * chroma) * (error.abs() + error.square())).mean()
 
 
 @torch.no_grad()
 def kmeans_codebook(vq: VQModel, images: NDArray[np.uint8], seed: int, rounds: int = 25) -> Tensor:
-    """Unit centres [K, e] of the latents of `images`, by spherical k-means.
+    """Codebook [K, e] of unit vectors by spherical k-means of the latents of `images`.
 
-    Every latent that differs from the others counts once: else the codes would all go to the
-    backgrounds, which are most of every picture.
+    Nearly equal latents count at most MAX_PER_CELL times; otherwise the backgrounds, which cover
+    most of every image, would take all codes.
     """
     parts = [unit_latents(vq, to_pixels(images[i : i + 64])) for i in range(0, len(images), 64)]
     points = torch.cat(parts).flatten(0, 1)
     generator = torch.Generator().manual_seed(seed)
     points = points[torch.randperm(len(points), generator=generator)]
-    # A rough grid cell of the sphere counts at most a few times.
     _, cell = torch.unique((points * 5).round(), dim=0, return_inverse=True)
-    seen = torch.zeros(int(cell.max()) + 1)
+    cell_counts = torch.zeros(int(cell.max()) + 1)
     kept = []
     for index, number in enumerate(cell.tolist()):
-        if seen[number] < 4:
-            seen[number] += 1
+        if cell_counts[number] < MAX_PER_CELL:
+            cell_counts[number] += 1
             kept.append(index)
     points = points[kept]
     size = vq.config.codebook_size
@@ -175,31 +193,34 @@ def kmeans_codebook(vq: VQModel, images: NDArray[np.uint8], seed: int, rounds: i
 
 
 @torch.no_grad()
-def _follow(
+def update_codebook(
     vq: VQModel,
     latents: Tensor,
     codes: Tensor,
     counts: Tensor,
     sums: Tensor,
     decay: float,
-    revive: bool,
+    reset: bool,
     generator: torch.Generator,
 ) -> None:
-    """Move every code towards the mean of its latents; revive the dead on badly served ones."""
+    """Move every code towards the mean of its latents, in place.
+
+    `reset` also moves unused codes to latents that are far from their nearest code.
+    """
     rows, flat = latents.flatten(0, 1), codes.flatten()
     used = flat.bincount(minlength=len(counts)).float()
     counts.mul_(decay).add_(used, alpha=1 - decay)
     sums.mul_(decay).add_(torch.zeros_like(sums).index_add_(0, flat, rows), alpha=1 - decay)
-    if revive:
-        dead = (counts < 0.05).nonzero().flatten()
-        fit = (rows * vq.quantize.lookup(flat)).sum(-1)
-        worst = fit.topk(min(len(dead) * 4, len(rows)), largest=False).indices
-        chosen = worst[torch.randperm(len(worst), generator=generator)[: len(dead)]]
-        sums[dead], counts[dead] = rows[chosen], 1.0
+    if reset:
+        unused = (counts < MIN_COUNT).nonzero().flatten()
+        similarity = (rows * vq.quantize.lookup(flat)).sum(-1)
+        worst = similarity.topk(min(len(unused) * 4, len(rows)), largest=False).indices
+        chosen = worst[torch.randperm(len(worst), generator=generator)[: len(unused)]]
+        sums[unused], counts[unused] = rows[chosen], 1.0
     vq.quantize.embedding.weight.data.copy_(F.normalize(sums, dim=-1))
 
 
 @torch.no_grad()
 def encode_all(vq: VQModel, images: NDArray[np.uint8]) -> Tensor:
-    """Codes [N, 64] of all images."""
+    """Codes [N, 64] of uint8 images [N, 64, 64, 3]."""
     return torch.cat([vq.encode(to_pixels(images[i : i + 64])) for i in range(0, len(images), 64)])
