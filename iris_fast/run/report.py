@@ -13,14 +13,13 @@ import yaml
 from PIL import Image
 
 from iris_fast import __version__
-from iris_fast.errors import atomic_write
-from iris_fast.models.images import strips
+from iris_fast.errors import replacing
 from iris_fast.rewards.table import title
 from iris_fast.run.curves import Curve, Point, make_curve
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.log import read_metrics
 from iris_fast.run.provenance import command, commit, hardware
-from iris_fast.run.samples import Samples, read_samples
+from iris_fast.run.samples import Samples, read_strips, samples_of_same_prompts
 
 CURVES = {
     "reward": "Reward",
@@ -84,7 +83,7 @@ def write_report(folder: RunFolder) -> None:
         curves=_curves(rows),
         config=config,
     )
-    with atomic_write("output_dir", folder.report) as partial:
+    with replacing("output_dir", folder.report) as partial:
         partial.write_text(page, encoding="utf-8")
 
 
@@ -131,10 +130,7 @@ def _curves(rows: list[dict[str, Any]]) -> list[Curve]:
 
 def _grids(folder: Path) -> tuple[list[str], list[Grid]]:
     """The prompts, and the first, a middle and the last grid of them."""
-    paths = sorted(folder.glob("step_*.png"))
-    found = [(read_samples(path), path) for path in paths if path.with_suffix(".json").is_file()]
-    # A resumed run may show more or fewer prompts than before.
-    found = [(samples, path) for samples, path in found if samples.prompts == found[-1][0].prompts]
+    found = samples_of_same_prompts(folder)
     if len(found) > 2:
         first, last = found[0], found[-1]
         middle = (first[0].step + last[0].step) / 2
@@ -148,8 +144,7 @@ def _grids(folder: Path) -> tuple[list[str], list[Grid]]:
 
 def _cells(samples: Samples, path: Path) -> list[Cell]:
     count = samples.per_prompt
-    with Image.open(path) as sheet:
-        rows = strips(sheet, len(samples.prompts), count)
+    rows = read_strips(samples, path)
     cells = []
     for row, strip in enumerate(rows):
         own = slice(row * count, (row + 1) * count)

@@ -10,8 +10,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from iris_fast.errors import atomic_write
-from iris_fast.models.images import grid, save_png
+from PIL import Image
+
+from iris_fast.errors import replacing
+from iris_fast.models.images import grid, save_png, strips
 from iris_fast.records import Prompt
 from iris_fast.rewards.intrinsic import reduce_tokens
 from iris_fast.rewards.score import Scorer
@@ -70,7 +72,7 @@ def write_samples(
     rows = [images[start : start + SAMPLES_PER_PROMPT] for start in starts]
     path = folder / f"step_{step:05d}.png"
     save_png(grid(rows, samples.prompts), path)
-    with atomic_write("output_dir", path.with_suffix(".json")) as partial:
+    with replacing("output_dir", path.with_suffix(".json")) as partial:
         partial.write_text(json.dumps(asdict(samples)), encoding="utf-8")
     return path
 
@@ -78,3 +80,21 @@ def write_samples(
 def read_samples(path: Path) -> Samples:
     """Read what `write_samples` stored with the grid at `path`."""
     return Samples(**json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+
+
+def samples_of_same_prompts(folder: Path) -> list[tuple[Samples, Path]]:
+    """Read all grids that show the same prompts as the last one, in order, with their paths.
+
+    A resumed run may show another number of prompts than before.
+    """
+    paths = [
+        path for path in sorted(folder.glob("step_*.png")) if path.with_suffix(".json").is_file()
+    ]
+    grids = [(read_samples(path), path) for path in paths]
+    return [(samples, path) for samples, path in grids if samples.prompts == grids[-1][0].prompts]
+
+
+def read_strips(samples: Samples, path: Path) -> list[Image.Image]:
+    """The rows of images of the grid at `path`, one per prompt."""
+    with Image.open(path) as sheet:
+        return strips(sheet, len(samples.prompts), samples.per_prompt)
