@@ -1,4 +1,4 @@
-"""The recipe: its phases, and that a stage which was stopped goes on as if it had not been."""
+"""The pretraining phases, and resuming an interrupted stage."""
 
 import pytest
 import torch
@@ -21,40 +21,40 @@ def test_phases_follow_each_other():
     assert [phase_at(RECIPE, step) for step in range(5)] == [
         (PHASES[0], 0), (PHASES[0], 1), (PHASES[1], 0), (PHASES[1], 1), (PHASES[1], 2)
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="ends before"):
+    with pytest.raises(ValueError, match="fewer steps"):
         phase_at(RECIPE, 5)
 
 
 def test_every_block_has_its_own_scenes():
     steps = sum(phase.steps for phase in DECODER_RECIPE.phases)
-    places = [phase_at(DECODER_RECIPE, step) for step in range(0, steps, 100)]
-    blocks = [phase.block(inside) for phase, inside in places]
+    positions = [phase_at(DECODER_RECIPE, step) for step in range(0, steps, 100)]
+    blocks = [phase.block(phase_step) for phase, phase_step in positions]
     assert set(blocks) == set(range(max(blocks) + 1))
     assert block_scenes(0)[:3] == random_scenes(3, 1)
     assert block_scenes(0)[:3] != block_scenes(1)[:3]
 
 
-def test_a_stopped_stage_goes_on_as_if_it_had_not_been(tmp_path):
+def test_a_resumed_stage_gives_the_same_bits(tmp_path):
     torch.manual_seed(0)
     vq = VQModel(VQ_CONFIG)
-    asked = []
+    loaded = []
 
     def block(number: int):
-        asked.append(number)
-        if stop_at and len(asked) == stop_at:
+        loaded.append(number)
+        if stop_at and len(loaded) == stop_at:
             raise KeyboardInterrupt
         codes = torch.arange(20 * 64).view(20, 64) % VQ_CONFIG.codebook_size
         return random_scenes(20, 50 + number), codes
 
     stop_at = 0
     whole = train_decoder(block, vq, tmp_path / "whole.pt", RECIPE, StageProgress(save_every_s=0))
-    assert asked == [0, 0, 1, 2, 3]
-    asked, stop_at = [], 4
+    assert loaded == [0, 0, 1, 2, 3]
+    loaded, stop_at = [], 4
     with pytest.raises(KeyboardInterrupt):
         train_decoder(block, vq, tmp_path / "parts.pt", RECIPE, StageProgress(save_every_s=0))
     assert load_state(tmp_path / "parts.pt")["step"] == 3
     stop_at = 0
     parts = train_decoder(block, vq, tmp_path / "parts.pt", RECIPE, StageProgress(save_every_s=0))
-    assert asked == [0, 0, 1, 2, 2, 3]
+    assert loaded == [0, 0, 1, 2, 2, 3]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(parts.model.state_dict()[name], tensor), name
