@@ -58,7 +58,8 @@ def draw_figure(run_folder: Path) -> Image.Image:
     (before, before_path), (after, after_path) = grids[0], grids[-1]
     header = describe(settings, before, after)
     num_prompts = len(after.prompts)
-    prompt_rows = [place * num_prompts // ROWS for place in range(min(ROWS, num_prompts))]
+    num_rows = min(ROWS, num_prompts)
+    prompt_rows = [place * num_prompts // num_rows for place in range(num_rows)]
     top = MARGIN + TITLE_HEIGHT + LINE_HEIGHT * (len(header) - 1) + MARGIN
     height = top + LINE_HEIGHT + len(prompt_rows) * (LINE_HEIGHT + CELL + GAP) + MARGIN
     figure = Image.new("RGB", (WIDTH, height), "white")
