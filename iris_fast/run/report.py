@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from iris_fast import __version__
-from iris_fast.errors import replacing
+from iris_fast.errors import atomic_write
 from iris_fast.rewards.table import title
 from iris_fast.run.curves import Curve, Point, make_curve
 from iris_fast.run.folder import RunFolder
@@ -83,7 +83,7 @@ def write_report(folder: RunFolder) -> None:
         curves=_curves(rows),
         config=config,
     )
-    with replacing("output_dir", folder.report) as partial:
+    with atomic_write("output_dir", folder.report) as partial:
         partial.write_text(page, encoding="utf-8")
 
 

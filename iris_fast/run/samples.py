@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from iris_fast.errors import replacing
+from iris_fast.errors import atomic_write
 from iris_fast.models.images import grid, save_png, strips
 from iris_fast.records import Prompt
 from iris_fast.rewards.intrinsic import reduce_tokens
@@ -72,7 +72,7 @@ def write_samples(
     rows = [images[start : start + SAMPLES_PER_PROMPT] for start in starts]
     path = folder / f"step_{step:05d}.png"
     save_png(grid(rows, samples.prompts), path)
-    with replacing("output_dir", path.with_suffix(".json")) as partial:
+    with atomic_write("output_dir", path.with_suffix(".json")) as partial:
         partial.write_text(json.dumps(asdict(samples)), encoding="utf-8")
     return path
 
