@@ -1,4 +1,4 @@
-"""Lay `iris_kernels` out as a Hugging Face Kernel Hub repository, from source and ready to load.
+"""Write `iris_kernels` as a Hugging Face Kernel Hub repository: its source, and loadable builds.
 
     python kernels/assemble_hub.py OUT [--repo-id NAME/iris-kernels]
 
@@ -6,13 +6,13 @@ OUT (new or empty) then holds
     build.toml, torch-ext/iris_kernels/    what kernel-builder builds from
     build/torch-cuda/, build/torch-cpu/    built variants, which `kernels.get_kernel` loads
     README.md, LICENSE
-Upload it with `hf upload NAME/iris-kernels OUT --repo-type kernel`. Try it before:
+Upload it with `hf upload NAME/iris-kernels OUT --repo-type kernel`. To try it first:
     from kernels import get_local_kernel
     iris_kernels = get_local_kernel(pathlib.Path("OUT"))
 
-Nothing is compiled. The variants differ from the source in `_ops.py` alone: it names a namespace
-for the custom ops that no other copy has, so a copy loads beside the installed package and beside
-another version of itself.
+Nothing is compiled. The variants differ from the source only in `_ops.py`, which gives the custom
+ops a unique namespace, so that a copy can be loaded together with the installed package and with
+other versions of itself.
 """
 
 import argparse
@@ -28,19 +28,15 @@ KERNELS = Path(__file__).parent
 PACKAGE = KERNELS / "iris_kernels"
 OPS = '''"""The namespace of this copy's custom ops."""
 
-import torch
-
-ops = torch.ops.{namespace}
-
 
 def add_op_namespace_prefix(op_name: str) -> str:
-    """The full name of an op: register and look up ops under it."""
+    """Full name under which an op is registered."""
     return f"{namespace}::{{op_name}}"
 '''
 
 
 def sources() -> dict[str, str]:
-    """Relative path -> text of every module but `_ops.py`, which each copy has its own of."""
+    """Relative path -> text of every module except `_ops.py`, which differs in each copy."""
     found = {
         path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8")
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -50,7 +46,7 @@ def sources() -> dict[str, str]:
 
 
 def check_imports(files: dict[str, str]) -> None:
-    """A copy is not called iris_kernels: it can import its own modules only relatively.
+    """Check that modules import each other relatively: a copy has another name than iris_kernels.
 
     Raises:
         ValueError: a module imports iris_kernels by name.
@@ -65,10 +61,10 @@ def assemble(out: Path, repo_id: str | None = None) -> None:
     """Write the repository into `out`.
 
     Raises:
-        ValueError: `out` holds something already, or a module cannot work in a copy.
+        ValueError: `out` is not empty, or a module imports iris_kernels by name.
     """
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty: name a new folder")
+        raise ValueError(f"{out} is not empty: pass a new or empty folder")
     files = sources()
     check_imports(files)
     build_toml = (KERNELS / "hub" / "build.toml").read_text(encoding="utf-8")
@@ -110,7 +106,7 @@ def _write(folder: Path, files: dict[str, str]) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a new or empty folder")
     parser.add_argument("--repo-id", help="the repository on the hub, NAME/iris-kernels")

@@ -25,11 +25,11 @@ def unpatched(monkeypatch):
 def head_inputs(dtype, bias):
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape):
+    def normal(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
     targets = torch.randint(0, V, (N,), generator=generator)
-    return draw(N, D), draw(V, D) * 0.4, draw(V) if bias else None, targets
+    return normal(N, D), normal(V, D) * 0.4, normal(V) if bias else None, targets
 
 
 def run_head(head, inputs, dtype, *arguments):
@@ -75,12 +75,12 @@ def test_fused_head(dtype, bias, temperature, scale):
         assert_within(m, t, o)
 
 
-def test_only_what_is_asked_for_is_returned():
+def test_only_requested_outputs_are_returned():
     out = ours.FusedHead.apply(*head_inputs(torch.float32, False), 1.0, 128, None, 1.0, ())
     assert [o is None for o in out] == [False, True, True, True, True]
 
 
-def test_a_head_in_another_dtype_is_computed_in_that_of_the_hidden_states():
+def test_the_head_is_computed_in_the_dtype_of_the_hidden_states():
     hidden, weight, _, targets = head_inputs(torch.bfloat16, False)
     arguments = (None, targets, 1.0, 128, None, 1.0, ("entropy",))
     mine, theirs = (
@@ -93,7 +93,7 @@ def test_a_head_in_another_dtype_is_computed_in_that_of_the_hidden_states():
     torch.testing.assert_close(mine[0], theirs[0], atol=0.05, rtol=0.02)
 
 
-def test_the_head_works_without_the_patch_too():
+def test_the_head_works_without_the_patch():
     hidden, weight, _, targets = head_inputs(torch.float32, False)
     with pytest.warns(UserWarning, match="is_top1"):
         mine = ours.FusedHead.apply(hidden, weight, None, targets, 1.0, 128)
@@ -111,7 +111,7 @@ def test_the_head_works_without_the_patch_too():
         ((None, -1.0, ("entropy",)), "logit_scale"),
     ],
 )
-def test_what_it_cannot_do_trl_does_and_a_warning_says_so(arguments, word):
+def test_unsupported_arguments_use_trls_head_with_a_warning(arguments, word):
     inputs = (*head_inputs(torch.float32, True), 1.0, 128, *arguments)
     expected = ChunkedLogProbFunction.apply(*inputs)
     integrations.patch_trl(quiet=True)
@@ -135,7 +135,7 @@ def test_three_steps_of_grpo_are_the_same_before_and_after_the_patch(tmp_path, m
     replaced = integrations.patch_trl(quiet=True)
     assert "trl.trainer.utils._ChunkedLogProbFunction" in replaced
     after = train(tmp_path / "after", SelfCertaintyReward, **settings)
-    assert len(calls) >= 3  # ours computed every step's log-probs
+    assert len(calls) >= 3  # our head computed the log-probs of every step
 
     integrations.unpatch_trl(quiet=True)
     count = len(calls)

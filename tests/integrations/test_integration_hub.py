@@ -1,4 +1,4 @@
-"""The Kernel Hub layout: what is in it, and that Hugging Face's loader runs the ops from it."""
+"""The Kernel Hub layout: its contents, and that Hugging Face's loader runs the ops from it."""
 
 import ast
 import importlib.util
@@ -25,7 +25,7 @@ def load_tool():
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The assembled repository, made by the command."""
+    """The repository, assembled by the command."""
     out = tmp_path_factory.mktemp("hub") / "repository"
     command = [sys.executable, str(TOOL), str(out), "--repo-id", "someone/iris-kernels"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -42,7 +42,7 @@ def loaded(hub):
         return kernels.get_local_kernel(hub, backend="cpu")
 
 
-def test_source_and_variants_are_where_the_builder_and_the_loader_look(hub):
+def test_source_and_variants_are_where_builder_and_loader_expect_them(hub):
     settings = tomllib.loads((hub / "build.toml").read_text())
     assert settings["general"]["edition"] == 5
     assert settings["general"]["hub"]["repo-id"] == "someone/iris-kernels"
@@ -63,13 +63,13 @@ def test_source_and_variants_are_where_the_builder_and_the_loader_look(hub):
     assert (hub / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
-def test_variants_have_names_of_their_own(hub):
+def test_variants_have_unique_names(hub):
     ids = [json.loads(p.read_text())["id"] for p in hub.glob("build/*/metadata.json")]
     assert len(set(ids)) == len(ids) == 2
     assert "iris_kernels" not in ids
 
 
-def test_other_sources_give_another_name(hub):
+def test_changed_sources_give_another_name(hub):
     tool = load_tool()
     files = tool.sources()
     assert tool._digest(files) != tool._digest(files | {"silu_mul.py": "changed"})
@@ -88,14 +88,14 @@ def test_modules_import_each_other_relatively(hub):
             assert not any(name.split(".")[0] == "iris_kernels" for name in names), path
 
 
-def test_a_module_that_could_not_work_in_a_copy_is_refused():
+def test_an_absolute_import_is_refused():
     tool = load_tool()
     with pytest.raises(ValueError, match=r"x\.py imports iris_kernels by name"):
         tool.check_imports({"x.py": "import torch\nfrom iris_kernels.token_stats import f\n"})
     tool.check_imports({"x.py": '"""import iris_kernels in a sentence"""\nfrom . import y\n'})
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "mine").write_text("keep")
     command = [sys.executable, str(TOOL), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -111,7 +111,7 @@ def inputs():
     return logits, torch.randint(0, 77, (5,), generator=generator)
 
 
-def test_the_loaded_copy_computes_with_ops_of_its_own(loaded, inputs):
+def test_the_loaded_copy_runs_its_own_ops(loaded, inputs):
     assert loaded.__name__ != "iris_kernels"
     assert loaded.token_stats is not iris_kernels.token_stats
     logits, ids = inputs
@@ -129,7 +129,7 @@ def test_the_loaded_copy_computes_with_ops_of_its_own(loaded, inputs):
         assert torch.equal(mine, installed)
 
 
-def test_the_loaded_copy_compiles_without_a_break(loaded, inputs):
+def test_the_loaded_copy_compiles_without_graph_breaks(loaded, inputs):
     def loss(logits, ids):
         stats = loaded.token_stats(logits, ids, temperature=0.7)
         return (stats.logprob * 2 + stats.entropy).sum()
@@ -141,12 +141,12 @@ def test_the_loaded_copy_compiles_without_a_break(loaded, inputs):
     torch.testing.assert_close(*grads)
 
 
-def test_the_loaded_copy_samples_and_brings_the_integrations(loaded):
+def test_the_loaded_copy_samples_and_has_the_integrations(loaded):
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     uniform = torch.tensor([0.1, 0.5, 0.9])
-    drawn = loaded.guided_sample(logits, None, uniform, cfg_weight=1.0)
+    sampled = loaded.guided_sample(logits, None, uniform, cfg_weight=1.0)
     expected = iris_kernels.guided_sample(logits, None, uniform, cfg_weight=1.0)
-    assert torch.equal(drawn.token_ids, expected.token_ids)
+    assert torch.equal(sampled.token_ids, expected.token_ids)
     assert callable(loaded.integrations.patch_trl)
 
 

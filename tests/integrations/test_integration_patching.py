@@ -1,4 +1,4 @@
-"""The mechanism of the patches, on a library made for the test."""
+"""The patch mechanism, on a library made for the test."""
 
 import sys
 import types
@@ -36,52 +36,54 @@ def patch():
 
 def test_every_binding_inside_the_library_is_replaced_and_restored(library, patch):
     theirs = library.fakelib_home.compute
-    assert patch.on() == ["fakelib.home.compute", "fakelib.user.renamed"]
+    assert patch.apply() == ["fakelib.home.compute", "fakelib.user.renamed"]
     assert library.fakelib_home.compute is ours
     assert library.fakelib_user.renamed is ours
     assert library.fakelib_extra.compute is theirs
-    assert patch.off() == ["fakelib.home.compute", "fakelib.user.renamed"]
+    assert patch.revert() == ["fakelib.home.compute", "fakelib.user.renamed"]
     assert library.fakelib_home.compute is theirs
     assert library.fakelib_user.renamed is theirs
 
 
-def test_twice_on_is_once_on(library, patch):
+def test_applying_twice_is_applying_once(library, patch):
     theirs = library.fakelib_home.compute
-    patch.on()
-    assert patch.on() == []
-    patch.off()
+    patch.apply()
+    assert patch.apply() == []
+    patch.revert()
     assert library.fakelib_home.compute is theirs
-    assert patch.off() == []
+    assert patch.revert() == []
 
 
-def test_what_was_loaded_since_is_found_by_the_second_on(library, patch):
+def test_modules_loaded_later_are_patched_by_the_second_apply(library, patch):
     theirs = library.fakelib_home.compute
-    patch.on()
+    patch.apply()
     library.fakelib_user.late = theirs
-    assert patch.on() == ["fakelib.user.late"]
-    patch.off()
+    assert patch.apply() == ["fakelib.user.late"]
+    patch.revert()
     assert library.fakelib_user.late is theirs
 
 
-def test_on_again_after_off(library, patch):
-    patch.on()
-    patch.off()
-    assert patch.on() == ["fakelib.home.compute", "fakelib.user.renamed"]
+def test_apply_again_after_revert(library, patch):
+    patch.apply()
+    patch.revert()
+    assert patch.apply() == ["fakelib.home.compute", "fakelib.user.renamed"]
 
 
 @pytest.mark.parametrize(
     "other", [lambda x: 0, lambda x, scale=2.0: 0, lambda x, scale=1.0, extra=None: 0, None]
 )
-def test_a_surface_that_is_not_the_known_one_is_refused(library, patch, other):
+def test_other_parameters_are_refused(library, patch, other):
     library.fakelib_home.compute = other
     bound = library.fakelib_user.renamed
-    with pytest.raises(RuntimeError, match=r"fakelib\.home\.compute of fakelib 9\.9 .*fakelib 1"):
-        patch.on()
+    with pytest.raises(
+        RuntimeError, match=r"fakelib\.home\.compute of fakelib 9\.9 .*fakelib==1\.0"
+    ):
+        patch.apply()
     assert library.fakelib_home.compute is other
     assert library.fakelib_user.renamed is bound
 
 
-def test_nothing_is_replaced_where_one_of_several_is_unknown(library):
+def test_nothing_is_replaced_if_one_of_several_is_unknown(library):
     patch = Patch(
         "fakelib",
         "1.0",
@@ -89,11 +91,11 @@ def test_nothing_is_replaced_where_one_of_several_is_unknown(library):
     )
     theirs = library.fakelib_home.compute
     with pytest.raises(RuntimeError, match="missing"):
-        patch.on()
+        patch.apply()
     assert library.fakelib_home.compute is theirs
 
 
-def test_an_absent_library_is_named_with_its_remedy():
+def test_a_missing_library_is_named_with_the_install_command():
     patch = Patch("no_such_lib", "1.0", (Swap("no_such_lib.home", "compute", ours),))
     with pytest.raises(ImportError, match=r"pip install no_such_lib==1\.0"):
-        patch.on()
+        patch.apply()

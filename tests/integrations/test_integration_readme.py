@@ -1,4 +1,4 @@
-"""The README's TRL example runs as it is printed, but for a tiny model and a few steps."""
+"""The README's TRL example runs as printed, except for a tiny model and a few steps."""
 
 import re
 from pathlib import Path

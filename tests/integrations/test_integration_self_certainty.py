@@ -19,7 +19,7 @@ def completion_ids():
 
 
 def oracle(model, prompt_ids, completion_ids, temperature=1.0):
-    """KL(U || p) of each of one completion's tokens, one sequence at a time, in float64."""
+    """KL(U || p) of every token of one completion, in float64."""
     ids = torch.tensor([[*prompt_ids, *completion_ids]])
     logits = model.double()(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1] / temperature
     model.float()
@@ -45,7 +45,7 @@ def test_value_of_each_completion(completion_ids, batch_size, reduction):
     assert min(got) > 0
 
 
-def test_conversational_prompts_go_through_the_chat_template(completion_ids):
+def test_conversational_prompts_use_the_chat_template(completion_ids):
     model, tokenizer = make_model(), make_tokenizer()
     prompts = [[{"role": "w5", "content": p}] for p in make_prompts()[: len(LENGTHS)]]
     got = SelfCertaintyReward(model, tokenizer)(prompts, [""] * len(prompts), completion_ids)
@@ -61,7 +61,7 @@ def test_a_completion_without_tokens_has_no_reward(completion_ids):
     assert [reward is None for reward in got] == [False, False, True, False, False]
 
 
-def test_the_model_is_left_as_it_was(completion_ids):
+def test_the_model_is_not_changed(completion_ids):
     model = make_model().train()
     model.model.layers[0].self_attn.attention_dropout = 0.9
     prompts = make_prompts()[: len(LENGTHS)]
@@ -78,8 +78,8 @@ def test_wrong_settings_are_refused(wrong):
         SelfCertaintyReward(None, None, **wrong)
 
 
-def test_the_reward_is_what_a_trl_run_scores(tmp_path, monkeypatch):
-    """Three steps; each reward that TRL logged is that of the policy at that step."""
+def test_the_reward_in_a_trl_run(tmp_path, monkeypatch):
+    """Each reward that TRL logs in three steps is that of the policy at the step."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     seen = []
 
@@ -95,4 +95,4 @@ def test_the_reward_is_what_a_trl_run_scores(tmp_path, monkeypatch):
 
     log = train(tmp_path, Recorded)
     assert [line["rewards/self_certainty/mean"] for line in log] == pytest.approx(seen, rel=1e-5)
-    assert len(set(seen)) == 3  # the policy moved
+    assert len(set(seen)) == 3  # the policy changed

@@ -1,4 +1,4 @@
-"""The drop-ins for TRL against TRL's own functions."""
+"""The replacements for TRL's functions against the originals."""
 
 import inspect
 
@@ -22,7 +22,7 @@ def unpatched():
 
 
 def gradient(outputs, logits):
-    """Of a random weighting of all outputs."""
+    """Gradient of the logits for random upstream gradients of all outputs."""
     total = sum((o * make_upstream(i).to(o.dtype)).sum() for i, o in enumerate(outputs))
     return torch.autograd.grad(total, logits)[0]
 
@@ -87,7 +87,7 @@ def test_row_mask(mask_dtype):
 @pytest.mark.parametrize("k", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_several_classes_a_row(k, dtype, masked):
+def test_several_classes_per_row(k, dtype, masked):
     logits = make_logits("sliced", dtype)
     generator = torch.Generator().manual_seed(3)
     index = torch.randint(0, 501, (3, 7, k), generator=generator)
@@ -138,7 +138,7 @@ def test_an_ignored_index_reads_nothing():
     assert logprob.isfinite().all()
 
 
-def test_ruled_out_classes_give_no_nan():
+def test_masked_classes_give_no_nan():
     logits, ids = make_logits("contiguous", torch.float32), make_token_ids().clamp(min=200)
     logits[..., :200] = -torch.inf
     logits.requires_grad_()
@@ -150,14 +150,14 @@ def test_ruled_out_classes_give_no_nan():
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
-def test_a_temperature_that_is_not_positive_is_refused(temperature):
+def test_a_nonpositive_temperature_is_refused(temperature):
     logits, ids = make_logits("contiguous", torch.float32), make_token_ids()
     for name in ("selective_log_softmax", "selective_log_softmax_and_entropy"):
         with pytest.raises(ValueError, match="temperature"):
             getattr(ours, name)(logits, ids, temperature=temperature)
 
 
-def test_patch_reaches_the_trainers_and_comes_off_again(capsys):
+def test_patch_reaches_the_trainers_and_is_reverted(capsys):
     from trl.experimental.tpo import tpo_trainer
 
     originals = {name: getattr(theirs, name) for name in NAMES}

@@ -1,4 +1,4 @@
-"""The drop-ins for verl against plain torch, and against verl where it is installed."""
+"""The replacements for verl's functions against plain torch, and against verl if installed."""
 
 import inspect
 
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def theirs():
-    """verl's module. The import, not only the package, decides: verl pins many others."""
+    """verl's module. Skips if the import fails: verl pins many other packages."""
     try:
         import verl.utils.torch_functional as module
     except ImportError as error:
@@ -73,7 +73,7 @@ def test_the_parameters_are_theirs(theirs):
         ]
 
 
-def test_backward_in_place_where_the_logits_are_an_operations_output():
+def test_backward_is_in_place_if_the_logits_are_the_output_of_an_operation():
     weight = make_logits("contiguous", torch.float32).requires_grad_()
     expected = torch.autograd.grad(
         plain_logprobs(weight * 2, make_token_ids()), weight, make_upstream()
@@ -84,10 +84,10 @@ def test_backward_in_place_where_the_logits_are_an_operations_output():
     out = ours.logprobs_from_logits(logits, make_token_ids())
     (grad,) = torch.autograd.grad(out, weight, make_upstream())
     torch.testing.assert_close(grad, expected)
-    assert not torch.equal(logits.detach(), before)  # the memory was used again
+    assert not torch.equal(logits.detach(), before)  # the memory was reused
 
 
-def test_backward_leaves_the_logits_alone_where_told_to():
+def test_inplace_backward_false_keeps_the_logits():
     weight = make_logits("contiguous", torch.float32).requires_grad_()
     logits = weight * 2
     before = logits.detach().clone()
@@ -96,7 +96,7 @@ def test_backward_leaves_the_logits_alone_where_told_to():
     assert torch.equal(logits.detach(), before)
 
 
-def test_backward_leaves_leaves_and_shared_rows_alone():
+def test_leaves_and_shared_rows_are_not_overwritten():
     for make in (lambda w: w, lambda w: w[:, :], lambda w: (w[:1] * 2).expand(3, 7, 501)):
         weight = make_logits("contiguous", torch.float32).requires_grad_()
         logits = make(weight)
@@ -111,7 +111,7 @@ def test_backward_leaves_leaves_and_shared_rows_alone():
         assert torch.equal(logits.detach(), before)
 
 
-def test_another_reader_of_overwritten_logits_is_told():
+def test_another_reader_of_overwritten_logits_raises():
     logits = make_logits("contiguous", torch.float32).requires_grad_() * 2
     entropy = (logits.softmax(-1) * logits).sum(-1)  # keeps the logits
     logprob = ours.logprobs_from_logits(logits, make_token_ids())
@@ -121,7 +121,7 @@ def test_another_reader_of_overwritten_logits_is_told():
 
 
 def test_entropy_compiles_with_dynamic_shapes():
-    """As verl's engines do with `entropy_from_logits`."""
+    """As verl's engines compile `entropy_from_logits`."""
     compiled = torch.compile(
         ours.entropy_from_logits, dynamic=True, fullgraph=True, backend="eager"
     )

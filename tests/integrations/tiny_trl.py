@@ -1,4 +1,4 @@
-"""A TRL run small enough for a test: model, tokenizer and prompts made in code."""
+"""A TRL run small enough for a test; model, tokenizer and prompts are made in code."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_prompts() -> list[str]:
 
 def make_trainer(output_dir: Path, reward_funcs: Callable, **settings) -> GRPOTrainer:
     """Three steps of two groups of four; nothing is saved, reported or downloaded."""
-    folder = output_dir / "model"  # from disk, since TRL loads the reference model from there again
+    folder = output_dir / "model"  # on disk, because TRL loads the reference model from there
     make_model().save_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = make_tokenizer()

@@ -1,8 +1,8 @@
-"""Both backends, poisoned memory, and which path ran.
+"""Fixtures: both backends, poisoned memory, and which path ran.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for before
-triton is imported. Where another test imported it first, `test_interpreter.py` runs the `triton`
-half of these tests in a process of its own.
+Without a GPU the Triton kernels run in Triton's interpreter, which must be requested before triton
+is imported. If another test imported it first, `test_interpreter.py` runs the `triton` half of
+these tests in a separate process.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kernel_oracle import TRITON_RUNS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# On a machine with a GPU these are its tests, and chosen by its marker.
+# On a machine with a GPU, the Triton half of the tests is selected by the gpu marker.
 ON_A_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=ON_A_GPU)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test once per backend."""
+    """Run each test once per backend."""
     if request.param == "triton" and not TRITON_RUNS:
         pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", request.param)
@@ -42,7 +42,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty holds NaN (integers: their maximum) instead of whatever was there."""
+    """Fill torch.empty with NaN (integers: their maximum)."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -51,7 +51,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def paths_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the backend functions that the ops called, in order."""
+    """Names of the path functions that the ops call, in order."""
     names: list[str] = []
     functions = {
         "token_stats.op": ("forward_triton", "backward_triton", "forward_torch", "backward_torch"),

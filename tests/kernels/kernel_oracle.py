@@ -1,4 +1,4 @@
-"""The float64 oracle and the error budget that all kernel tests share.
+"""The float64 oracle and the error budget of all kernel tests.
 
 Budget: error(ours) <= 1.5 error(eager in the same dtype) + floor, both against float64, as the
 largest absolute error. The floor is what float32 cannot avoid: a few roundings of the largest term
@@ -36,7 +36,7 @@ def random_case(
 
 
 def upstream_gradients(shape, device: str, seed: int = 1) -> list[Tensor]:
-    """Random gradients of the four statistics: ones alone would hide wrong signs and sums."""
+    """Random gradients of the four statistics: ones would hide wrong signs and sums."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(device) for _ in FIELDS]
 
@@ -51,7 +51,7 @@ def run(function, logits: Tensor, token_ids: Tensor, gradients, **kwargs):
 
 
 def assert_within_budget(logits, token_ids, gradients=None, *, temperature=1.0) -> None:
-    """All four statistics and the gradient of token_stats keep the budget."""
+    """Assert that all four statistics and the gradient of token_stats are within the budget."""
     gradients = gradients or upstream_gradients(token_ids.shape, logits.device)
     arguments = (token_ids, gradients)
     ours, our_grad = run(token_stats, logits, *arguments, temperature=temperature)
@@ -66,7 +66,7 @@ def assert_within_budget(logits, token_ids, gradients=None, *, temperature=1.0) 
         floor = 4 * EPS * ((largest if name == "lse" else spread) + math.log(logits.shape[-1]))
         assert_close(name, mine, theirs, truth, floor)
     assert our_grad.dtype == logits.dtype
-    # Every term of the gradient is an upstream gradient times 1, log V or the spread at most.
+    # Every term of the gradient is at most an upstream gradient times 1, log V or the spread.
     weight = max(float(g.abs().amax()) for g in gradients if g is not None) / temperature
     floor = 4 * EPS * weight * (1 + spread + math.log(logits.shape[-1]))
     floor += rounding(logits.dtype) * float(exact_grad.abs().amax())
@@ -74,7 +74,7 @@ def assert_within_budget(logits, token_ids, gradients=None, *, temperature=1.0) 
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Relative error of a conversion to `dtype`; Triton's interpreter cuts instead of rounding."""
+    """Relative error of a conversion to `dtype`; Triton's interpreter truncates."""
     if dtype == torch.float32:
         return 0.0
     return torch.finfo(dtype).eps * (1.0 if INTERPRETED else 0.5)

@@ -24,8 +24,8 @@ NORM_EPS = 1e-6
 
 def case(shape, dtype, device, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    drawn = [torch.randn(size, generator=generator) for size in (shape, shape, shape[-1:])]
-    return [t.to(device, dtype) for t in drawn]  # residual, delta, weight
+    tensors = [torch.randn(size, generator=generator) for size in (shape, shape, shape[-1:])]
+    return [t.to(device, dtype) for t in tensors]  # residual, delta, weight
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -37,7 +37,7 @@ def test_budget(regime, backend, device):
     assert out.dtype == dtype and out.shape == given.shape
     total = given.double() + delta.double()
     assert_close("sum", residual, given + delta, total, rounding(dtype) * float(total.abs().max()))
-    # The norm is that of the sum as it was rounded; it is rounded once itself, and with the weight.
+    # The norm of the rounded sum is rounded twice: before and after the weight.
     exact = (t.double() for t in (residual, weight))
     truth = add_rms_norm_reference(*exact, NORM_EPS, torch.zeros_like(total))
     eager = add_rms_norm_reference(residual, weight, NORM_EPS, torch.zeros_like(residual))
@@ -56,7 +56,7 @@ def test_without_delta_nothing_is_overwritten(backend, device):
 
 @pytest.mark.parametrize("size", [0.0, 1e-20, 1e15])
 def test_extreme_rows(size, backend, device):
-    """Zeros stay zeros; what is small beside eps stays so; squares of 1e15 are within fp32."""
+    """Zeros stay zeros; rows far below eps stay small; squares of 1e15 fit fp32."""
     residual, _, weight = case((2, 64), torch.float32, device)
     residual *= size
     out = add_rms_norm(residual, weight, eps=NORM_EPS)
@@ -72,7 +72,7 @@ def test_nan_stays_in_its_row(backend, device):
     assert out.isnan().any(dim=-1).tolist() == [False, True, False]
 
 
-def test_a_row_does_not_depend_on_its_neighbours(backend, device):
+def test_a_row_does_not_depend_on_other_rows(backend, device):
     residual, delta, weight = case((5, 96), torch.bfloat16, device)
     alone = [
         add_rms_norm(row.clone()[None], weight, eps=NORM_EPS, delta=added[None])[0]
@@ -106,7 +106,7 @@ def test_no_rows(backend, device):
 
 
 X, W = torch.zeros(3, 8), torch.ones(8)
-MISTAKES = {
+WRONG_ARGUMENTS = {
     "residual has shape .* contiguous": (torch.zeros(3, 16)[:, ::2], W, None),
     "residual .* dtype torch.float64": (X.double(), W.double(), None),
     "residual has 32769 channels": (torch.zeros(1, 32769), torch.zeros(32769), None),
@@ -117,8 +117,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
-    residual, weight, delta = MISTAKES[message]
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message):
+    residual, weight, delta = WRONG_ARGUMENTS[message]
     with pytest.raises(ValueError, match=message):
         add_rms_norm(residual, weight, eps=NORM_EPS, delta=delta)

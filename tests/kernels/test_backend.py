@@ -1,4 +1,4 @@
-"""Which path runs: as asked, or an error; never another one in silence."""
+"""The requested path runs, or an error is raised; there is no silent fallback."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from iris_kernels import token_stats
+from iris_kernels import token_stats, uses_triton
 
 CALL = """
 import torch
@@ -31,6 +31,14 @@ def test_auto_is_torch_on_a_cpu(monkeypatch, paths_run):
     monkeypatch.delenv("IRIS_KERNELS_BACKEND", raising=False)
     token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
     assert paths_run == ["forward_torch"]
+
+
+def test_uses_triton_answers_for_a_tensor(monkeypatch):
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
+    assert not uses_triton(torch.zeros(1))
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="set it to triton, torch or auto"):
+        uses_triton(torch.zeros(1))
 
 
 @pytest.mark.gpu

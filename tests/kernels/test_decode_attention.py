@@ -1,4 +1,4 @@
-"""decode_attention: ragged lengths, shared prefixes, grouped heads; nothing dead is read."""
+"""decode_attention: ragged lengths, shared prefixes, grouped heads; only live entries are read."""
 
 import math
 
@@ -24,14 +24,14 @@ REGIMES = {
 
 
 def case(B, H, Hkv, S, Dh, dtype, device, seed=0):
-    """query, key cache, value cache, lengths; dead entries hold NaN."""
+    """query, key cache, value cache, lengths; entries that are not live hold NaN."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(B, H, Dh, generator=generator) * 2
     keys, values = (torch.randn(B, Hkv, S, Dh, generator=generator) for _ in range(2))
     lengths = torch.randint(1, S + 1, (B,), generator=generator)
     lengths[0] = S
-    dead = (torch.arange(S) >= lengths[:, None])[:, None, :, None]
-    tensors = [query, keys.masked_fill(dead, math.nan), values.masked_fill(dead, math.nan)]
+    not_live = (torch.arange(S) >= lengths[:, None])[:, None, :, None]
+    tensors = [query, keys.masked_fill(not_live, math.nan), values.masked_fill(not_live, math.nan)]
     return [t.to(device, dtype) for t in tensors] + [lengths.to(device)]
 
 
@@ -56,7 +56,7 @@ def test_budget(regime, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_prefix_is_as_if_it_were_in_every_cache(dtype, backend, device):
+def test_shared_prefix_is_equal_to_a_copy_in_every_cache(dtype, backend, device):
     query, keys, values, lengths = case(4, 2, 2, 20, 16, dtype, device)
     _, prefix_keys, prefix_values, live = case(2, 2, 2, 9, 16, dtype, device, seed=5)
     live[1] = 4
@@ -80,7 +80,7 @@ def test_shared_prefix_is_as_if_it_were_in_every_cache(dtype, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_fp8_cache_is_one_that_holds_the_same_values(dtype, backend, device):
+def test_an_fp8_cache_is_equal_to_one_with_the_same_values(dtype, backend, device):
     query, *caches, lengths = case(3, 4, 2, 70, 32, dtype, device)
     _, *shared, live = case(2, 2, 2, 9, 32, dtype, device, seed=5)
     names = ("prefix_keys", "prefix_values")
@@ -90,13 +90,13 @@ def test_an_fp8_cache_is_one_that_holds_the_same_values(dtype, backend, device):
         prefixes = {n: convert(t) for n, t in zip(names, shared, strict=True)}
         return decode_attention(query, *map(convert, caches), lengths, **prefixes, **rest)
 
-    eight = attend(lambda cache: cache.to(torch.float8_e4m3fn))
+    fp8 = attend(lambda cache: cache.to(torch.float8_e4m3fn))
     same = attend(lambda cache: cache.to(torch.float8_e4m3fn).to(dtype))
-    torch.testing.assert_close(eight, same, rtol=0, atol=0)
-    assert (eight - attend(lambda cache: cache)).abs().max() > 1e-3
+    torch.testing.assert_close(fp8, same, rtol=0, atol=0)
+    assert (fp8 - attend(lambda cache: cache)).abs().max() > 1e-3
 
 
-def test_nothing_to_attend_to_gives_zero(backend, device):
+def test_a_sequence_without_entries_gives_zero(backend, device):
     query, keys, values, lengths = case(2, 2, 2, 10, 16, torch.float32, device)
     lengths[1] = 0
     keys[1], values[1] = math.nan, math.nan
@@ -113,14 +113,14 @@ def test_scale(scale, backend, device):
 
 
 def test_large_scores(backend, device):
-    """One key wins by thousands: no overflow, and the result is its value."""
+    """One key's score is larger by thousands: no overflow, and the result is its value."""
     query, keys, values, lengths = case(1, 1, 1, 70, 16, torch.float32, device)
     keys[0, 0, 66] = query[0, 0] * 1e3
     out = decode_attention(query, keys, values, lengths)
     torch.testing.assert_close(out[0, 0], values[0, 0, 66])
 
 
-def test_independence_of_neighbours(backend, device):
+def test_a_sequence_does_not_depend_on_other_sequences(backend, device):
     query, keys, values, lengths = case(3, 2, 2, 90, 32, torch.float32, device)
     together = decode_attention(query, keys, values, lengths)
     for b in range(3):
@@ -180,7 +180,7 @@ def test_graph_replay_reads_new_lengths(monkeypatch):
 Q, K, N = torch.zeros(2, 4, 16), torch.zeros(2, 2, 5, 16), torch.tensor([5, 1])
 ONE_EACH = torch.tensor([1, 1])
 PREFIX = {"prefix_keys": torch.zeros(1, 2, 3, 16), "prefix_values": torch.zeros(1, 2, 3, 16)}
-MISTAKES = {
+WRONG_ARGUMENTS = {
     r"query has shape \(4, 16\)": ((Q[0], K, K, N), {}),
     r"key_cache has shape \(2, 2, 5, 8\)": ((Q, K[..., :8], K, N), {}),
     "key_cache is torch.bfloat16": ((Q, K.bfloat16(), K, N), {}),
@@ -204,8 +204,8 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
-    positional, keywords = MISTAKES[message]
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message):
+    positional, keywords = WRONG_ARGUMENTS[message]
     with pytest.raises(ValueError, match=message):
         decode_attention(*positional, **keywords)

@@ -1,4 +1,4 @@
-"""guided_sample: the exact token, its distribution, truncation, and the statistics with it."""
+"""guided_sample: the exact token, its distribution, truncation, and its statistics."""
 
 import math
 
@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ops = torch.ops.iris_kernels
 
 PATHS = {"torch": ["sample_torch"], "triton": ["sample_triton"]}
-# name: (rows, V, dtype). A row is cut into L <= 512 lanes of Q columns, each read 16 bytes a time.
+# name: (rows, V, dtype). A row is split into L <= 512 lanes of Q columns, in loads of 16 bytes.
 REGIMES = {
     "one_class": (2, 1, torch.float32),
     "fewer_classes_than_lanes": (7, 11, torch.float32),
     "unaligned_rows": (5, 257, torch.bfloat16),
-    "one_step_a_lane": (3, 1000, torch.float16),
+    "one_load_per_lane": (3, 1000, torch.float16),
     "image_vocabulary": (2, 16384, torch.bfloat16),
-    "lanes_longer_than_a_step_and_a_tail": (2, 20001, torch.float32),
+    "several_loads_per_lane_and_a_tail": (2, 20001, torch.float32),
 }
 SETTINGS = {
     "plain": {},
@@ -57,7 +57,7 @@ def arguments(name: str) -> dict:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_same_token_on_every_backend(regime, name, device, monkeypatch, paths_run):
-    """Bit for bit, also at both ends of [0, 1)."""
+    """Also at both ends of [0, 1)."""
     from kernel_oracle import TRITON_RUNS
 
     if not TRITON_RUNS:
@@ -78,13 +78,13 @@ def test_same_token_on_every_backend(regime, name, device, monkeypatch, paths_ru
 
 @pytest.mark.parametrize("name", ["plain", "guided", "guided_cold", "guided_hot"])
 def test_inverse_cdf(name, backend, device):
-    """The float64 inverse CDF wherever the uniform is not within rounding of a step of it."""
+    """The float64 inverse CDF, unless the uniform is within rounding of a step of it."""
     cond, uncond, _ = case(40, 3000, torch.float32, device, name)
     cond, uncond = cond[:1].expand(40, -1), uncond if uncond is None else uncond[:1].expand(40, -1)
     uniform = ((torch.arange(40, device=device) + 0.5) / 40).float()
     kwargs = arguments(name)
     other = cond if uncond is None else uncond
-    # The oracle on the CPU: sums in order are not deterministic on a GPU, and refused there.
+    # The oracle runs on the CPU: cumsum is not deterministic on a GPU, and raises there.
     exact = guided_sample_reference(*(t.double().cpu() for t in (cond, other, uniform)), **kwargs)
     mixed = mix(cond, uncond, kwargs["cfg_weight"]).double().cpu() / kwargs.get("temperature", 1.0)
     steps = torch.softmax(mixed, -1).cumsum(-1)
@@ -95,7 +95,7 @@ def test_inverse_cdf(name, backend, device):
 
 
 def test_chi_square(backend, device):
-    """Draws follow the exact probabilities (few of them where a row is slow: the interpreter)."""
+    """Samples follow the exact probabilities (few samples in the interpreter, which is slow)."""
     V, draws, limit = 12, 20000, 31.3  # the limit: the 99.9% point, 11 degrees of freedom
     if backend == "triton" and device == "cpu":
         V, draws, limit = 4, 100, 16.3  # 3 degrees of freedom
@@ -110,12 +110,12 @@ def test_chi_square(backend, device):
     assert float(((counted - expected) ** 2 / expected).sum()) < limit
 
 
-# --- The ends of the interval, and classes that cannot be drawn -----------------------------------
+# --- The ends of the interval, and classes that cannot be sampled ---------------------------------
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1e-38, 0.5, 1 - 2.0**-24])
-def test_impossible_classes_are_never_drawn(uniform, backend, device):
-    """-inf at both ends, and in one branch only; a class of weight 0 is stepped over."""
+def test_impossible_classes_are_never_sampled(uniform, backend, device):
+    """-inf at both ends, and in one branch only; a class of weight 0."""
     cond, uncond, _ = case(6, 600, torch.float32, device, "guided")
     cond[:, :100], uncond[:, 100:130] = -math.inf, -math.inf
     cond[:, 500:], uncond[:, 550:] = -math.inf, -math.inf
@@ -123,8 +123,8 @@ def test_impossible_classes_are_never_drawn(uniform, backend, device):
     out = guided_sample(
         cond, uncond, torch.full((6,), uniform, device=device), cfg_weight=4.0, temperature=0.9
     )
-    drawn = mix(cond, uncond, 4.0).gather(1, out.token_ids[:, None])
-    assert drawn.isfinite().all()
+    sampled_logits = mix(cond, uncond, 4.0).gather(1, out.token_ids[:, None])
+    assert sampled_logits.isfinite().all()
     assert out.guided.logprob.isfinite().all() and out.conditional.entropy.isfinite().all()
     assert (out.guided.logprob > -40 * math.log(2) - math.log(600)).all()
 
@@ -135,7 +135,7 @@ def test_uniform_at_its_ends(backend, device):
     assert guided_sample(cond, None, uniform, cfg_weight=1.0).token_ids.tolist() == [1, 2, 2]
 
 
-def test_nothing_but_minus_infinity(backend, device):
+def test_fully_masked_rows(backend, device):
     out = guided_sample(
         torch.full((2, 70), -math.inf, device=device), None, torch.rand(2, device=device),
         cfg_weight=1.0,
@@ -143,7 +143,7 @@ def test_nothing_but_minus_infinity(backend, device):
     assert (out.token_ids == 0).all() and (out.guided.logprob == -math.inf).all()
 
 
-def test_nan_is_not_drawn_and_not_hidden(backend, device):
+def test_nan_is_not_sampled_and_not_hidden(backend, device):
     cond, _, uniform = case(4, 300, torch.float32, device, "plain")
     cond[:, 17] = math.nan
     out = guided_sample(cond, None, uniform, cfg_weight=1.0)
@@ -155,17 +155,17 @@ def test_nan_is_not_drawn_and_not_hidden(backend, device):
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str
 )
-def test_a_nan_class_is_as_one_that_is_ruled_out(backend, device, column, settings):
+def test_a_nan_class_is_sampled_like_a_masked_one(backend, device, column, settings):
     cond, _, uniform = case(6, 40, torch.float32, device, "plain")
-    ruled_out = cond.clone()
-    cond[:, column], ruled_out[:, column] = math.nan, -math.inf
-    drawn = guided_sample(cond, None, uniform, cfg_weight=1.0, **settings).token_ids
-    expected = guided_sample(ruled_out, None, uniform, cfg_weight=1.0, **settings).token_ids
-    assert drawn.tolist() == expected.tolist()
+    masked = cond.clone()
+    cond[:, column], masked[:, column] = math.nan, -math.inf
+    token_ids = guided_sample(cond, None, uniform, cfg_weight=1.0, **settings).token_ids
+    expected = guided_sample(masked, None, uniform, cfg_weight=1.0, **settings).token_ids
+    assert token_ids.tolist() == expected.tolist()
 
 
 def test_truncation_copies_no_temperature_from_the_host():
-    """A CUDA graph cannot hold such a copy. Fake tensors tell without a GPU."""
+    """A CUDA graph cannot hold such a copy. Fake tensors check this without a GPU."""
 
     class NoCopies(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -213,7 +213,7 @@ def test_certain_token_keeps_its_digits(backend, device):
 def test_truncation_keeps_what_hugging_face_keeps(top_k, top_p, min_p, temperature, device):
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits, _ = random_case((20,), 400, torch.float32, device)
-    scores = logits.cpu() / temperature  # sums in order are refused on a GPU, see above
+    scores = logits.cpu() / temperature  # cumsum raises on a GPU, see above
     if top_k:
         scores = warpers.TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
@@ -232,7 +232,7 @@ def test_ties_with_the_last_one_kept_are_kept(backend, device):
         assert sorted(set(token_ids.tolist())) == [0, 2, 3, 4], kwargs
 
 
-def test_truncated_draws_stay_inside(backend, device):
+def test_truncated_samples_are_among_the_kept(backend, device):
     cond, _, _ = case(1, 500, torch.float32, device, "plain")
     uniform = torch.cat([torch.rand(38), torch.tensor([0.0, 1 - 2.0**-24])]).to(device)
     token_ids = guided_sample(
@@ -382,7 +382,7 @@ def test_numbers_as_tensors(backend, device):
 
 @pytest.mark.gpu
 def test_graph_capture(monkeypatch):
-    """A replay samples from the numbers that are then in its inputs."""
+    """A replay samples from the current values of its inputs."""
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "triton")
     torch.use_deterministic_algorithms(False)
     cond, uncond, uniform = case(64, 16384, torch.bfloat16, "cuda", "guided")
@@ -407,14 +407,14 @@ def test_one_launch(monkeypatch):
         guided_sample(cond, uncond, uniform, cfg_weight=5.0)
         torch.cuda.synchronize()
     on_the_gpu = [e for e in profile.events() if e.device_type == DeviceType.CUDA]
-    assert len(on_the_gpu) == 1, on_the_gpu  # the host's calls are events too
+    assert len(on_the_gpu) == 1, on_the_gpu
 
 
-# --- What cannot be answered ----------------------------------------------------------------------
+# --- Wrong arguments ------------------------------------------------------------------------------
 
 LOGITS = torch.zeros(2, 3)
 UNIFORM = torch.zeros(2)
-MISTAKES = {
+WRONG_ARGUMENTS = {
     "cond_logits has dtype torch.int64": ((LOGITS.long(), None, UNIFORM), {}),
     "cond_logits has dtype torch.float64": ((LOGITS.double(), None, UNIFORM), {}),
     r"uncond_logits has shape torch.Size\(\[2, 4\]\)": ((LOGITS, torch.zeros(2, 4), UNIFORM), {}),
@@ -431,9 +431,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
-    positional, keywords = MISTAKES[message]
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message):
+    positional, keywords = WRONG_ARGUMENTS[message]
     with pytest.raises(ValueError, match=message):
         guided_sample(*positional, **{"cfg_weight": 1.0} | keywords)
 

@@ -1,4 +1,4 @@
-"""The Triton half of these tests, where this process cannot interpret: each file in its own."""
+"""The Triton half of these tests in separate processes, if this process cannot interpret."""
 
 import os
 import subprocess

@@ -13,8 +13,8 @@ from kernel_oracle import EPS, FIELDS, assert_close, rounding, upstream_gradient
 ops = torch.ops.iris_kernels
 module = importlib.import_module("iris_kernels.linear_token_stats")
 INPUTS = ("hidden", "weight", "bias")
-# name: (rows, V, D, dtype). Tiles are cut to 160 elements and sums to 64: with D = 16, 4 rows by 40
-# columns, or 40 by 4 in the round for a half-precision weight.
+# name: (rows, V, D, dtype). Tiles have up to 160 elements and sums up to 64: with D = 16, 4 rows
+# by 40 columns, or 40 by 4 in the loop for a half-precision weight.
 REGIMES = {
     "one_tile": (3, 40, 16, torch.float32),
     "many_tiles": (10, 101, 16, torch.float32),
@@ -33,7 +33,7 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture
 def tiles(monkeypatch) -> list[tuple]:
-    """(first column, columns) of every tile that is made, in order."""
+    """(function, first column, columns) of every tile, in order."""
     seen = []
     for name in ("forward_torch", "forward_triton", "backward_torch", "backward_triton"):
         function = getattr(module, name)
@@ -99,11 +99,11 @@ def test_sums_over_tiles_are_kept_in_fp32(device, monkeypatch):
     head, token_ids = case(200, 4000, 16, torch.bfloat16, device)
     gradients = [g.abs() for g in upstream_gradients((200,), device)]
     _, tiled = run(linear_token_stats, head, token_ids, gradients)
-    monkeypatch.undo()  # tiles as large as ever, by the same backend
+    monkeypatch.undo()  # tiles of the normal size, on the same backend
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     _, whole = run(linear_token_stats, head, token_ids, gradients)
     for name, a, b in zip(INPUTS, tiled, whole, strict=True):
-        # Bit for bit, but where a tile's fp32 logits fell on the other side of a rounding.
+        # Equal, except where a tile's fp32 logits round differently.
         assert float((a != b).double().mean()) < 0.02, name
 
 
@@ -121,12 +121,12 @@ def test_each_gradient_alone(alone, backend, device):
 
 
 def test_tiles_agree_with_token_stats_of_whole_logits(backend, device):
-    """Also where whole tiles (of 20 columns) are -inf, huge, or hold the token alone."""
+    """Also if whole tiles (of 20 columns) are -inf, huge, or hold only the token."""
     (hidden, weight, _), token_ids = case(3, 70, 8, torch.float32, device)
     for name, shift in {
-        "first tiles ruled out": [-math.inf] * 45 + [0.0] * 25,
-        "last tiles ruled out": [0.0] * 15 + [-math.inf] * 55,
-        "all ruled out": [-math.inf] * 70,
+        "first tiles masked": [-math.inf] * 45 + [0.0] * 25,
+        "last tiles masked": [0.0] * 15 + [-math.inf] * 55,
+        "all masked": [-math.inf] * 70,
         "rising": [1.5 * i for i in range(70)],
         "huge": [1e4] * 70,
     }.items():
@@ -139,7 +139,7 @@ def test_tiles_agree_with_token_stats_of_whole_logits(backend, device):
             )
 
 
-def test_ruled_out_classes_give_no_nan(backend, device):
+def test_masked_classes_give_no_nan(backend, device):
     head, token_ids = case(3, 70, 8, torch.float32, device)
     head[2][:50] = -math.inf
     token_ids[:] = torch.tensor([69, 50, 3])
@@ -149,7 +149,7 @@ def test_ruled_out_classes_give_no_nan(backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_parts_cost_nothing(dtype, backend, device, tiles):
-    """A frozen weight has no product of its own, and none of its tiles."""
+    """A frozen weight costs no matrix product and no tiles."""
     (hidden, weight, bias), token_ids = case(6, 60, 16, dtype, device)
     gradients = upstream_gradients((6,), device)
     _, full = run(linear_token_stats, (hidden, weight, bias), token_ids, gradients)
@@ -167,7 +167,7 @@ def test_frozen_parts_cost_nothing(dtype, backend, device, tiles):
     assert torch.equal(d_weight, full[1])
 
 
-def test_frozen_weight_is_never_multiplied_for(device, monkeypatch):
+def test_frozen_weight_costs_no_product(device, monkeypatch):
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     (hidden, weight, _), token_ids = case(20, 100, 16, torch.float32, device, bias=False)
     shapes = []
@@ -197,8 +197,8 @@ def test_dropped_rows(backend, device):
     torch.testing.assert_close(mine[0][mask], theirs[0], rtol=1e-4, atol=1e-5)
 
 
-def test_dropped_rows_leave_weight_and_bias_alone(backend, device):
-    """As if those rows were not there (finite ones: 0 * NaN is NaN in any product)."""
+def test_dropped_rows_contribute_nothing_to_weight_and_bias(backend, device):
+    """As without these rows (finite ones: 0 * NaN is NaN in any product)."""
     head, token_ids = case(8, 30, 8, torch.float32, device)
     mask = torch.tensor([True, False] * 4, device=device)
     gradients = upstream_gradients((8,), device)
@@ -210,7 +210,7 @@ def test_dropped_rows_leave_weight_and_bias_alone(backend, device):
 
 
 def test_vocab_size(backend, device):
-    """Classes beyond do not exist; their rows of the weight get gradient 0."""
+    """Classes from vocab_size on are padding; their rows of the weight get gradient 0."""
     (hidden, weight, bias), token_ids = case(3, 100, 8, torch.float32, device)
     token_ids.remainder_(83)
     padded = [hidden, weight.clone(), bias.clone()]
@@ -245,7 +245,7 @@ def test_no_rows(backend, device):
 
 
 def test_autocast_is_that_of_linear(backend, device):
-    """Inputs are cast as for a linear layer; the logits keep float32 precision all the same."""
+    """Inputs are cast as for a linear layer; the logits still have float32 precision."""
     head, token_ids = case(4, 65, 16, torch.float32, device)
     half = [t.bfloat16() for t in head]
     expected = linear_token_stats(half[0], half[1], token_ids, half[2])
@@ -319,8 +319,8 @@ def test_tiles_stay_under_64_mb(R, V, D, monkeypatch):
 
 
 def test_one_sum_over_tiles_is_held_at_a_time(device, monkeypatch):
-    """Of a half-precision head that is trained: a block of hidden rows' or of weight rows', the
-    last of the former being gone before the first of the latter."""
+    """For a trained half-precision head: that of a block of rows of hidden, or of weight. The last
+    of the former is freed before the first of the latter is allocated."""
     make_sum, make_tile, sums, held = module._accumulator, module._gradient_tile, [], []
 
     def summing(gradient, full_precision):
@@ -358,7 +358,7 @@ def test_memory(trained, monkeypatch):
 
 
 HIDDEN, WEIGHT, IDS = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.long)
-MISTAKES = {
+WRONG_ARGUMENTS = {
     r"weight has shape \(0, 4\)": (
         (torch.zeros(2, 4), torch.zeros(0, 4), torch.zeros(2).long()),
         {},
@@ -378,8 +378,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
-    positional, keywords = MISTAKES[message]
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message):
+    positional, keywords = WRONG_ARGUMENTS[message]
     with pytest.raises(ValueError, match=message):
         linear_token_stats(*positional, **keywords)

@@ -1,10 +1,11 @@
-"""quantize_rows: the largest of a row becomes the largest of 8 bits; products with row scales."""
+"""quantize_rows: the largest value of a row becomes the largest fp8; products with row scales."""
 
 import math
 
 import pytest
 import torch
 from iris_kernels import quantize_rows
+from iris_kernels.quantize_rows import quantize_rows_reference
 
 ops = torch.ops.iris_kernels
 FP8 = torch.float8_e4m3fn
@@ -20,7 +21,7 @@ REGIMES = {
 }
 
 
-# Triton's interpreter loses the carry into the exponent, and NaN, on the way to 8 bits.
+# Triton's interpreter loses the carry into the exponent, and NaN, in the conversion to fp8.
 true_conversion = pytest.mark.parametrize(
     "backend",
     ["torch", pytest.param("triton", marks=pytest.mark.gpu, id="on a GPU")],
@@ -29,7 +30,7 @@ true_conversion = pytest.mark.parametrize(
 
 
 def representable(shape, dtype, device, seed=0):
-    """Rows that 8 bits hold exactly, at a scale that is a power of two."""
+    """Rows that fp8 represents exactly, at a scale that is a power of two."""
     generator = torch.Generator().manual_seed(seed)
     values = (torch.randn(shape, generator=generator) * 60).clamp(-FP8_MAX, FP8_MAX).to(FP8).float()
     values[:, 0] = FP8_MAX
@@ -39,7 +40,7 @@ def representable(shape, dtype, device, seed=0):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_what_8_bits_hold_is_kept_exactly(regime, backend, device):
+def test_representable_rows_are_exact(regime, backend, device):
     values, scales, x = representable(*REGIMES[regime], device)
     found = quantize_rows(x)
     assert found.values.dtype == FP8 and found.scales.dtype == torch.float32
@@ -50,10 +51,13 @@ def test_what_8_bits_hold_is_kept_exactly(regime, backend, device):
 @true_conversion
 @pytest.mark.parametrize("regime", REGIMES)
 def test_rounding_error(regime, backend, device):
-    """Half a step of 3 bits of mantissa, or of the smallest numbers, at the row's scale."""
+    """Half a step of the 3-bit mantissa, or of the subnormal numbers, at the row's scale."""
     shape, dtype = REGIMES[regime]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     values, scales = quantize_rows(x)
+    expected = quantize_rows_reference(x)
+    assert torch.equal(values.float(), expected.values.float())
+    torch.testing.assert_close(scales, expected.scales, rtol=1e-6, atol=0)
     largest = x.float().abs().amax(dim=-1, keepdim=True)
     torch.testing.assert_close(scales, largest / FP8_MAX, rtol=1e-6, atol=0)
     assert torch.equal(values.float().abs().amax(dim=-1), torch.full_like(largest[:, 0], FP8_MAX))
@@ -81,7 +85,7 @@ def test_nan_stays_in_its_row(backend, device):
     assert dequantized.isnan().any(dim=-1).tolist() == [False, True, False]
 
 
-def test_a_row_does_not_depend_on_its_neighbours(backend, device):
+def test_a_row_does_not_depend_on_other_rows(backend, device):
     _, _, x = representable((4, 80), torch.bfloat16, device)
     together = quantize_rows(x)
     for r in range(4):
@@ -108,7 +112,7 @@ def test_no_rows(backend, device):
     assert found.values.shape == (0, 8) and found.scales.shape == (0, 1)
 
 
-MISTAKES = {
+WRONG_ARGUMENTS = {
     r"x has shape \(2, 3, 4\)": torch.zeros(2, 3, 4),
     r"x has shape \(1, 32769\)": torch.zeros(1, 32769),
     "x .* contiguous": torch.zeros(2, 16)[:, ::2],
@@ -116,7 +120,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message):
     with pytest.raises(ValueError, match=message):
-        quantize_rows(MISTAKES[message])
+        quantize_rows(WRONG_ARGUMENTS[message])

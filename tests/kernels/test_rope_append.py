@@ -1,4 +1,4 @@
-"""rope_append: rotation against complex numbers, and exactly one slot a sequence written."""
+"""rope_append: rotation against complex numbers; exactly one slot per sequence is written."""
 
 import math
 
@@ -27,13 +27,13 @@ def case(B, H, Hkv, S, Dh, dtype, device, seed=0):
     """query, key, value, cos, sin, key cache, value cache, slots; the caches hold NaN."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*shape):
+    def normal(*shape):
         return torch.randn(shape, generator=generator)
 
     angles = torch.rand(B, Dh // 2, generator=generator) * 50
     caches = [torch.full((B, Hkv, S, Dh), math.nan) for _ in range(2)]
     slots = torch.randint(S, (B,), generator=generator)
-    numbers = [draw(B, H, Dh), draw(B, Hkv, Dh), draw(B, Hkv, Dh)]
+    numbers = [normal(B, H, Dh), normal(B, Hkv, Dh), normal(B, Hkv, Dh)]
     numbers, caches = ([t.to(device, dtype) for t in ts] for ts in (numbers, caches))
     tables = [t.to(device) for t in (angles.cos(), angles.sin())]
     return [*numbers, *tables, *caches, slots.to(device)]
@@ -54,7 +54,7 @@ def test_budget(regime, backend, device):
         floor = (4 * EPS + rounding(dtype)) * float(truth.abs().max())
         assert_close(name, found, eager, truth, floor)
     assert torch.equal(value_cache[rows, :, slots], value)
-    for cache in (key_cache, value_cache):  # and nothing else was touched
+    for cache in (key_cache, value_cache):  # nothing else was written
         cache[rows, :, slots] = math.nan
         assert cache.isnan().all()
 
@@ -71,10 +71,10 @@ def test_a_slot_outside_the_cache_is_refused_or_not_written(backend, device):
             assert inputs[5][1].isnan().all() and inputs[6][1].isnan().all()
 
 
-def test_8_bits_hold_what_they_can_and_end_at_their_largest(backend, device):
+def test_fp8_caches_round_and_saturate(backend, device):
     query, key, value, cos, sin, *_, slots = case(2, 4, 2, 3, 32, torch.float32, device)
     cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # no rotation
-    value = (value * 8).to(FP8).float()  # Triton's interpreter rounds to 8 bits wrongly
+    value = (value * 8).to(FP8).float()  # Triton's interpreter rounds to fp8 wrongly
     value[1, 0, 5], value[0, 1, 9] = 1e6, -math.inf
     key = (key * 8).to(FP8).float()
     key[0, 0, 0] = -1e6
@@ -86,7 +86,7 @@ def test_8_bits_hold_what_they_can_and_end_at_their_largest(backend, device):
         assert torch.equal(kept, given.clamp(-FP8_MAX, FP8_MAX))
 
 
-def test_parts_of_one_projection_and_caches_in_another_order(backend, device):
+def test_strided_inputs_and_caches(backend, device):
     query, key, value, cos, sin, key_cache, value_cache, slots = case(
         2, 3, 3, 5, 16, torch.float32, device
     )
@@ -110,7 +110,7 @@ def test_parts_of_one_projection_and_caches_in_another_order(backend, device):
     assert all(t[:, :, 3:].isnan().all() for t in held)
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours(backend, device):
+def test_a_sequence_does_not_depend_on_other_sequences(backend, device):
     inputs = case(3, 2, 2, 4, 16, torch.bfloat16, device)
     alone = [[t[b : b + 1].clone() for t in inputs] for b in range(3)]
     together = rope_append(*inputs)
@@ -121,7 +121,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(backend, device):
 
 def test_opcheck_and_fullgraph(backend, device):
     inputs = case(2, 4, 2, 3, 16, torch.float32, device)
-    inputs[5].zero_(), inputs[6].zero_()  # it compares, and NaN equals nothing
+    inputs[5].zero_(), inputs[6].zero_()  # opcheck compares, and NaN is not equal to NaN
     torch.library.opcheck(ops.rope_append.default, tuple(t.clone() for t in inputs))
     torch._dynamo.reset()
 
@@ -156,7 +156,7 @@ def test_graph_replay_writes_to_new_slots(monkeypatch):
 
 
 GIVEN = case(2, 4, 2, 3, 8, torch.float32, "cpu")
-MISTAKES = {
+WRONG_ARGUMENTS = {
     r"query has shape \(4, 8\)": (0, GIVEN[0][0]),
     r"query has shape \(2, 4, 7\)": (0, GIVEN[0][..., :7]),
     "query has strides": (0, torch.zeros(2, 4, 16)[..., ::2]),
@@ -173,9 +173,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
-    place, wrong = MISTAKES[message]
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message):
+    place, wrong = WRONG_ARGUMENTS[message]
     inputs = [*GIVEN[:place], wrong, *GIVEN[place + 1 :]]
     with pytest.raises(ValueError, match=message):
         rope_append(*inputs)

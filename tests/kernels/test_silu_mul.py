@@ -21,14 +21,14 @@ REGIMES = {
 }
 
 
-def draw(shape, dtype, device, seed=0):
+def make_input(shape, dtype, device, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) * 3).to(device, dtype)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_budget(regime, backend, device):
-    gate_up = draw(*REGIMES[regime], device)
+    gate_up = make_input(*REGIMES[regime], device)
     given = gate_up.clone()
     out = silu_mul(gate_up)
     assert torch.equal(gate_up, given)
@@ -39,8 +39,8 @@ def test_budget(regime, backend, device):
     assert_close("product", out, silu_mul_reference(gate_up), truth, floor)
 
 
-def test_far_out_gates(backend, device):
-    """exp(-x) overflows on the left, where silu is -0, and vanishes on the right."""
+def test_large_gates(backend, device):
+    """exp(-x) overflows for large negative x, where silu is -0; it underflows for large x."""
     gates = torch.tensor([-1e4, -100.0, -80.0, 0.0, 100.0, 1e4, math.inf])
     gate_up = torch.cat([gates, torch.full_like(gates, 2.0)])[None].to(device)
     out = silu_mul(gate_up)[0].cpu()
@@ -48,14 +48,14 @@ def test_far_out_gates(backend, device):
     assert out[3:].tolist() == [0.0, 200.0, 2e4, math.inf]
 
 
-def test_nan_stays_where_it_is(backend, device):
-    gate_up = draw((2, 12), torch.float32, device)
+def test_nan_stays_in_its_element(backend, device):
+    gate_up = make_input((2, 12), torch.float32, device)
     gate_up[1, 2] = math.nan
     assert silu_mul(gate_up).isnan().nonzero().tolist() == [[1, 2]]
 
 
 def test_opcheck_and_fullgraph(backend, device):
-    gate_up = draw((3, 32), torch.float32, device)
+    gate_up = make_input((3, 32), torch.float32, device)
     torch.library.opcheck(ops.silu_mul.default, (gate_up,))
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: silu_mul(x * 2) + 1, fullgraph=True, backend="aot_eager")
@@ -63,10 +63,10 @@ def test_opcheck_and_fullgraph(backend, device):
 
 
 def test_no_rows(backend, device):
-    assert silu_mul(draw((0, 8), torch.float32, device)).shape == (0, 4)
+    assert silu_mul(make_input((0, 8), torch.float32, device)).shape == (0, 4)
 
 
-MISTAKES = {
+WRONG_ARGUMENTS = {
     "gate_up has 7 columns": torch.zeros(2, 7),
     "gate_up .* contiguous": torch.zeros(2, 16)[:, ::2],
     "gate_up .* torch.float64": torch.zeros(2, 8, dtype=torch.float64),
@@ -74,7 +74,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message):
     with pytest.raises(ValueError, match=message):
-        silu_mul(MISTAKES[message])
+        silu_mul(WRONG_ARGUMENTS[message])

@@ -89,7 +89,7 @@ def test_equal_logits_are_uniform(backend, device):
 
 
 def test_certain_token_keeps_its_digits(backend, device):
-    """At a margin of 30 nats 1 + others is 1 in float32: log-softmax gives 0, we give -others."""
+    """At a margin of 30 nats, 1 + others is 1 in float32, and log-softmax gives 0, not -others."""
     margin = torch.tensor([30.0, 50.0], dtype=torch.float64, device=device)
     logits = torch.zeros(2, 600, device=device)
     logits[:, 17] = margin.float()
@@ -136,10 +136,10 @@ def test_all_rows_dropped_and_no_rows(backend, device):
     assert none.grad.shape == none.shape
 
 
-# --- Classes that are ruled out -------------------------------------------------------------------
+# --- Masked classes -------------------------------------------------------------------------------
 
 
-RULED_OUT = {
+MASKED = {
     "one": [5],
     "the first tile": range(4096),
     "the last tile": range(4096, 9000),
@@ -147,11 +147,11 @@ RULED_OUT = {
 }
 
 
-@pytest.mark.parametrize("which", RULED_OUT)
+@pytest.mark.parametrize("which", MASKED)
 def test_minus_infinity(which, backend, device):
-    """As if the classes did not exist, but for nsc, which is -inf; never NaN."""
+    """As without these classes, except that nsc is -inf; never NaN."""
     logits, token_ids = random_case((2,), 9000, torch.float32, device)
-    out_columns = torch.tensor(list(RULED_OUT[which]), device=device)
+    out_columns = torch.tensor(list(MASKED[which]), device=device)
     existing = torch.ones(9000, dtype=torch.bool, device=device)
     existing[out_columns] = False
     logits[:, out_columns] = -math.inf
@@ -171,7 +171,7 @@ def test_minus_infinity(which, backend, device):
 
 
 def test_nsc_gradient_with_minus_infinity(backend, device):
-    """d nsc / dx_j = 1/V - p_j, as autograd has it, also where nsc itself is -inf."""
+    """d nsc / dx_j = 1/V - p_j, as in autograd, also if nsc itself is -inf."""
     logits, token_ids = random_case((2,), 300, torch.float32, device)
     logits[:, :7] = -math.inf
     gradients = [None, torch.tensor([1.5, -2.0], device=device), None, None]
@@ -181,7 +181,7 @@ def test_nsc_gradient_with_minus_infinity(backend, device):
     torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-7)
 
 
-def test_token_itself_ruled_out(backend, device):
+def test_masked_token(backend, device):
     logits, token_ids = random_case((2,), 300, torch.float32, device)
     logits[:, 9] = -math.inf
     token_ids[:] = 9
@@ -190,7 +190,7 @@ def test_token_itself_ruled_out(backend, device):
     assert gradient.isfinite().all()
 
 
-def test_nothing_but_minus_infinity(backend, device):
+def test_fully_masked_rows(backend, device):
     logits = torch.full((2, 5000), -math.inf, device=device)
     token_ids = torch.tensor([0, 4999], device=device)
     out, gradient = run(token_stats, logits, token_ids, upstream_gradients((2,), device))
@@ -276,7 +276,7 @@ def test_layouts_are_read_in_place(name, backend, device, monkeypatch):
     assert torch.equal(gradient, expected_gradient)
 
 
-def test_columns_apart_are_copied(backend, device):
+def test_strided_columns_are_copied(backend, device):
     logits, token_ids = random_case((5,), 300, torch.float32, device)
     apart = logits.t().contiguous().t()
     gradients = upstream_gradients((5,), device)
@@ -334,7 +334,7 @@ def test_inplace_backward_does_not_overwrite_a_leaf_through_a_view(backend, devi
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUTS.keys() - {"repeated_rows"}))
-def test_inplace_backward_takes_every_layout_whose_rows_are_apart(name, backend, device):
+def test_inplace_backward_takes_every_layout_without_shared_rows(name, backend, device):
     full, _ = random_case((4, 6), 300, torch.float32, device)
     token_ids = torch.randint(200, LAYOUTS[name](full).shape[:-1], device=device)
     gradients = []
@@ -345,7 +345,7 @@ def test_inplace_backward_takes_every_layout_whose_rows_are_apart(name, backend,
     assert torch.equal(*gradients)
 
 
-def test_inplace_backward_is_found_out_by_other_readers(backend, device):
+def test_inplace_backward_raises_in_other_readers(backend, device):
     leaf, token_ids = random_case((4,), 300, torch.float32, device)
     produced = leaf.requires_grad_() * 1
     other = produced.square().sum()
@@ -363,10 +363,10 @@ def test_logits_are_not_overwritten_by_default(backend, device):
     assert torch.equal(leaf.detach(), before)
 
 
-# --- What cannot be answered ----------------------------------------------------------------------
+# --- Wrong arguments ------------------------------------------------------------------------------
 
 GOOD_IDS = torch.zeros(2, dtype=torch.long)
-MISTAKES = {
+WRONG_ARGUMENTS = {
     "logits has dtype torch.int64": (torch.zeros(2, 3, dtype=torch.long), GOOD_IDS, {}),
     r"logits has shape \(2, 0\)": (torch.zeros(2, 0), GOOD_IDS, {}),
     r"logits has shape \(\)": (torch.tensor(1.0), torch.tensor(0), {}),
@@ -388,14 +388,14 @@ MISTAKES = {
     "share memory": (
         torch.zeros(1, 3).expand(2, 3), GOOD_IDS, {"inplace_backward": True}
     ),
-    "windows that overlap": (
+    "overlapping windows": (
         torch.zeros(5).unfold(0, 3, 2), GOOD_IDS, {"inplace_backward": True}
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("message", MISTAKES)
-def test_mistakes_are_named(message):
-    logits, token_ids, kwargs = MISTAKES[message]
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message):
+    logits, token_ids, kwargs = WRONG_ARGUMENTS[message]
     with pytest.raises(ValueError, match=message):
         token_stats(logits, token_ids, **kwargs)

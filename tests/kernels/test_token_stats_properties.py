@@ -1,4 +1,4 @@
-"""token_stats: what holds for any input, and how it behaves as a PyTorch operator."""
+"""token_stats: properties for any input, and its behaviour as a PyTorch operator."""
 
 import math
 
@@ -28,7 +28,7 @@ properties = settings(max_examples=15, deadline=None, derandomize=True)
 
 @pytest.fixture(scope="module", params=["torch", "triton"])
 def module_backend(request):
-    """`backend`, once for all of a property's examples."""
+    """`backend`, set once for all examples of a property."""
     from kernel_oracle import TRITON_RUNS
 
     if request.param == "triton" and not TRITON_RUNS:
@@ -74,7 +74,7 @@ def test_permutation_of_the_classes(module_backend, device_of_properties, case, 
 @properties
 @given(cases())
 def test_batch_invariance_and_determinism(module_backend, device_of_properties, case):
-    """The same bits for a row alone, among others, and again."""
+    """The same bits for a row alone, with other rows, and again."""
     logits, token_ids = (t.to(device_of_properties) for t in case)
     gradients = upstream_gradients(token_ids.shape, logits.device)
     out, gradient = run(token_stats, logits, token_ids, gradients)
@@ -96,7 +96,7 @@ def device_of_properties():
 
 
 def test_batch_invariance_across_chunks_and_threads(monkeypatch):
-    """Sizes at which torch splits work over a CPU's threads, and rows over several chunks."""
+    """Sizes at which torch splits work over CPU threads, and rows are in several chunks."""
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     logits, token_ids = random_case((35,), 40001, torch.float32, "cpu")
     gradients = upstream_gradients((35,), "cpu")
@@ -113,7 +113,7 @@ def test_batch_invariance_across_chunks_and_threads(monkeypatch):
 
 
 def test_gradcheck(monkeypatch):
-    """The torch path takes float64, so the derivative formulas are checked as they are written."""
+    """The torch path supports float64, so the derivative formulas are checked directly."""
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     torch.manual_seed(0)
     logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
@@ -162,7 +162,7 @@ def test_fullgraph(inplace, backend, device):
 
 
 def graphs_compiled(function, logits, token_ids, temperatures) -> list[int]:
-    """How many graphs there are after each call, each compared with the call in eager mode."""
+    """Number of graphs after each call; each result is compared with eager mode."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -176,7 +176,7 @@ def graphs_compiled(function, logits, token_ids, temperatures) -> list[int]:
 
 
 def test_temperature_compiles_nothing(backend, device):
-    """A run-time value: torch.compile makes any float a constant once, and never again."""
+    """A run-time value: torch.compile makes a float a constant once, and not again."""
     logits, token_ids = random_case((4,), 300, torch.float32, device)
     values = (0.9, 0.8, 0.7, 1.3)
 
@@ -198,7 +198,7 @@ def test_temperature_as_a_tensor(backend, device):
     assert torch.equal(gradient, expected[1])
 
 
-def test_no_graph_is_kept_where_no_gradient_is_wanted(backend, device):
+def test_no_graph_is_kept_without_gradients(backend, device):
     logits, token_ids = random_case((4,), 300, torch.float32, device)
     assert not any(value.requires_grad for value in token_stats(logits, token_ids))
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_no_graph_is_kept_where_no_gradient_is_wanted(backend, device):
 
 
 def test_memory_of_the_torch_path(monkeypatch):
-    """Beside the gradient, both passes hold two chunks, however many rows there are."""
+    """Besides the gradient, both passes hold two chunks, for any number of rows."""
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     torch.use_deterministic_algorithms(False)
     logits, token_ids = random_case((1024,), 8192, torch.float32, "cpu")
@@ -224,7 +224,7 @@ def test_memory_of_the_torch_path(monkeypatch):
 
 
 def peak_bytes(function) -> int:
-    """The most memory that was allocated at once, above what there was before."""
+    """Peak of allocated memory, above that before the call."""
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(profile_memory=True, activities=cpu) as profile:
         function()

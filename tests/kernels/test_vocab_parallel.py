@@ -20,12 +20,12 @@ def logits_of(case: str, V: int) -> torch.Tensor:
     logits = torch.randn(3, 4, V, generator=torch.Generator().manual_seed(len(case))) * 3
     if case == "huge":
         logits *= 1e4
-    if case == "all of a shard -inf":
+    if case == "masked shard":
         logits[0, :, V // 2 :] = -INF
         logits[1, :, : V // 2] = -INF
-    if case == "a whole row -inf":
+    if case == "masked row":
         logits[1, 2] = -INF
-    if case == "one sided":  # nearly all probability on one rank
+    if case == "one-sided":  # nearly all probability on one rank
         logits[..., : V // 2] -= 200
     return logits
 
@@ -37,7 +37,7 @@ SPLITS = [
     ("padded columns on the last rank", 48, 48, 90),
     ("a rank of padding alone", 60, 36, 60),
 ]
-CASES = ["plain", "huge", "one sided", "all of a shard -inf", "a whole row -inf"]
+CASES = ["plain", "huge", "one-sided", "masked shard", "masked row"]
 
 
 def check_on_rank(rank: int, store: str) -> None:
@@ -53,8 +53,8 @@ def check_on_rank(rank: int, store: str) -> None:
         )
     with pytest.raises(ValueError, match="outside"):
         vocab_parallel_token_stats(torch.zeros(1, 48), torch.tensor([96]))
-    # Whatever still refers to the group when it goes, such as a caught exception's frames, can
-    # abort the process.
+    # References to the destroyed group, such as a caught exception's frames, can abort the
+    # process.
     dist.barrier()
     gc.collect()
     dist.destroy_process_group()

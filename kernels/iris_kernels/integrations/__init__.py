@@ -1,12 +1,12 @@
 """The kernels inside TRL and verl.
 
     patch_trl(), unpatch_trl()      log-prob and entropy functions of TRL 1.16, and its fused head
-    patch_verl(), unpatch_verl()    those of verl 0.9.1
+    patch_verl(), unpatch_verl()    log-prob and entropy functions of verl 0.9.1
     SelfCertaintyReward             KL(uniform || p) of completions, for `reward_funcs` of TRL
 
-Importing this imports neither library; a patch imports the one it is for. A patch may be put on
-before or after the library's trainers are imported, twice, and taken off again. The functions that
-stand in are public too: `iris_kernels.integrations.trl`, `iris_kernels.integrations.verl`.
+Importing this module imports neither library; a patch imports the one that it patches. A patch may
+be applied before or after the library's trainers are imported, and repeatedly. The replacement
+functions are public too: `iris_kernels.integrations.trl`, `iris_kernels.integrations.verl`.
 """
 
 from ._patching import Patch
@@ -18,42 +18,42 @@ __all__ = ["SelfCertaintyReward", "patch_trl", "patch_verl", "unpatch_trl", "unp
 
 
 def patch_trl(*, quiet: bool = False) -> list[str]:
-    """Let TRL compute log-probabilities and entropies with these kernels.
+    """Make TRL compute log-probabilities and entropies with these kernels.
 
     Args:
         quiet: print nothing.
 
     Returns:
-        What was replaced by this call, as "module.name"; also printed, in one line.
+        What this call replaced, as "module.name"; also printed, in one line.
 
     Raises:
         ImportError: TRL is not installed.
-        RuntimeError: this TRL's functions take other parameters than those of TRL 1.16; nothing
-            was replaced then.
+        RuntimeError: this TRL's functions take other parameters than those of TRL 1.16; then
+            nothing is replaced.
     """
-    return _report(_TRL, "replaced", _TRL.on(), quiet)
+    return _report(_TRL, "replaced", _TRL.apply(), quiet)
 
 
 def unpatch_trl(*, quiet: bool = False) -> list[str]:
-    """Give TRL its own functions back; returns and prints what was restored."""
-    return _report(_TRL, "restored", _TRL.off(), quiet)
+    """Restore TRL's own functions; returns and prints what was restored."""
+    return _report(_TRL, "restored", _TRL.revert(), quiet)
 
 
 def patch_verl(*, quiet: bool = False) -> list[str]:
-    """Let verl compute log-probabilities and entropies with these kernels.
+    """Make verl compute log-probabilities and entropies with these kernels.
 
-    Arguments, result and errors as of `patch_trl`. Each process needs it: put it in the module that
-    the environment variable VERL_USE_EXTERNAL_MODULES names, and every worker imports that.
+    Arguments, result and errors as in `patch_trl`. Every process needs the patch: call it in a
+    module, and set VERL_USE_EXTERNAL_MODULES to its name, so that every worker imports it.
     """
-    return _report(_VERL, "replaced", _VERL.on(), quiet)
+    return _report(_VERL, "replaced", _VERL.apply(), quiet)
 
 
 def unpatch_verl(*, quiet: bool = False) -> list[str]:
-    """Give verl its own functions back; returns and prints what was restored."""
-    return _report(_VERL, "restored", _VERL.off(), quiet)
+    """Restore verl's own functions; returns and prints what was restored."""
+    return _report(_VERL, "restored", _VERL.revert(), quiet)
 
 
-def _report(patch: Patch, done: str, names: list[str], quiet: bool) -> list[str]:
+def _report(patch: Patch, action: str, names: list[str], quiet: bool) -> list[str]:
     if not quiet:
-        print(f"iris_kernels: {done} in {patch.library}: {', '.join(names) or 'nothing more'}")
+        print(f"iris_kernels: {action} in {patch.library}: {', '.join(names) or 'nothing more'}")
     return names

@@ -1,4 +1,4 @@
-"""Put functions in the place of a library's own, wherever it has bound them, and take them out."""
+"""Replace a library's functions wherever the library has bound them, and restore them."""
 
 import importlib
 import importlib.metadata
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Swap:
-    """`module.name` of the library, and what stands in for it while the patch is on."""
+    """`module.name` of the library, and its replacement while the patch is applied."""
 
     module: str
     name: str
@@ -19,7 +19,7 @@ class Swap:
 
 
 class Patch:
-    """Swaps of one library. On and off any number of times, each after either."""
+    """The swaps of one library, which can be applied and reverted repeatedly, in any order."""
 
     def __init__(self, library: str, known_version: str, swaps: tuple[Swap, ...]):
         self.library = library
@@ -27,14 +27,14 @@ class Patch:
         self.swaps = swaps
         self.originals: dict[Swap, Any] = {}
 
-    def on(self) -> list[str]:
-        """Replace every binding inside the library; the names replaced by this call.
+    def apply(self) -> list[str]:
+        """Replace every binding inside the library, and return the names that this call replaced.
 
         Raises:
             ImportError: the library is not installed, or one of its modules does not import.
-            RuntimeError: a function is missing or takes other parameters than it is known to.
+            RuntimeError: a function is missing, or its parameters are not the known ones.
         """
-        found = {swap: self._find(swap) for swap in self.swaps}  # all checked before any is changed
+        found = {swap: self._find(swap) for swap in self.swaps}  # check all before changing any
         replaced = []
         for swap, present in found.items():
             if present is not swap.replacement:
@@ -43,11 +43,11 @@ class Patch:
         return replaced
 
     def original(self, swap: Swap) -> Any:
-        """The library's own function, whether the patch is on or off."""
+        """The library's own function, whether or not the patch is applied."""
         return self.originals[swap] if swap in self.originals else self._find(swap)
 
-    def off(self) -> list[str]:
-        """Put the library's own functions back; the names restored, none where the patch is off."""
+    def revert(self) -> list[str]:
+        """Restore the library's own functions, and return the names that this call restored."""
         restored = []
         for swap, original in self.originals.items():
             restored += self._rebind(swap.replacement, original)
@@ -64,17 +64,18 @@ class Patch:
             ) from error
         present = getattr(module, swap.name, None)
         if present is None:
-            raise self._unknown(swap, "it is not there")
+            raise self._unknown(swap, "it is missing")
         ours, theirs = _parameters(swap.replacement), _parameters(present)
         if ours != theirs:
-            raise self._unknown(swap, f"it takes {theirs}, known is {ours}")
+            raise self._unknown(swap, f"its parameters are {theirs}, not {ours}")
         return present
 
-    def _unknown(self, swap: Swap, what: str) -> RuntimeError:
+    def _unknown(self, swap: Swap, difference: str) -> RuntimeError:
         version = importlib.metadata.version(self.library)
         return RuntimeError(
-            f"{swap.module}.{swap.name} of {self.library} {version} is not the one this patch "
-            f"knows: {what}. Nothing was replaced; use {self.library} {self.known_version}"
+            f"{swap.module}.{swap.name} of {self.library} {version} is not the function that this "
+            f"patch was written for: {difference}. Nothing was replaced; install "
+            f"{self.library}=={self.known_version}"
         )
 
     def _rebind(self, old: Any, new: Any) -> list[str]:
@@ -92,7 +93,7 @@ class Patch:
 
 
 def _parameters(function: Callable) -> list[tuple[str, Any]]:
-    """Names and defaults. Of an autograd.Function (or what stands in for one): those of `apply`."""
+    """Names and defaults; for an autograd.Function or a replacement of one, those of `apply`."""
     if hasattr(function, "forward"):
         function, skipped = function.forward, 1  # ctx
     else:

@@ -1,4 +1,4 @@
-"""A model's own certainty over a completion as the reward of a TRL run: no labels, no judge.
+"""The policy's own certainty as the reward of a TRL run; needs no labels and no reward model.
 
     reward = mean over the completion's tokens of KL(U || p) = lse(x) - mean(x) - log V
 
@@ -22,10 +22,23 @@ class SelfCertaintyReward:
         reward = SelfCertaintyReward(model, tokenizer)
         trainer = GRPOTrainer(model=model, processing_class=tokenizer, reward_funcs=reward, ...)
 
-    TRL hands a reward function no logits, so this runs the model once more over prompts and
-    completions, without gradient: about a third of what the loss's forward and backward cost.
+    TRL passes no logits to a reward function, so this runs the model once more over prompts and
+    completions, without gradients: about a third of the cost of the loss's forward and backward.
     Memory: the logits of `batch_size` sequences. To reward uncertainty (IRIS on image tokens),
-    give it a negative weight: `GRPOConfig(reward_weights=[-1.0])`.
+    set a negative weight: `GRPOConfig(reward_weights=[-1.0])`.
+
+    Args:
+        model: the causal language model that is trained, the same object. If the trainer shards
+            its weights (FSDP, DeepSpeed ZeRO-3), set `reward.model = trainer.model_wrapped` once
+            the trainer exists.
+        processing_class: the trainer's tokenizer.
+        reduction: "mean" over the completion's tokens, or "sum".
+        temperature: of the distribution; 1 is the model's own.
+        batch_size: sequences per forward pass.
+        chat_template_kwargs: as in `GRPOConfig`, for conversational prompts.
+
+    Raises:
+        ValueError: `reduction` is neither "mean" nor "sum", or `batch_size` is less than 1.
     """
 
     __name__ = "self_certainty"  # TRL logs rewards/self_certainty/mean
@@ -40,21 +53,6 @@ class SelfCertaintyReward:
         batch_size: int = 4,
         chat_template_kwargs: dict[str, Any] | None = None,
     ):
-        """Hold what is needed to score; nothing runs yet.
-
-        Args:
-            model: the causal language model that is trained, the same object. Where the trainer
-                shards its weights (FSDP, DeepSpeed ZeRO-3), set `reward.model` to
-                `trainer.model_wrapped` once there is one.
-            processing_class: the tokenizer that the trainer has.
-            reduction: "mean" over the completion's tokens, or "sum".
-            temperature: of the distribution; 1 is the model's own.
-            batch_size: sequences a forward pass.
-            chat_template_kwargs: as in `GRPOConfig`, for conversational prompts.
-
-        Raises:
-            ValueError: `reduction` or `batch_size` is none of the above.
-        """
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction is {reduction!r}: pass 'mean' or 'sum'")
         if batch_size < 1:
@@ -73,7 +71,7 @@ class SelfCertaintyReward:
         completion_ids: Sequence[Sequence[int]],
         **_: Any,
     ) -> list[float | None]:
-        """One reward a completion, in order; None for a completion of no tokens."""
+        """One reward per completion, in order; None for a completion without tokens."""
         prompt_ids = self._tokenize(prompts)
         rewards: list[float | None] = []
         for start in range(0, len(prompts), self.batch_size):
@@ -82,7 +80,7 @@ class SelfCertaintyReward:
         return rewards
 
     def _tokenize(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """As GRPOTrainer does, for plain and for conversational prompts."""
+        """Same as GRPOTrainer, for plain and conversational prompts."""
         if isinstance(prompts[0], str):
             return self.processing_class(text=list(prompts))["input_ids"]
         return self.processing_class.apply_chat_template(
@@ -97,7 +95,7 @@ class SelfCertaintyReward:
         device = next(self.model.parameters()).device
         sequences = [[*p, *c] for p, c in zip(prompt_ids, completion_ids, strict=True)]
         shape = (len(sequences), max(map(len, sequences)))
-        # Padded on the right: no position shifts, and causal attention never looks there.
+        # Padding on the right shifts no positions, and causal attention never reaches it.
         input_ids = torch.zeros(shape, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX)

@@ -1,14 +1,14 @@
-"""TRL's log-probability and entropy functions by one pass over the logits, and its fused head.
+"""TRL's log-probability and entropy functions in one pass over the logits, and its fused head.
 
-Signatures, shapes and masks are those of `trl.trainer.utils` in TRL 1.16. What differs:
+Signatures, shapes and masks are those of `trl.trainer.utils` in TRL 1.16. Differences:
 - results are float32 for half-precision logits on every device (TRL: on a GPU only);
-- any strides, any number of leading dimensions and V of any size take the same path;
-- logits of -inf give no NaN; an index of -100 gives 0 where TRL reads out of bounds;
+- any strides, any number of leading dimensions and any V take the same path;
+- logits of -inf give no NaN; an index of -100 gives 0 (TRL reads out of bounds);
 - a new temperature compiles nothing.
 
-TRL's GRPO, RLOO and KTO trainers score through the fused head, `FusedHead` here; DPO and SFT ask
-that head for top-1 accuracy too, which TRL then computes as before. The functions are what its
-experimental trainers call.
+TRL's GRPO, RLOO and KTO trainers call the fused head, `FusedHead` here. DPO and SFT also request
+top-1 accuracy from it; then TRL's own head runs. The functions are called by TRL's experimental
+trainers.
 """
 
 import math
@@ -31,13 +31,13 @@ def selective_log_softmax(
 
     Args:
         logits: (..., V).
-        index: (...), or (..., K) for K classes a row; K > 1 gathers from the logits besides the
-            one pass, and its gradient adds a dense (..., V) tensor, as TRL's own does.
+        index: (...), or (..., K) for K classes per row, which also gathers from the logits; its
+            gradient adds a dense (..., V) tensor, as in TRL.
         temperature: a positive number.
-        row_mask: shaped like `index`; entries of 0 give 0.
+        row_mask: same shape as `index`; entries of 0 give 0.
 
     Returns:
-        Shaped like `index`.
+        Log-probabilities, in the shape of `index`.
     """
     kept = None if row_mask is None else row_mask != 0
     if index.dim() < logits.dim():
@@ -51,8 +51,7 @@ def selective_log_softmax(
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """Entropy (...) of logits (..., V), as `trl.trainer.utils.entropy_from_logits`.
 
-    `chunk_size` is taken and not needed: no chunk is ever held in more than registers (on a CPU,
-    than a fixed buffer).
+    `chunk_size` is ignored: the softmax is never in memory (on a CPU, only one fixed buffer).
     """
     any_class = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return token_stats(logits, any_class).entropy
@@ -69,7 +68,7 @@ def selective_log_softmax_and_entropy(
 
     Args:
         logits: (..., V).
-        index: (...), one class a row.
+        index: (...), one class per row.
         entropy_requires_grad: False detaches the entropy.
         temperature: a positive number, of both.
         row_mask: (...); rows of 0 give 0 and are not read.
@@ -83,13 +82,13 @@ def selective_log_softmax_and_entropy(
 
 
 class FusedHead:
-    """What TRL calls `ChunkedLogProbFunction`: statistics of hidden @ weight.T without the logits.
+    """Replaces TRL's `ChunkedLogProbFunction`: statistics of hidden @ weight.T without the logits.
 
     Computed by `linear_token_stats`, whose logits are float32 (TRL's have the compute dtype). Under
-    autocast a float32 weight is cast as a whole and its gradient first has the autocast dtype, as
-    in torch's own linear (TRL casts block by block and sums in float32). Two of TRL's optional
-    outputs, softcapped logits and DeepSpeed ZeRO-3 it does not know: then TRL's own function
-    computes, and a warning says so.
+    autocast a float32 weight is cast as a whole, and its gradient has the autocast dtype first, as
+    in torch's own linear (TRL casts block by block and accumulates in float32). Two of TRL's
+    optional outputs, softcapped logits and DeepSpeed ZeRO-3 are not supported: then TRL's own
+    function runs, with a warning.
     """
 
     @staticmethod
@@ -104,14 +103,14 @@ class FusedHead:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
-        """As `ChunkedLogProbFunction.apply`; `chunk_size` is taken and not needed.
+        """Same as `ChunkedLogProbFunction.apply`; `chunk_size` is ignored.
 
         Returns:
             log-probabilities, entropy, log_sum_sq_probs, mean_logits, is_top1, each [N] or None.
         """
-        reason = _beyond_us(weight, final_logit_softcapping, logit_scale, outputs)
+        reason = _unsupported(weight, final_logit_softcapping, logit_scale, outputs)
         if reason is not None:
-            warnings.warn(f"TRL's own fused head computes: {reason}", stacklevel=2)
+            warnings.warn(f"TRL's own fused head is used: {reason}", stacklevel=2)
             return PATCH.original(_HEAD).apply(
                 hidden, weight, bias, targets, temperature, chunk_size,
                 final_logit_softcapping, logit_scale, outputs,
@@ -127,23 +126,23 @@ class FusedHead:
         return stats.logprob, entropy, None, mean if "mean_logits" in outputs else None, None
 
 
-def _beyond_us(
+def _unsupported(
     weight: Tensor, softcap: float | None, logit_scale: float, outputs: tuple[str, ...]
 ) -> str | None:
-    """Why `linear_token_stats` cannot compute this, in words."""
+    """Why `linear_token_stats` cannot compute this, or None."""
     unknown = {"log_sum_sq_probs", "is_top1"} & set(outputs)
     if unknown:
-        return f"iris_kernels has no {' and no '.join(sorted(unknown))}"
+        return f"iris_kernels does not compute {' and '.join(sorted(unknown))}"
     if softcap is not None:
-        return "iris_kernels has no softcapped logits"
+        return "iris_kernels does not support softcapped logits"
     if logit_scale <= 0:
-        return f"logit_scale is {logit_scale}, and iris_kernels takes positive ones"
+        return f"logit_scale is {logit_scale}, and iris_kernels supports positive scales only"
     if hasattr(weight, "ds_id"):
         return "iris_kernels does not gather weights of DeepSpeed ZeRO-3 in its backward"
     return None
 
 
-_HOME = "trl.trainer.utils"
+_UTILS = "trl.trainer.utils"
 _HEAD = Swap("trl.kernels.chunked_logprob", "ChunkedLogProbFunction", FusedHead)
 _FUNCTIONS = (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy)
-PATCH = Patch("trl", KNOWN_VERSION, (*(Swap(_HOME, f.__name__, f) for f in _FUNCTIONS), _HEAD))
+PATCH = Patch("trl", KNOWN_VERSION, (*(Swap(_UTILS, f.__name__, f) for f in _FUNCTIONS), _HEAD))

@@ -1,9 +1,9 @@
-"""verl's log-probability and entropy functions, by one pass over the logits.
+"""verl's log-probability and entropy functions, in one pass over the logits.
 
-Signatures and shapes are those of `verl.utils.torch_functional` in verl 0.9.1. What differs:
+Signatures and shapes are those of `verl.utils.torch_functional` in verl 0.9.1. Differences:
 - results are float32 for half-precision logits, also without flash-attn;
 - labels of -100 give 0; logits of -inf give no NaN;
-- the result does not depend on flash-attn being installed, and is deterministic.
+- the result is deterministic, and does not depend on whether flash-attn is installed.
 """
 
 import torch
@@ -21,10 +21,10 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     Args:
         logits: (..., V).
         labels: (...).
-        inplace_backward: the gradient replaces the logits, which saves a tensor of their size.
-            verl asks for it by default; it is done where the logits come out of an operation and
-            no two rows share memory. Autograd then refuses the backward of any other operation
-            that had kept those logits: pass False where there is one.
+        inplace_backward: write the gradient over the logits, which saves a tensor of their size.
+            This is verl's default; it is done only if the logits are the output of an operation
+            and no rows share memory. Autograd then refuses the backward of any other operation
+            that saved those logits: pass False if there is one.
 
     Returns:
         (...) float32.
@@ -40,12 +40,12 @@ def entropy_from_logits(logits: Tensor) -> Tensor:
     return token_stats(logits, any_class).entropy
 
 
-_HOME = "verl.utils.torch_functional"
+_FUNCTIONAL = "verl.utils.torch_functional"
 PATCH = Patch(
     "verl",
     KNOWN_VERSION,
     tuple(
-        Swap(_HOME, function.__name__, function)
+        Swap(_FUNCTIONAL, function.__name__, function)
         for function in (logprobs_from_logits, entropy_from_logits)
     ),
 )
