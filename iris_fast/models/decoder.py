@@ -1,7 +1,7 @@
 """The Llama-style decoder, written once, for training and for decoding.
 
-It works on token rows without padding: every row is a real token with its own position. Which
-rows may see which is the business of the attention strategy that the caller passes in
+It works on token rows without padding: every row is a real token with its own position. Which rows
+attend to which is decided by the attention strategy that the caller passes in
 (`iris_fast.models.attention`), so a packed training batch and one step of cached decoding run the
 same code. Parameter names are those of transformers' LlamaModel.
 
@@ -10,7 +10,6 @@ Shapes: T token rows, D hidden width, H query heads, J key/value heads, d head w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ AttentionStrategy = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes of a decoder; the names say what transformers' LlamaConfig calls them."""
+    """Sizes of a decoder."""
 
     vocab_size: int
     hidden_size: int
@@ -43,7 +42,6 @@ class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, the mean and the root in fp32."""
 
     def __init__(self, size: int, eps: float) -> None:
-        """A norm over `size` channels, its weight one."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
@@ -58,8 +56,8 @@ class RMSNorm(nn.Module):
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * theta^(-2i/d): two fp32 tensors [T, 1, d].
 
-    Computed anew in every pass instead of kept as a buffer, because `module.to(bfloat16)` would
-    round a buffer, and bf16 cannot hold positions beyond 256 exactly.
+    Computed in every pass instead of kept as a buffer, because `module.to(bfloat16)` would round a
+    buffer, and bf16 cannot represent positions beyond 256 exactly.
     """
     steps = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (steps / head_dim)
@@ -69,28 +67,30 @@ def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def apply_rope(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channel i against channel i + d/2, in fp32; the result has the dtype of the input."""
+    """Rotate channel i against channel i + d/2 in fp32; the result has the dtype of the input."""
     wide = x_THd.float()
     first, second = wide.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
     return (wide * cos + rotated * sin).to(x_THd.dtype)
 
 
-@functools.cache
 def head_splitter(head_dim: int) -> Callable[[Tensor], Tensor]:
-    """[T, H * d] -> [T, H, d].
+    """A function [T, H * d] -> [T, H, d].
 
-    The same function for all layers. torch.compile takes a default for a constant, while numbers in
-    a module that FSDP manages become symbols: and kernels for heads of any width are slow ones.
+    Its width is a default argument because torch.compile treats that as a constant. A number in a
+    module that FSDP manages would become a symbol, and kernels for symbolic widths are slow.
     """
-    return lambda x_TD, width=head_dim: x_TD.unflatten(-1, (-1, width))
+
+    def split_heads(x_TD: Tensor, width: int = head_dim) -> Tensor:
+        return x_TD.unflatten(-1, (-1, width))
+
+    return split_heads
 
 
 class SelfAttention(nn.Module):
-    """Projections and rotary positions around whatever attention strategy is in use."""
+    """Projections and rotary positions around the attention strategy that is in use."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        """Separate q, k, v and o projections; biases on q, k, v only if the config says so."""
         super().__init__()
         width, bias = config.hidden_size, config.qkv_bias
         self._split_heads = head_splitter(config.head_dim)
@@ -103,17 +103,17 @@ class SelfAttention(nn.Module):
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: AttentionStrategy, index: int
     ) -> Tensor:
         """Context rows [T, D]."""
-        parts = (project(x_TD) for project in (self.q_proj, self.k_proj, self.v_proj))
-        query, key, value = map(self._split_heads, parts)
+        query = self._split_heads(self.q_proj(x_TD))
+        key = self._split_heads(self.k_proj(x_TD))
+        value = self._split_heads(self.v_proj(x_TD))
         query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
         return self.o_proj(attention(index, query, key, value).flatten(-2))
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), without biases."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        """Three bias-free projections."""
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -125,10 +125,9 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One block: attention and MLP, each behind its norm, each added to the residual stream."""
+    """One block: attention and MLP, each after its norm, each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        """Two norms, attention, MLP."""
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config)
@@ -138,7 +137,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: AttentionStrategy, index: int
     ) -> Tensor:
-        """Rows [T, D]; `index`, the layer's number, is what the attention strategy is told.
+        """Rows [T, D]; `index`, the layer's number, is passed on to the attention strategy.
 
         An argument, not an attribute: a compiled block is then one graph for all layers.
         """
@@ -150,7 +149,6 @@ class Decoder(nn.Module):
     """Token embedding, N layers, final norm. The embedding is applied by the caller."""
 
     def __init__(self, config: DecoderConfig) -> None:
-        """Weights as torch initialises them; a checkpoint overwrites them."""
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
