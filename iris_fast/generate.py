@@ -24,7 +24,7 @@ from iris_fast import distributed
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, report_error, writing
 from iris_fast.models.images import decode_images, save_png
-from iris_fast.preflight.inputs import check_device, open_inputs, use_attention
+from iris_fast.preflight.inputs import check_device, open_inputs, set_attention
 from iris_fast.rollout.sampler import Sampler
 
 COLLECTIVE_TIMEOUT_S = 3600.0
@@ -45,7 +45,7 @@ def generate(config: GenerateConfig) -> None:
         opened = inputs.checkpoint
         model, vq = opened.model.to(ranks.device), opened.vq.to(ranks.device)
         model.requires_grad_(False)
-        use_attention(model, config, ranks.device)
+        set_attention(model, config, ranks.device)
         sampler = Sampler(model, opened.tokenizer, config, inputs.image_tokens, config.greedy)
         mine = range(ranks.rank, len(paths), ranks.world_size)
         codes = torch.zeros(len(paths), inputs.image_tokens, dtype=torch.int64)

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from iris_fast.config import TrainConfig
 from iris_fast.models import compilation
-from iris_fast.models.attention import IMPLEMENTATIONS, why_not
+from iris_fast.models.attention import IMPLEMENTATIONS, unavailable
 from iris_fast.train import train
 
 MEAN_METRICS = ("loss", "kl", "ratio", "reward", "image_nsc", "text_nsc", "grad_norm")
@@ -84,7 +84,7 @@ def test_without_a_cpp_compiler_it_is_refused_before_anything_is_opened(here):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_compiled_blocks_on_a_gpu_give_the_samplers_log_probs(here, monkeypatch, name):
     """With every attention that is installed: the sampler is not compiled, the policy is."""
-    fault = why_not(name, torch.device("cuda"), torch.bfloat16)
+    fault = unavailable(name, torch.device("cuda"), torch.bfloat16)
     if fault:
         pytest.skip(f"{name} {fault}")
     monkeypatch.setattr(compilation, "BACKEND", "inductor")

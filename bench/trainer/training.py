@@ -29,7 +29,12 @@ from bench.harness.rows import Measured, Row, dtype_name, make_row
 from bench.trainer.models import in_transformers, make_model, model_configs
 from bench.trainer.t2i_r1 import image_logprobs
 from iris_fast.grpo.packing import pack
-from iris_fast.models.attention import IMPLEMENTATIONS, PackedAttention, choose, why_not
+from iris_fast.models.attention import (
+    IMPLEMENTATIONS,
+    PackedAttention,
+    resolve_implementation,
+    unavailable,
+)
 from iris_fast.models.compilation import compile_blocks
 from iris_fast.models.janus import Janus, JanusConfig
 from iris_fast.records import PackedBatch, Rollout
@@ -82,7 +87,9 @@ def make_policy(config: JanusConfig, device: torch.device) -> Janus:
     """A model whose blocks alone are trained."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     janus = make_model(config, device, dtype)
-    janus.attn_implementation = choose("auto", device, dtype, config.decoder.head_dim)
+    janus.attn_implementation = resolve_implementation(
+        "auto", device, dtype, config.decoder.head_dim
+    )
     janus.model.language_model.layers.requires_grad_(True)
     return janus
 
@@ -205,7 +212,9 @@ def variants(janus: Janus) -> dict[str, Callable[[Janus, Inputs], Pass]]:
     weight, head_dim = janus.lm_head.weight, janus.config.decoder.head_dim
     if not weight.is_cuda:
         return {}
-    working = [n for n in IMPLEMENTATIONS if not why_not(n, weight.device, weight.dtype, head_dim)]
+    working = [
+        n for n in IMPLEMENTATIONS if not unavailable(n, weight.device, weight.dtype, head_dim)
+    ]
     variants = {
         f"ours, {name}": partial(ours, attention=name)
         for name in working

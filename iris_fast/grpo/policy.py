@@ -15,7 +15,7 @@ from iris_fast.grpo.fsdp import shard
 from iris_fast.models.compilation import compile_blocks
 from iris_fast.models.janus import Janus
 from iris_fast.models.vq import VQModel
-from iris_fast.preflight.inputs import Inputs, use_attention
+from iris_fast.preflight.inputs import Inputs, set_attention
 from iris_fast.rollout.sampler import Sampler
 
 
@@ -39,7 +39,7 @@ def build_models(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
     opened = inputs.checkpoint
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy, vq = opened.model, opened.vq.to(ranks.device)
-    use_attention(policy, config, ranks.device)
+    set_attention(policy, config, ranks.device)
     frozen = frozen_copy(policy, dtype, ranks.device)
     sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
     reference: Janus | lora.Base | None = None

@@ -1,9 +1,10 @@
-"""Causal attention inside each sequence of a packed batch: its implementations, and the choice.
+"""Causal attention inside each sequence of a packed batch: implementations and their choice.
 
-An implementation is made for the lengths of one batch, then called with query [T, H, d], key and
-value [T, J, d] of every layer, and returns the context [T, H, d]. All are differentiable and take
-fewer key heads than query heads (H a multiple of J). The setting `attn_implementation` names one;
-`choose` says which that means here, and none stands in for another after that.
+An implementation is built for the sequence lengths of one batch, then called with query [T, H, d],
+key and value [T, J, d] of every layer, and returns the context [T, H, d]. All are differentiable
+and take fewer key heads than query heads (H a multiple of J). The setting `attn_implementation`
+names one; `resolve_implementation` decides which one that means here, and it is then never replaced
+by another.
 
 Shapes: T rows, B sequences, L longest sequence, H query heads, J key/value heads, d head width.
 """
@@ -25,60 +26,56 @@ from iris_fast.errors import UserError
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
-OLDEST_GPU = (8, 0)  # compute capability of Ampere: what flash attention's kernels are written for
-# What `auto` takes the first of that works.
+OLDEST_GPU = (8, 0)  # compute capability that flash attention needs: Ampere
+# `auto` is the first of these that works.
 PREFERRED = ("flash_attention_2", "varlen", "sdpa")
 
 
 class Implementation(Protocol):
-    """Attention inside the sequences of one batch."""
+    """Attention inside the sequences of one batch; `sequence_lengths` in packed order."""
 
-    def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
-        """`sequence_lengths`: tokens of each sequence in packed order."""
+    def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None: ...
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Context [T, H, d] of query [T, H, d], key and value [T, J, d]."""
+        """Context [T, H, d]."""
 
 
 def rows_and_positions(
     sequence_lengths: list[int], device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """For every row of a packed batch: its sequence's number, and its place in it; int64 [T]."""
+    """The sequence of each row of a packed batch, and its position in it; int64 [T] each."""
     lengths = torch.tensor(sequence_lengths)
     rows = torch.arange(len(sequence_lengths)).repeat_interleave(lengths)
     positions = torch.arange(len(rows)) - (lengths.cumsum(0) - lengths)[rows]
     return rows.to(device), positions.to(device)
 
 
-def ends_of(sequence_lengths: list[int], device: torch.device | str) -> Tensor:
-    """Where each sequence ends, from 0: int32 [B + 1], as variable-length kernels take it."""
+def cumulative_lengths(sequence_lengths: list[int], device: torch.device | str) -> Tensor:
+    """0 and the end of each sequence, int32 [B + 1], as variable-length kernels take it."""
     ends = torch.tensor([0, *sequence_lengths]).cumsum(0, dtype=torch.int32)
     return ends.to(device)
 
 
 def repeat_heads(x_TJd: Tensor, heads: int) -> Tensor:
-    """Each key or value head as often as there are query heads to share it: [T, H, d]."""
+    """Each key or value head repeated for the query heads that share it: [T, H, d]."""
     copies = heads // x_TJd.shape[1]
     return x_TJd if copies == 1 else x_TJd.repeat_interleave(copies, dim=1)
 
 
 class Sdpa:
     """torch's `scaled_dot_product_attention` over sequences padded on the *right*, where causality
-    alone hides the pads. Any device and precision.
-
-    Costs one padded copy of q, k and v: [B, L, ...].
+    alone masks the padding. Any device and precision, at the cost of a padded copy of q, k and v.
     """
 
     def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
-        """See `Implementation`."""
         self.batch, self.longest = len(sequence_lengths), max(sequence_lengths)
         row_T, position_T = rows_and_positions(sequence_lengths, device)
-        # Row b * L + t of the padded batch for every packed row; None when nothing is padded.
+        # Row b * L + t of the padded batch for every packed row; None if nothing is padded.
         padded = sum(sequence_lengths) != self.batch * self.longest
         self.slot_T = row_T * self.longest + position_T if padded else None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `Implementation`."""
+        """Context [T, H, d]."""
         context = F.scaled_dot_product_attention(
             self._pad(query),
             self._pad(key),
@@ -91,7 +88,7 @@ class Sdpa:
 
     def _pad(self, x_THd: Tensor) -> Tensor:
         if self.slot_T is not None:
-            # Assigned, not index_copy: that would keep x_THd for a backward that does not read it.
+            # Not index_copy, which would save x_THd for a backward pass that does not read it.
             padded = x_THd.new_zeros(self.batch * self.longest, *x_THd.shape[1:])
             padded[self.slot_T] = x_THd
             x_THd = padded
@@ -99,18 +96,17 @@ class Sdpa:
 
 
 class Varlen:
-    """torch's own `varlen_attn`: flash attention without padding, a GPU in half precision."""
+    """torch's own `varlen_attn`: flash attention without padding, on a GPU in half precision."""
 
     def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
-        """See `Implementation`."""
-        self.ends_B1 = ends_of(sequence_lengths, device)
+        self.cumulative_B1 = cumulative_lengths(sequence_lengths, device)
         self.longest = max(sequence_lengths)
         self._function, self._takes = _varlen()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `Implementation`."""
-        # Causal is a flag in torch 2.10, a window since; 2.12 shares key heads if it is told to.
-        # Written out here: torch.compile would take a window that is kept for a variable.
+        """Context [T, H, d]."""
+        # Causality is a flag in torch 2.10 and a window since; 2.12 has shared key heads as a flag.
+        # A literal window: torch.compile would treat one that is kept in a variable as dynamic.
         arguments: dict[str, Any] = {"is_causal": True}
         if "window_size" in self._takes:
             arguments = {"window_size": (-1, 0)}
@@ -118,37 +114,35 @@ class Varlen:
             arguments["enable_gqa"] = True
         else:
             key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
-        lengths = (self.ends_B1, self.ends_B1, self.longest, self.longest)
+        lengths = (self.cumulative_B1, self.cumulative_B1, self.longest, self.longest)
         return self._function(query, key, value, *lengths, **arguments)
 
 
 class FlashAttention2:
-    """`flash_attn_varlen_func` of the package flash_attn: a GPU in half precision."""
+    """`flash_attn_varlen_func` of the package flash_attn: on a GPU in half precision."""
 
     def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
-        """See `Implementation`."""
-        self.ends_B1 = ends_of(sequence_lengths, device)
+        self.cumulative_B1 = cumulative_lengths(sequence_lengths, device)
         self.longest = max(sequence_lengths)
         self._function = _flash_attn()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `Implementation`."""
-        lengths = (self.ends_B1, self.ends_B1, self.longest, self.longest)
+        """Context [T, H, d]."""
+        lengths = (self.cumulative_B1, self.cumulative_B1, self.longest, self.longest)
         return self._function(query, key, value, *lengths, causal=True)
 
 
 class Xformers:
-    """`memory_efficient_attention` of the package xformers with its block-diagonal causal mask: a
-    GPU in half precision. Shared key heads are copied: their five-dimensional form has no gradient.
+    """`memory_efficient_attention` of the package xformers with its block-diagonal causal mask: on
+    a GPU in half precision. Shared key heads are copied: their 5-dimensional form has no gradient.
     """
 
     def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
-        """See `Implementation`."""
         self._function, mask = _xformers()
         self.mask = mask.from_seqlens(sequence_lengths, device=torch.device(device))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `Implementation`."""
+        """Context [T, H, d]."""
         key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
         return self._function(query[None], key[None], value[None], attn_bias=self.mask)[0]
 
@@ -162,7 +156,11 @@ IMPLEMENTATIONS: dict[str, type[Implementation]] = {
 
 
 class PackedAttention:
-    """Causal attention inside each sequence of a packed batch; differentiable."""
+    """Causal attention inside each sequence of a packed batch; differentiable.
+
+    `sequence_lengths`: tokens of each sequence in packed order, each at least 1.
+    `implementation`: one of `IMPLEMENTATIONS`.
+    """
 
     def __init__(
         self,
@@ -170,8 +168,6 @@ class PackedAttention:
         device: torch.device | str = "cpu",
         implementation: str = "sdpa",
     ) -> None:
-        """`sequence_lengths`: tokens of each sequence in packed order, each at least 1.
-        `implementation`: one of `attention.IMPLEMENTATIONS`."""
         if not sequence_lengths or min(sequence_lengths) < 1:
             raise ValueError(
                 f"sequence_lengths must hold positive integers, got {sequence_lengths}"
@@ -180,14 +176,14 @@ class PackedAttention:
         self._attend = IMPLEMENTATIONS[implementation](sequence_lengths, device)
 
     def __call__(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Context [T, H, d] of query [T, H, d], key and value [T, J, d]."""
+        """Context [T, H, d]."""
         if query.shape[0] != self.total:
             raise ValueError(f"expected {self.total} packed rows, got {query.shape[0]}")
         return self._attend(query, key, value)
 
 
-# Looked up on first use, not at import: the packages are optional, and torch's own module brings
-# the compiler's front end along. Once: a compiled block is bound to the function it has seen.
+# Imported on first use: the packages are optional, and torch's own module imports the compiler.
+# Cached, because a compiled block is specialised on the function that it has seen.
 
 
 @functools.cache
@@ -214,33 +210,34 @@ def _xformers() -> tuple[Callable[..., Tensor], Any]:
 
 
 def _opaque(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function as compiled blocks see it: called, not looked into. Both packages hand Python
-    objects around that tracing would be bound to, batch by batch."""
+    """The function, not traced by torch.compile: both packages pass Python objects around on which
+    a trace would be specialised, batch by batch."""
     return torch.compiler.disable(function)
 
 
-def choose(
-    wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+def resolve_implementation(
+    setting: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
 ) -> str:
-    """The implementation that the setting `attn_implementation` means here, one of
-    `IMPLEMENTATIONS`. `head_dim`: not looked at while the model is not known.
+    """The one of `IMPLEMENTATIONS` that the setting `attn_implementation` means here.
 
-    UserError if the one asked for cannot work, or if a package it comes from cannot be imported.
+    `head_dim`: None while the model is not known. UserError if the one asked for cannot work, or if
+    its package is installed and cannot be imported.
     """
-    if wanted == "auto":
-        return next(name for name in PREFERRED if why_not(name, device, dtype, head_dim) is None)
-    fault = why_not(wanted, device, dtype, head_dim)
-    if fault is not None:
-        raise UserError(f"attn_implementation: {wanted} {fault}")
-    return wanted
+    if setting == "auto":
+        checked = (name for name in PREFERRED if not unavailable(name, device, dtype, head_dim))
+        return next(checked)
+    reason = unavailable(setting, device, dtype, head_dim)
+    if reason is not None:
+        raise UserError(f"attn_implementation: {setting} {reason}")
+    return setting
 
 
-def why_not(
+def unavailable(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
 ) -> str | None:
-    """What keeps an implementation from working here, and the remedy; None if nothing does.
+    """Why an implementation does not work here, with a remedy; None if it does.
 
-    UserError if its package is there and cannot be imported: then nothing else is a fair answer.
+    UserError if its package is installed and cannot be imported: another must not replace it then.
     """
     if name == "sdpa":
         return None
@@ -249,13 +246,14 @@ def why_not(
         return f"needs a GPU, and this runs on the {device.type.upper()}; {otherwise}"
     if dtype not in HALF_PRECISION:
         kind = str(dtype).removeprefix("torch.")
-        return f"computes in half precision, not {kind}; add --bf16 true, or {otherwise}"
-    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
-        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"needs half precision, not {kind}; add --bf16 true, or {otherwise}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        found = ".".join(map(str, capability))
         return f"needs a GPU of compute capability 8.0 or later, this one has {found}; {otherwise}"
     if head_dim is not None and (head_dim % 8 or head_dim > WIDEST_HEAD):
         return (
-            f"needs heads of a multiple of 8 up to {WIDEST_HEAD} channels, this model's have "
+            f"needs a head width that is a multiple of 8 up to {WIDEST_HEAD}, this model's is "
             f"{head_dim}; {otherwise}"
         )
     if name == "varlen":
@@ -275,10 +273,10 @@ def _can_import(name: str, module: str) -> bool:
         importlib.import_module(module)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?"):
-            return False  # what is missing is the package, not something that it needs
+            return False  # the package itself is missing, not something that it imports
         reason = " ".join(str(error).split())
         raise UserError(
-            f"attn_implementation: {name} is installed and cannot be imported ({reason}); mend or "
-            "uninstall it, or use --attn_implementation sdpa"
+            f"attn_implementation: {name} is installed and cannot be imported ({reason}); repair "
+            "or uninstall it, or use --attn_implementation sdpa"
         ) from None
     return True

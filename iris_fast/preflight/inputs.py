@@ -8,7 +8,7 @@ import torch
 
 from iris_fast.config import FP8_SETTINGS, SamplingConfig
 from iris_fast.errors import UserError, require
-from iris_fast.models.attention import choose
+from iris_fast.models.attention import resolve_implementation
 from iris_fast.models.images import check_image_tokens
 from iris_fast.models.janus import Janus
 from iris_fast.models.pretrained.load import LoadedJanus, load_janus
@@ -41,24 +41,25 @@ def open_model(name: str, dtype: torch.dtype) -> LoadedJanus:
     return build_tiny(dtype=dtype) if name == "tiny" else load_janus(name, dtype)
 
 
-def choose_attention(
+def resolve_attention(
     config: SamplingConfig, device: torch.device, head_dim: int | None = None
 ) -> str:
     """What `attn_implementation` means on this device in the precision that is computed in. Without
     `head_dim` before anything is loaded: UserError for what no model would change."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    return choose(config.attn_implementation, device, dtype, head_dim)
+    return resolve_implementation(config.attn_implementation, device, dtype, head_dim)
 
 
-def use_attention(model: Janus, config: SamplingConfig, device: torch.device) -> None:
-    """Give `model` the attention that the settings mean on this device; UserError as `choose`."""
+def set_attention(model: Janus, config: SamplingConfig, device: torch.device) -> None:
+    """Set the model's attention to what the settings mean on this device; UserError if that cannot
+    work."""
     head_dim = model.config.decoder.head_dim
-    model.attn_implementation = choose_attention(config, device, head_dim)
+    model.attn_implementation = resolve_attention(config, device, head_dim)
 
 
 def check_device(config: SamplingConfig, device: torch.device) -> None:
     """UserError, before anything is loaded, for what this device cannot do."""
-    choose_attention(config, device)
+    resolve_attention(config, device)
     for name in FP8_SETTINGS:
         if getattr(config, name) == "fp8" and device.type == "cuda":
             found = torch.cuda.get_device_capability(device)

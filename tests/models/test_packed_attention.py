@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from iris_fast.errors import UserError
-from iris_fast.models.attention import IMPLEMENTATIONS, PackedAttention, choose, why_not
+from iris_fast.models.attention import (
+    IMPLEMENTATIONS,
+    PackedAttention,
+    resolve_implementation,
+    unavailable,
+)
 
 LENGTHS = [5, 1, 9, 2]
 FAKES = {
@@ -98,35 +103,35 @@ def gpu(monkeypatch):
 
 def test_auto_is_sdpa_on_a_cpu_and_in_float32(gpu, monkeypatch):
     attention_fakes.install("flash_attention_2", monkeypatch)
-    assert choose("auto", CPU, BF16) == "sdpa"
-    assert choose("auto", GPU, FP32) == "sdpa"
+    assert resolve_implementation("auto", CPU, BF16) == "sdpa"
+    assert resolve_implementation("auto", GPU, FP32) == "sdpa"
 
 
 def test_auto_is_the_best_that_is_there(gpu, monkeypatch):
-    assert choose("auto", GPU, BF16) == "varlen"
-    assert choose("auto", GPU, torch.float16, head_dim=128) == "varlen"
-    assert choose("auto", GPU, BF16, head_dim=20) == "sdpa"
+    assert resolve_implementation("auto", GPU, BF16) == "varlen"
+    assert resolve_implementation("auto", GPU, torch.float16, head_dim=128) == "varlen"
+    assert resolve_implementation("auto", GPU, BF16, head_dim=20) == "sdpa"
     attention_fakes.install("flash_attention_2", monkeypatch)
-    assert choose("auto", GPU, BF16, head_dim=64) == "flash_attention_2"
-    assert choose("auto", GPU, BF16, head_dim=20) == "sdpa"
+    assert resolve_implementation("auto", GPU, BF16, head_dim=64) == "flash_attention_2"
+    assert resolve_implementation("auto", GPU, BF16, head_dim=20) == "sdpa"
 
 
 def test_auto_is_sdpa_where_torch_has_no_flash_attention(gpu, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    assert choose("auto", GPU, BF16) == "sdpa"
+    assert resolve_implementation("auto", GPU, BF16) == "sdpa"
 
 
 def test_auto_is_sdpa_on_a_gpu_that_is_too_old(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert choose("auto", GPU, BF16) == "sdpa"
+    assert resolve_implementation("auto", GPU, BF16) == "sdpa"
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_what_is_asked_for_is_what_is_used(name, gpu, monkeypatch):
     for fake in ("flash_attention_2", "xformers"):
         attention_fakes.install(fake, monkeypatch)
-    assert choose(name, GPU, BF16, head_dim=64) == name
-    assert why_not(name, GPU, BF16, head_dim=64) is None
+    assert resolve_implementation(name, GPU, BF16, head_dim=64) == name
+    assert unavailable(name, GPU, BF16, head_dim=64) is None
 
 
 @pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "sdpa"])
@@ -134,9 +139,9 @@ def test_what_is_asked_for_is_what_is_used(name, gpu, monkeypatch):
     ("device", "dtype", "head_dim", "capability", "said"),
     [
         (CPU, BF16, 64, (9, 0), "needs a GPU, and this runs on the CPU; use .* sdpa, or auto"),
-        (GPU, FP32, 64, (9, 0), "computes in half precision, not float32; add --bf16 true"),
-        (GPU, BF16, 20, (9, 0), "multiple of 8 up to 256 .*, this model's have 20; use .* sdpa"),
-        (GPU, BF16, 512, (9, 0), "multiple of 8 up to 256 .*, this model's have 512"),
+        (GPU, FP32, 64, (9, 0), "needs half precision, not float32; add --bf16 true"),
+        (GPU, BF16, 20, (9, 0), "multiple of 8 up to 256, this model's is 20; use .* sdpa"),
+        (GPU, BF16, 512, (9, 0), "multiple of 8 up to 256, this model's is 512"),
         (GPU, BF16, 64, (7, 5), r"compute capability 8.0 .*, this one has 7.5"),
     ],
 )
@@ -147,7 +152,7 @@ def test_what_cannot_work_is_refused(
         attention_fakes.install(fake, monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with pytest.raises(UserError, match=f"^attn_implementation: {name} .*{said}") as refusal:
-        choose(name, device, dtype, head_dim)
+        resolve_implementation(name, device, dtype, head_dim)
     assert "\n" not in str(refusal.value)
 
 
@@ -160,13 +165,13 @@ def test_what_cannot_work_is_refused(
 )
 def test_a_package_that_is_not_there_is_named(name, said, gpu):
     with pytest.raises(UserError, match=f"attn_implementation: {name} {said}"):
-        choose(name, GPU, BF16)
+        resolve_implementation(name, GPU, BF16)
 
 
 def test_a_torch_without_varlen_is_told(gpu, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     with pytest.raises(UserError, match="attn_implementation: varlen is not part of this torch"):
-        choose("varlen", GPU, BF16)
+        resolve_implementation("varlen", GPU, BF16)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "flash_attention_2"])
@@ -176,7 +181,7 @@ def test_a_package_that_is_broken_is_no_reason_for_another(wanted, gpu, monkeypa
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('bad\\nsymbol')")
     with pytest.raises(UserError, match=r"cannot be imported \(bad symbol\); .*--attn_") as refusal:
-        choose(wanted, GPU, BF16)
+        resolve_implementation(wanted, GPU, BF16)
     assert "\n" not in str(refusal.value)
 
 
@@ -185,7 +190,7 @@ def test_flash_attn_4_alone_is_not_flash_attention_2(gpu, monkeypatch, tmp_path)
     monkeypatch.delitem(sys.modules, "flash_attn")
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
-    assert choose("auto", GPU, BF16) == "varlen"
+    assert resolve_implementation("auto", GPU, BF16) == "varlen"
 
 
 # --- On a GPU -------------------------------------------------------------------------------------
@@ -197,7 +202,7 @@ def test_flash_attn_4_alone_is_not_flash_attention_2(gpu, monkeypatch, tmp_path)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_half_precision_errs_no_more_than_sdpa(name, kv_heads, head_dim):
     """Against float64, forward and backward: within twice what sdpa errs in the same precision."""
-    fault = why_not(name, GPU, BF16, head_dim)
+    fault = unavailable(name, GPU, BF16, head_dim)
     if fault:
         pytest.skip(f"{name} {fault}")
     lengths = [700, 1, 129, 64, 577]
