@@ -78,6 +78,12 @@ setup(
             "**/*.svg",
         ]
     },
+    entry_points={
+        "console_scripts": [
+            f"iris-fast-{command} = iris_fast.__main__:{command}"
+            for command in ("train", "generate", "export", "env")
+        ]
+    },
     install_requires=KERNELS,
     extras_require={
         "train": TRAIN,

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import signal
 import sys
+from datetime import date
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -28,6 +29,15 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def help_texts(config_class: type[Any]) -> dict[str, str]:
+    """Setting -> help, from the docstrings of the fields."""
+    texts = {}
+    for documented in reversed(config_class.__mro__[:-1]):
+        for param in docstring_parser.parse_from_object(documented).params:
+            texts[param.arg_name] = " ".join(param.description.split())
+    return texts
+
+
 def make_parser(config_class: type[Any], program: str) -> jsonargparse.ArgumentParser:
     """The parser that checks values against the settings' types and prints the help."""
     parser = jsonargparse.ArgumentParser(
@@ -37,10 +47,8 @@ def make_parser(config_class: type[Any], program: str) -> jsonargparse.ArgumentP
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of settings.")
-    types, usual, helps = get_type_hints(config_class), defaults(config_class), {}
-    for documented in reversed(config_class.__mro__[:-1]):
-        params = docstring_parser.parse_from_object(documented).params
-        helps |= {param.arg_name: " ".join(param.description.split()) for param in params}
+    types, usual = get_type_hints(config_class), defaults(config_class)
+    helps = help_texts(config_class)
     for title, names in sections(config_class).items():
         group = parser.add_argument_group(title)
         for name in names:
@@ -119,6 +127,9 @@ def settings_of_file(path: str, config_class: type[Config]) -> dict[str, Any]:
             f"config: {path} holds no settings; write lines such as `max_steps: 100`, or start "
             "from --print_config"
         )
+    for name, value in settings.items():
+        if isinstance(value, date):  # YAML reads a name such as 2026-01-31 as a date
+            settings[name] = str(value)
     own = defaults(config_class)
     of_training = defaults(TrainConfig).keys() - own.keys()
     if of_training & settings.keys():

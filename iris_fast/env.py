@@ -1,10 +1,14 @@
-"""`python -m iris_fast.env`: the versions and hardware to paste into a report of a problem."""
+"""The versions and hardware, for bug reports: `python -m iris_fast.env`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+
+import torch
+
+from iris_fast import __version__
 
 PACKAGES = (
     "torch", "triton", "transformers", "tokenizers", "safetensors", "jsonargparse", "accelerate",
@@ -14,10 +18,7 @@ SETTINGS = ("IRIS_KERNELS_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA
 
 
 def report() -> str:
-    """The report's lines."""
-    import torch
-
-    from iris_fast import __version__
+    """The report, one line per package and device."""
 
     lines = [
         f"iris-fast: {__version__}",
@@ -35,7 +36,7 @@ def report() -> str:
             memory = f"{properties.total_memory / 2**30:.0f} GiB"
             lines.append(f"gpu {index}: {properties.name}, {memory}, CUDA {torch.version.cuda}")
     else:
-        lines.append("gpu: none that torch sees")
+        lines.append("gpu: none")
     lines += [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     return "\n".join(lines)
 

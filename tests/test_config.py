@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import yaml
 from commands import run
 
+from iris_fast.__main__ import COMMANDS
 from iris_fast.cli import make_parser, parse
 from iris_fast.config import (
     PRESETS,
@@ -23,6 +26,9 @@ from iris_fast.config import (
     to_yaml,
 )
 from iris_fast.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 
 
 def train_config(*arguments: str) -> TrainConfig:
@@ -65,6 +71,12 @@ def test_the_later_of_two_files_wins(here):
     Path("b.yaml").write_text("beta: 0.25\n")
     config = train_config("--config", "a.yaml", "--config", "b.yaml")
     assert (config.beta, config.epsilon) == (0.25, 0.1)
+
+
+def test_a_folder_in_a_file_may_be_named_like_a_date(yaml_file):
+    assert (
+        train_config("--config", yaml_file("output_dir: 2026-01-31\n")).output_dir == "2026-01-31"
+    )
 
 
 def test_a_file_may_name_the_preset_and_a_flag_another(yaml_file):
@@ -278,6 +290,13 @@ def test_help_shows_the_defaults_of_the_preset(here):
     assert "0: no reference model. (type: float, default: 0.01)" in words
 
 
+def test_the_settings_page_is_current():
+    page = runpy.run_path(str(ROOT / "docs" / "render_settings.py"))
+    assert page["TARGET"].read_text(encoding="utf-8") == page["render"](), (
+        "run `python docs/render_settings.py`"
+    )
+
+
 def test_an_unknown_option_of_print_config_is_refused():
     with pytest.raises(UserError, match="xyzzy"):
         train_config("--print_config=xyzzy")
@@ -365,3 +384,28 @@ def test_a_typo_is_answered_before_torch_is_imported(here, module):
 def test_what_users_of_other_trainers_write_is_answered_with_what_to_write(arguments, said):
     with pytest.raises(UserError, match=re.escape(said)):
         train_config(*arguments)
+
+
+# --- The list of commands and the console scripts -------------------------------------------------
+
+
+def test_python_m_iris_fast_lists_the_commands_without_torch(here):
+    (here / "torch.py").write_text("raise SystemExit('torch was imported')")
+    listed = subprocess.run(
+        [sys.executable, "-m", "iris_fast"], capture_output=True, text=True, check=True
+    )
+    assert listed.stderr == ""
+    for command in COMMANDS:
+        assert f"python -m iris_fast.{command} " in listed.stdout
+
+
+def test_console_scripts_start_the_commands(here):
+    (here / "torch.py").write_text("raise SystemExit('torch was imported')")
+    scripts = re.search(r'"iris-fast-\{command\} = (.+):\{command\}"\s+for command in (.+)', SETUP)
+    assert (scripts[1], set(ast.literal_eval(scripts[2]))) == ("iris_fast.__main__", {*COMMANDS})
+    program = "from iris_fast.__main__ import train; import sys; sys.exit(train())"
+    finished = subprocess.run(
+        [sys.executable, "-c", program, "--sead", "3"], capture_output=True, text=True, check=False
+    )
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr.startswith("iris_fast.train: error: sead: there is no such setting")

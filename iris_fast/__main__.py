@@ -1,0 +1,27 @@
+"""`python -m iris_fast` lists the commands; the console scripts start them."""
+
+from __future__ import annotations
+
+import functools
+import runpy
+
+COMMANDS = {
+    "train": "train a model with GRPO, with checkpoints, metrics and a report in a run folder",
+    "generate": "generate images from prompts with a model",
+    "export": "write a run's trained model as a checkpoint folder",
+    "env": "print the versions and hardware, for bug reports",
+}
+
+
+def start(command: str) -> None:
+    """Run `python -m iris_fast.COMMAND`, which parses its arguments before it imports torch."""
+    runpy.run_module(f"iris_fast.{command}", run_name="__main__", alter_sys=True)
+
+
+train, generate, export, env = (functools.partial(start, command) for command in COMMANDS)
+
+
+if __name__ == "__main__":
+    for name, summary in COMMANDS.items():
+        print(f"python -m iris_fast.{name:<9} {summary}")
+    print("Add --help for the settings of a command. For several GPUs: torchrun -m iris_fast.train")
