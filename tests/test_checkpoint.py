@@ -1,4 +1,4 @@
-"""Checkpoints that were cut short, damaged, forged, or had no room; and the sound one before."""
+"""Checkpoints that are incomplete, damaged or forged, full disks; and the valid one before."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from small_runs import checkpoints, flags, metrics, quick, tensors, tree
 from iris_fast.errors import UserError
 from iris_fast.models.pretrained.save import save_janus
 from iris_fast.run import checkpoint
-from iris_fast.run.checkpoint import find_fault, newest
+from iris_fast.run.checkpoint import newest
+from iris_fast.run.manifest import find_fault
 from iris_fast.tiny import build_tiny
 from iris_fast.train import train
 
@@ -42,7 +43,7 @@ def damaged(three_steps, here) -> Path:
 
 
 def reseal(folder: Path) -> None:
-    """Write a manifest that fits whatever is in the folder now, as a forger would."""
+    """Write a manifest that fits the folder's current content, as a forger would."""
     files = {
         path.name: {
             "bytes": path.stat().st_size,
@@ -85,16 +86,16 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_found_and_the_checkpoint_before_taken(damaged, damage, message):
+def test_a_damaged_checkpoint_is_skipped(damaged, damage, message):
     damage(damaged / "step_00003")
     path, faults = newest(damaged)
     assert path == damaged / "step_00002"
     (fault,) = faults
-    assert "step_00003 is left out" in fault
+    assert "step_00003 is skipped" in fault
     assert re.search(message, fault)
 
 
-def test_a_resume_past_damage_warns_and_gives_the_same_run(damaged, three_steps, here):
+def test_resuming_past_damaged_checkpoints_warns_and_gives_the_same_run(damaged, three_steps, here):
     flip_a_byte(damaged / "step_00003")
     truncate(damaged / "step_00002")
     finished = run(
@@ -111,16 +112,16 @@ def test_a_resume_past_damage_warns_and_gives_the_same_run(damaged, three_steps,
     assert [find_fault(damaged / name) for name in checkpoints("run")] == [None] * 3
 
 
-def test_if_all_are_broken_nothing_is_touched(damaged, here):
+def test_if_all_checkpoints_are_damaged_nothing_is_changed(damaged, here):
     for path in damaged.iterdir():
         flip_a_byte(path)
     before = tree(here)
-    with pytest.raises(UserError, match="run/checkpoints holds no sound checkpoint"):
+    with pytest.raises(UserError, match="run/checkpoints holds no valid checkpoint"):
         train(quick("run", **KEEP_ALL, max_steps=4, resume_from_checkpoint=True))
     assert tree(here) == before
 
 
-def test_folders_that_are_no_checkpoints_are_passed_over(damaged, here):
+def test_folders_that_are_not_checkpoints_are_ignored(damaged, here):
     shutil.copytree(damaged / "step_00001", damaged / "step_00009_copy")
     (damaged / "step_").mkdir()
     (damaged / "notes.txt").write_text("mine")
@@ -130,15 +131,15 @@ def test_folders_that_are_no_checkpoints_are_passed_over(damaged, here):
     assert checkpoints("run") == kept  # and not deleted
 
 
-def test_steps_beyond_five_digits_are_ordered_as_numbers(tmp_path):
+def test_steps_of_more_than_five_digits_are_sorted_as_numbers(tmp_path):
     for name in ("step_99999", "step_100000", "step_00007"):
         (tmp_path / name).mkdir()
     names = [path.name for path in checkpoint.step_folders(tmp_path)]
     assert names == ["step_100000", "step_99999", "step_00007"]
 
 
-def test_broken_checkpoints_do_not_count_when_old_ones_are_deleted(damaged, here):
-    """Resumed before step 3; with a limit of 1 the one that stays is the sound one."""
+def test_damaged_checkpoints_do_not_count_when_old_ones_are_deleted(damaged, here):
+    """Resumed before step 3; with a limit of 1 the checkpoint that stays is the valid one."""
     truncate(damaged / "step_00003")
     (damaged / "step_00002" / "manifest.json").unlink()
     train(quick("run", max_steps=2, save_total_limit=1, resume_from_checkpoint=True))
@@ -146,21 +147,21 @@ def test_broken_checkpoints_do_not_count_when_old_ones_are_deleted(damaged, here
     assert find_fault(damaged / "step_00002") is None
 
 
-# --- Cut short ------------------------------------------------------------------------------------
+# --- Interrupted ----------------------------------------------------------------------------------
 
 KILLED = """
 import os
 from iris_fast.run import checkpoint
 from iris_fast.cli import parse_command_line
 from iris_fast.config import TrainConfig
-seal = checkpoint._seal
-checkpoint._seal = lambda partial, step: os._exit(9) if step == 3 else seal(partial, step)
+write = checkpoint.write_manifest
+checkpoint.write_manifest = lambda partial, step: os._exit(9) if step == 3 else write(partial, step)
 from iris_fast.train import main
 main(parse_command_line(TrainConfig, "killed"))
 """
 
 
-def test_death_in_the_middle_of_a_save_leaves_the_checkpoints_before_it(here, three_steps):
+def test_a_crash_during_a_save_leaves_the_earlier_checkpoints(here, three_steps):
     (here / "killed.py").write_text(KILLED)
     settings = flags(**KEEP_ALL, max_steps=3, output_dir="run")
     assert run("killed", *settings, cwd=here).code == 9
@@ -168,19 +169,19 @@ def test_death_in_the_middle_of_a_save_leaves_the_checkpoints_before_it(here, th
     assert left == [".partial-step_00003", "step_00001", "step_00002"]
     assert newest(Path("run/checkpoints")) == (Path("run/checkpoints/step_00002"), [])
     train(quick("run", **KEEP_ALL, max_steps=3, resume_from_checkpoint=True))
-    assert checkpoints("run") == ["step_00001", "step_00002", "step_00003"]  # the rest is gone
+    assert checkpoints("run") == ["step_00001", "step_00002", "step_00003"]  # and no leftover
     assert metrics("run") == metrics(three_steps)
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before_it(here):
-    """Room for one checkpoint of 24 MB and not for two; then more room."""
+def test_a_full_disk_is_a_user_error_and_leaves_the_earlier_checkpoints(here):
+    """Space for one checkpoint of 24 MB and not for two; then more space."""
     with small_disk(here / "disk", megabytes=40) as disk:
         settings = flags(**KEEP_ALL, max_steps=3, output_dir=disk / "run")
         finished = run("iris_fast.train", *settings, cwd=here)
         assert finished.code == 2
         assert "output_dir: " in finished.error_line
         assert "step_00002 could not be written" in finished.error_line
-        assert "make room on the disk" in finished.error_line
+        assert "free disk space and resume" in finished.error_line
         assert "Traceback" not in finished.error_line
         assert checkpoints(disk / "run") == ["step_00001"]
         assert find_fault(disk / "run" / "checkpoints" / "step_00001") is None
@@ -189,7 +190,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_before_it(here):
         assert checkpoints(disk / "run") == ["step_00001", "step_00002", "step_00003"]
 
 
-def test_a_disk_that_fills_up_between_two_steps_is_one_line(here):
+def test_a_disk_that_fills_up_between_two_steps_is_a_user_error(here):
     with small_disk(here / "disk", megabytes=40) as disk:
         (here / "fills.py").write_text(
             "calls = []\n"
@@ -218,13 +219,13 @@ def test_a_disk_that_fills_up_between_two_steps_is_one_line(here):
 
 
 class Evil:
-    """Leaves a file where it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("evil_ran",)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(damaged, here):
+def test_a_pickle_with_code_is_an_error_and_does_not_run(damaged, here):
     torch.save({"random": Evil(), "scored": None}, damaged / "step_00003" / "rank_0.pt")
     reseal(damaged / "step_00003")
     before = tree(here)
@@ -238,7 +239,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(damaged, here):
     assert tree(here) == before
 
 
-def test_foreign_files_in_a_checkpoint_are_not_opened(damaged, here):
+def test_unknown_files_in_a_checkpoint_are_not_opened(damaged, here):
     """torch's own reader unpickles .metadata; this one does not look at it."""
     (damaged / "step_00003" / ".metadata").write_bytes(pickle.dumps(Evil()))
     (damaged / "step_00003" / "data.pkl").write_bytes(pickle.dumps(Evil()))
@@ -248,14 +249,14 @@ def test_foreign_files_in_a_checkpoint_are_not_opened(damaged, here):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"step": 3}'])
-def test_a_state_that_is_none_is_refused(damaged, content):
+def test_a_damaged_state_is_an_error(damaged, content):
     (damaged / "step_00003" / "state.json").write_text(content)
     reseal(damaged / "step_00003")
     with pytest.raises(UserError, match=r"state.json is damaged.*delete .*step_00003"):
         train(quick("run", max_steps=4, resume_from_checkpoint=True))
 
 
-def test_a_checkpoint_holds_no_pickle_but_tensors_and_containers(three_steps):
+def test_a_checkpoint_holds_only_tensors_and_containers(three_steps):
     folder = three_steps / "checkpoints" / "step_00003"
     kinds = {path.suffix for path in folder.iterdir()}
     assert kinds == {".safetensors", ".json", ".pt"}
@@ -263,8 +264,8 @@ def test_a_checkpoint_holds_no_pickle_but_tensors_and_containers(three_steps):
 
 
 @pytest.mark.shared
-def test_a_checkpoint_of_another_model_is_refused(shared, here):
-    """The folder is the same, its content is not."""
+def test_a_checkpoint_of_another_model_is_an_error(shared, here):
+    """The model folder has the same name and other content."""
     shutil.copytree(shared / "fixtures" / "janus_hf_tiny", "model")
     (here / "p.txt").write_text("a cube\n")
     settings = {"model": "model", "prompts": "p.txt"}

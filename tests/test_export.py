@@ -90,7 +90,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(trained, here
     (here / "run" / "checkpoints" / "step_00002" / "state.json").write_text("{}")
     finished = run("iris_fast.export", "run", "out", "--dtype", "float32", cwd=here)
     assert finished.code == 0
-    assert "warning: checkpoint run/checkpoints/step_00002 is left out" in finished.error_line
+    assert "warning: checkpoint run/checkpoints/step_00002 is skipped" in finished.error_line
     expected = policy_weights(trained, step=1)
     state = load_janus(here / "out").model.state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in state)

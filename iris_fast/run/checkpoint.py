@@ -1,4 +1,4 @@
-"""Training state on disk: written aside, verified, renamed into place; resumed bit by bit.
+"""Training state on disk: written to a temporary folder, verified, renamed; resumed bitwise.
 
 A checkpoint folder `checkpoints/step_NNNNN/` holds
 
@@ -8,20 +8,17 @@ A checkpoint folder `checkpoints/step_NNNNN/` holds
     state.json            step, prompt cursor, number of ranks
     manifest.json         size and SHA-256 of every other file, written last
 
-Nothing in it is a pickle that could run code: safetensors and JSON, and tensors and plain
-containers read with `weights_only=True`.
+No file is a pickle that could run code: safetensors and JSON, and tensors and plain containers read
+with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import pickle
 import shutil
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from iris_kernels import TokenStats
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, writing
@@ -42,17 +36,16 @@ from iris_fast.grpo.micro_batches import MicroBatch
 from iris_fast.grpo.optimizer import plain_parts
 from iris_fast.models.janus import Janus
 from iris_fast.records import Prompt, Rollout, Scored, Trace
+from iris_fast.run.manifest import MANIFEST, find_fault, fsync, write_manifest
 from iris_fast.run.random_state import random_state, set_random_state
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-MANIFEST = "manifest.json"
-HASHED_AT_ONCE = 8
 STATE_FIELDS = ("step", "cursor", "prompts_sha256", "world_size", "inside_rollout", "lora")
 
 
 @dataclass
 class Progress:
-    """Where a run stands, besides weights and moments."""
+    """The position of a run: its state besides weights and moments."""
 
     step: int = 0
     cursor: int = 0  # prompts taken by all ranks together
@@ -73,6 +66,9 @@ class Progress:
             self.old_logprobs = [batch.old_logprob_M.cpu() for batch in batches]
 
 
+# --- Saving ---------------------------------------------------------------------------------------
+
+
 def save(
     folder: Path,
     policy: nn.Module,
@@ -81,66 +77,47 @@ def save(
     ranks: Ranks,
     keep: int,
 ) -> Path:
-    """Write `folder/step_NNNNN` and delete all but the `keep` newest. Every rank calls this.
+    """Write `folder/step_NNNNN` and delete all but the `keep` newest checkpoints. A collective.
 
-    A crash at any moment leaves the checkpoints before it untouched and complete. UserError if the
-    disk is full or not writable.
+    A crash at any moment leaves the earlier checkpoints complete. UserError if the disk is full or
+    not writable.
     """
     target = folder / f"step_{progress.step:05d}"
     partial = folder / f".partial-{target.name}"
-    with ranks.on_first_rank() as mine:
-        if mine:
-            with writing("output_dir", target):
-                for leftover in folder.glob(".partial-*"):
-                    shutil.rmtree(leftover)
-                partial.mkdir(parents=True)
-    failure = ""
     try:
-        _write(partial, policy, optimizer, progress, ranks)
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        failure = _reason(error)
-    if ranks.any(bool(failure)):
-        if ranks.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"output_dir: {target} could not be written ({failure or 'on another rank'}); make "
-            "room on the disk and go on with --resume_from_checkpoint true"
-        )
-    with ranks.on_first_rank() as mine:
-        if mine:
-            try:
+        with ranks.on_first_rank() as mine:
+            if mine:
                 with writing("output_dir", target):
-                    _seal(partial, progress.step)
-                    if target.exists():  # only a broken one can stand here: resuming skips those
+                    for leftover in folder.glob(".partial-*"):
+                        shutil.rmtree(leftover)
+                    partial.mkdir(parents=True)
+        reason = ""
+        try:
+            _write_state(partial, policy, optimizer, progress, ranks)
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            reason = _reason(error)
+        if ranks.any(bool(reason)):
+            raise UserError(
+                f"output_dir: {target} could not be written ({reason or 'on another rank'}); free "
+                "disk space and resume with --resume_from_checkpoint true"
+            )
+        with ranks.on_first_rank() as mine:
+            if mine:
+                with writing("output_dir", target):
+                    write_manifest(partial, progress.step)
+                    if target.exists():  # a damaged one, or resuming would have started from it
                         shutil.rmtree(target)
                     partial.rename(target)
-                    _flush(folder)
-            except UserError:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            _retire(folder, progress.step, keep)
+                    fsync(folder)
+                _delete_old(folder, progress.step, keep)
+    except UserError:
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return target
 
 
-def _retire(folder: Path, step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `step`. Later ones can only be broken:
-    the run was resumed before them; they must not count."""
-    kept = [
-        path for path in step_folders(folder) if _step(path) <= step and (path / MANIFEST).is_file()
-    ][:keep]
-    for path in step_folders(folder):
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _reason(error: BaseException) -> str:
-    """An exception in one line; of a collective one, a rank's own, without its traceback."""
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _write(
+def _write_state(
     partial: Path,
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -155,7 +132,7 @@ def _write(
         )
     rank_state = {
         "random": random_state(),
-        "scored": _plain(progress.scored),
+        "scored": progress.scored and _to_containers(progress.scored),
         "old_logprobs": progress.old_logprobs,
     }
     torch.save(rank_state, partial / f"rank_{ranks.rank}.pt")
@@ -171,57 +148,21 @@ def _write(
         (partial / "state.json").write_text(json.dumps(state))
 
 
-def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and moments by name: the memory in use, not copies; what is read into it is set."""
-    model_state, optimizer_state = get_state_dict(policy, optimizer, options=OPTIONS)
-    tensors = {f"policy.{name}": value for name, value in _trained_weights(model_state).items()}
-    for name, value in optimizer_state.items():
-        if name.startswith("state."):  # the rest, such as betas, are settings
-            tensors |= plain_parts(f"optimizer.{name}", value)
-    return tensors
-
-
-def _trained_weights(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All weights, or where there are adapters those alone: the rest is the model's, unchanged."""
-    chosen = {name: value for name, value in model_state.items() if adapters.is_adapter(name)}
-    return chosen or model_state
-
-
-def _seal(partial: Path, step: int) -> None:
-    """Re-read every file, note its size and hash, and put the manifest beside them."""
-    paths = sorted(partial.iterdir())
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, _sha256_of(paths), strict=True)
-    }
+def _delete_old(folder: Path, step: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `step`. Later ones are damaged, as the run
+    was resumed before them, and do not count."""
+    paths = step_folders(folder)
+    complete = [path for path in paths if _step(path) <= step and (path / MANIFEST).is_file()]
     for path in paths:
-        _flush(path)
-    (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-    _flush(partial / MANIFEST)
-    _flush(partial)
+        if path not in complete[:keep]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256_of(paths: list[Path]) -> list[str]:
-    """Hashes, several files at a time: hashlib lets other threads run, and the ranks wait."""
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as threads:
-        return list(threads.map(_sha256, paths))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# --- Loading --------------------------------------------------------------------------------------
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Folders that are named as checkpoints, newest first; not verified."""
+    """List the folders named like checkpoints, newest first, without verifying them."""
     named = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
     return sorted(named, key=_step, reverse=True)
 
@@ -230,51 +171,29 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, judged by its manifest; None if nothing."""
-    if not (path / MANIFEST).is_file():
-        return f"{MANIFEST} is missing"
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    for name, (size, _) in expected.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    found = _sha256_of([path / name for name in expected])
-    for (name, (_, digest)), now in zip(expected.items(), found, strict=True):
-        if now != digest:
-            return f"{name} has changed since it was written"
-    return None
-
-
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that passes its manifest, and a line for each newer one that fails."""
+    """Find the newest valid checkpoint; and one line for each newer one that is not valid."""
     faults = []
     for path in step_folders(folder):
         fault = find_fault(path)
         if fault is None:
             return path, faults
-        faults.append(f"checkpoint {path} is left out: {fault}")
+        faults.append(f"checkpoint {path} is skipped: {fault}")
     return None, faults
 
 
 def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Progress:
-    """Put a verified checkpoint's state into `policy` and `optimizer`; where the run stood.
+    """Load a valid checkpoint into `policy`, `optimizer` and the random generators.
 
-    The number of ranks may differ from the one that saved, except in the middle of the passes over
-    one rollout: UserError then, and where tensors do not fit the model.
+    The number of ranks may differ from that of the run that saved it, except between the passes
+    over one rollout: UserError then, and where tensors do not fit the model.
     """
     state = _read_state(path)
     same_ranks = state["world_size"] == ranks.world_size
     if state["inside_rollout"] and not same_ranks:
         raise UserError(
             f"resume_from_checkpoint: {path} lies between two passes over one rollout "
-            f"(num_iterations), shared out over {state['world_size']} ranks; resume with "
+            f"(num_iterations), shared by {state['world_size']} ranks; resume with "
             f"{state['world_size']} ranks, not {ranks.world_size}"
         )
     try:
@@ -283,7 +202,7 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
         )
     except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise UserError(
-            f"resume_from_checkpoint: {path} does not fit the model ({_reason(error)}); name the "
+            f"resume_from_checkpoint: {path} does not fit the model ({_reason(error)}); use the "
             "--model of that run"
         ) from None
     progress = Progress(
@@ -293,12 +212,31 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
         lora=state["lora"] and adapters.Lora(**state["lora"]),
     )
     if same_ranks:
-        mine = _read_rank_state(path / f"rank_{ranks.rank}.pt")
-        set_random_state(mine["random"])
-        if mine["scored"] is not None:
-            progress.scored = _scored(mine["scored"])
-            progress.old_logprobs = mine["old_logprobs"]
+        rank_state = _read_rank_state(path / f"rank_{ranks.rank}.pt")
+        set_random_state(rank_state["random"])
+        if rank_state["scored"] is not None:
+            progress.scored = _from_containers(rank_state["scored"])
+            progress.old_logprobs = rank_state["old_logprobs"]
     return progress
+
+
+def load_policy_weights(path: Path, policy: Janus) -> None:
+    """Load the weights alone, adapters merged, into an unsharded model. UserError if they do not
+    fit it."""
+    lora = _read_state(path)["lora"]
+    if lora is not None:
+        adapters.add(policy, adapters.Lora(**lora))
+    weights = _policy_tensors(policy.state_dict())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that there is no process group
+            dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise UserError(
+            f"run_folder: {path} does not fit the model of its config.yaml ({_reason(error)}); "
+            "restore that model"
+        ) from None
+    adapters.merge(policy)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -308,7 +246,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"resume_from_checkpoint: {path / 'state.json'} is damaged ({_reason(error)}); "
-            f"delete {path}, and the checkpoint before it is taken"
+            f"delete {path} to resume from the checkpoint before it"
         ) from None
 
 
@@ -318,52 +256,57 @@ def _read_rank_state(file: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, OSError, RuntimeError, ValueError, KeyError, EOFError):
         raise UserError(
             f"resume_from_checkpoint: {file} is damaged, or holds more than tensors (a pickle can "
-            f"run code), and was not opened; delete {file.parent}, and the checkpoint before it is "
-            "taken"
+            f"run code), and was not opened; delete {file.parent} to resume from the checkpoint "
+            "before it"
         ) from None
 
 
-def load_policy_weights(path: Path, policy: Janus) -> None:
-    """The weights alone, adapters merged, into a model that is not sharded, for export. UserError
-    where they do not fit it."""
-    lora = _read_state(path)["lora"]
-    if lora is not None:
-        adapters.add(policy, adapters.Lora(**lora))
-    chosen = _trained_weights(policy.state_dict())
-    weights = {f"policy.{name}": value for name, value in chosen.items()}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that no process group was started
-            dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise UserError(
-            f"run_folder: {path} does not fit the model of its config.yaml ({_reason(error)}); "
-            "put that model back"
-        ) from None
-    adapters.merge(policy)
+# --- Content --------------------------------------------------------------------------------------
 
 
-def _plain(value: Any) -> Any:
-    """Records as dicts and tuples as lists: what `weights_only=True` reads back."""
-    if isinstance(value, Prompt):  # its other fields were for the rewards, which are known
-        return {"text": value.text}
-    if dataclasses.is_dataclass(value):
-        return {name: _plain(part) for name, part in vars(value).items()}
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    return value
+def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and moments by name, not copied: loading writes into them."""
+    model_state, optimizer_state = get_state_dict(policy, optimizer, options=OPTIONS)
+    tensors = _policy_tensors(model_state)
+    for name, value in optimizer_state.items():
+        if name.startswith("state."):  # the rest, such as betas, are settings
+            tensors |= plain_parts(f"optimizer.{name}", value)
+    return tensors
 
 
-def _scored(fields: dict[str, Any]) -> Scored:
+def _policy_tensors(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All weights, or the adapters alone if there are any: the others do not change."""
+    adapter = {name: value for name, value in model_state.items() if adapters.is_adapter(name)}
+    return {f"policy.{name}": value for name, value in (adapter or model_state).items()}
+
+
+def _to_containers(scored: Scored) -> dict[str, Any]:
+    """Records as dicts and named tuples as lists, which `weights_only=True` can read."""
+    fields = dataclasses.asdict(scored)
+    rollout = fields["rollout"]
+    # The other fields of a prompt are for the rewards, which are known.
+    rollout["prompts"] = [{"text": prompt.text} for prompt in scored.rollout.prompts]
+    for kind in ("text", "image"):
+        for distribution in ("conditional", "guided"):
+            rollout[kind][distribution] = list(rollout[kind][distribution])
+    return fields
+
+
+def _from_containers(fields: dict[str, Any]) -> Scored:
     rollout = dict(fields["rollout"])
     rollout["prompts"] = [Prompt(**prompt) for prompt in rollout["prompts"]]
-    for name in ("text", "image"):
-        trace = rollout[name]
-        rollout[name] = Trace(
+    for kind in ("text", "image"):
+        trace = rollout[kind]
+        rollout[kind] = Trace(
             conditional=TokenStats(*trace["conditional"]),
             guided=TokenStats(*trace["guided"]),
             mask=trace["mask"],
         )
-    return Scored(**{**fields, "rollout": Rollout(**rollout)})
+    return Scored(**fields | {"rollout": Rollout(**rollout)})
+
+
+def _reason(error: BaseException) -> str:
+    """An exception in one line; of a collective one, the first rank's own."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300] or type(error).__name__

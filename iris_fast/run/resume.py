@@ -1,4 +1,4 @@
-"""Where a run starts: at its newest sound checkpoint, or at step 0."""
+"""Where a run starts: at its newest valid checkpoint, or at step 0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iris_fast.run.folder import RunFolder
 def restore(
     folder: RunFolder, learner: Learner, prompts_sha256: str, config: TrainConfig, ranks: Ranks
 ) -> Progress:
-    """Load the newest sound checkpoint into `learner`; its progress. Step 0 if there is none yet.
+    """Load the newest valid checkpoint into `learner`; its progress. Step 0 if there is none yet.
 
     UserError if all checkpoints are damaged, or if this one cannot be resumed with these settings.
     """
@@ -34,7 +34,7 @@ def restore(
         if not faults:  # stopped before its first checkpoint
             return fresh
         raise UserError(
-            f"resume_from_checkpoint: {folder.checkpoints} holds no sound checkpoint; start a new "
+            f"resume_from_checkpoint: {folder.checkpoints} holds no valid checkpoint; start a new "
             "run in another --output_dir"
         )
     progress = checkpoint.load(path, learner.policy, learner.optimizer, ranks)
