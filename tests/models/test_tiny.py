@@ -1,4 +1,4 @@
-"""The random tiny model of the tests: small, quick, and the same every time."""
+"""The random tiny model for tests: small, fast to build and deterministic."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from iris_fast.tiny import build_random_tiny
 DIGEST = """
 import hashlib, torch
 from iris_fast.tiny import build_random_tiny
-torch.rand({draws})
+torch.rand({numbers})
 tiny = build_random_tiny(seed=5)
 states = tiny.model.state_dict(), tiny.vq.state_dict(), tiny.untouched
 parts = [part for state in states for part in state.values()]
@@ -20,7 +20,7 @@ print(hashlib.sha256(data).hexdigest())
 """
 
 
-def test_small_and_quick():
+def test_is_small_and_fast_to_build():
     build_random_tiny()
     start = time.perf_counter()
     tiny = build_random_tiny()
@@ -32,15 +32,15 @@ def test_small_and_quick():
     assert len(tiny.tokenizer) < tiny.config.decoder.vocab_size
 
 
-def test_the_same_in_every_process():
+def test_is_equal_in_every_process():
     runs = [
         subprocess.run(
-            [sys.executable, "-c", DIGEST.format(draws=draws)],
+            [sys.executable, "-c", DIGEST.format(numbers=numbers)],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for draws in (1, 7)
+        for numbers in (1, 7)
     ]
     assert runs[0] == runs[1]
 
@@ -50,7 +50,7 @@ def test_seed_and_generator():
     expected = torch.rand(1)
     torch.manual_seed(1)
     first, second = build_random_tiny(seed=0), build_random_tiny(seed=1)
-    assert torch.equal(torch.rand(1), expected)  # the caller's generator is left alone
+    assert torch.equal(torch.rand(1), expected)  # the global generator is unchanged
     assert not torch.equal(first.model.lm_head.weight, second.model.lm_head.weight)
 
 
