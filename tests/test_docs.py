@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import itertools
 import os
@@ -134,6 +135,23 @@ def test_settings_that_are_named_exist():
         if not named <= known and re.search(r"add_argument|parse_command_line", source):
             known |= flags_of([help_of(module)])
     assert named <= known, named - known
+
+
+def test_messages_that_are_quoted_exist():
+    """docs/troubleshooting.md quotes messages in backticks; `...` and capitals stand for values."""
+    literals = []
+    for path in (ROOT / "iris_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                literals.append(node.value)
+    spans = re.findall(r"`([^`]+)`", TEXTS["docs/troubleshooting.md"])
+    code = ("python ", "pip ", "pytest ", "import ", "--")
+    quotes = [span for span in spans if " " in span and not span.startswith(code)]
+    assert len(quotes) > 20
+    for quote in quotes:
+        for part in re.split(r"\.\.\.|\b[A-Z]+\b", re.sub(r"\s+", " ", quote)):
+            part = part.strip().removeprefix(": ")
+            assert any(part in literal for literal in literals), (quote, part)
 
 
 def test_commands_are_understood(tmp_path, monkeypatch):
