@@ -17,10 +17,10 @@ from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import DecoderConfig, DecoderLayer, rope_tables
 from iris_fast.models.vq import VQConfig
 from iris_fast.preflight.estimate import (
-    FREE_SHARE,
     GIB,
     H200,
     MOMENT_BYTES,
+    USABLE_SHARE,
     Estimate,
     check_fits,
     estimate,
@@ -92,7 +92,7 @@ def test_a_reference_that_is_not_on_the_gpu_is_not_counted(changes):
 def test_offloading_the_reference_is_proposed_where_that_is_enough():
     config = preset("janus-pro-1b")
     needs = estimate(config, JANUS_1B, 1, H200, 64)
-    smaller = dataclasses.replace(H200, memory_bytes=int(needs.peak_bytes / FREE_SHARE) - 2**30)
+    smaller = dataclasses.replace(H200, memory_bytes=int(needs.peak_bytes / USABLE_SHARE) - 2**30)
     with pytest.raises(UserError, match=r"add --offload_reference true$"):
         check_fits(estimate(config, JANUS_1B, 1, smaller, 64), config)
     config = preset("janus-pro-1b", offload_reference=True)

@@ -1,9 +1,9 @@
-"""What a run will need, before anything is loaded: memory per part and GPU, time per step.
+"""Estimate of a run before anything is loaded: memory per part and GPU, time per step.
 
-Memory is counted from the shapes that the code allocates. Time is a floor: FLOPs at the matrix rate
-and bytes at the copy rate of the GPU, nothing lost; a real step takes longer.
+Memory is computed from the shapes that the code allocates. Time is a lower bound: FLOPs at the
+GPU's matrix rate and bytes at its copy rate, without any overhead.
 
-Notation: N parameters, D hidden width, I MLP width, b bytes of the compute dtype, W ranks.
+`item` is the size of the compute dtype in bytes, `world_size` the number of GPUs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig
 
 GIB = 2**30
-HEAD_BYTES = 64 * 2**20  # what iris_kernels.linear_token_stats holds at the most
-# Of both moments of a parameter, scales included; the few that stay float32 are not counted apart.
+HEAD_BYTES = 64 * 2**20  # upper limit of what iris_kernels.linear_token_stats allocates
+# Both moments per parameter, with scales; the few parameters that keep float32 moments are ignored.
 MOMENT_BYTES = {"adamw_torch": 8, "adamw_torch_bf16": 6, "adamw_torch_8bit": 2 * (1 + 4 / 64)}
-FREE_SHARE = 0.92  # of a GPU's memory; the rest is the allocator's slack and CUDA's own
+USABLE_SHARE = 0.92  # of a GPU's memory; the rest is for the allocator and CUDA itself
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Gpu:
     flops_per_s: float
 
 
-# Rates measured with torch on an H200: a large copy, a matrix product of 8192. What is estimated
-# for where there is no GPU to ask; on another GPU its own memory counts, at these rates.
+# Rates measured with torch on an H200: a large copy, a matrix product of size 8192. They are also
+# used for other GPUs, with the memory of that GPU.
 H200 = Gpu("H200", 143771 * 2**20, 4.3e12, 790e12)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """`memory_bytes` per GPU and `seconds` per step, by part. Rollout and training pass do not
-    overlap: the larger of the two adds to what is always there."""
+    """Memory per GPU and time per step, by part. Rollout and training pass do not overlap: the
+    larger of the two adds to what is always allocated."""
 
     gpu: Gpu
     always_bytes: dict[str, float]
@@ -52,40 +52,40 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> float:
-        """The most that one GPU holds at a time."""
+        """Peak memory of one GPU."""
         phases = (self.rollout_bytes, self.training_bytes)
         return sum(self.always_bytes.values()) + max(sum(phase.values()) for phase in phases)
 
     @property
     def fits(self) -> bool:
-        """Whether the peak leaves the GPU its slack."""
-        return self.peak_bytes <= FREE_SHARE * self.gpu.memory_bytes
+        """Whether the peak is within the usable memory of the GPU."""
+        return self.peak_bytes <= USABLE_SHARE * self.gpu.memory_bytes
 
     def table(self) -> str:
         """The estimate as lines of text."""
+        phases = {
+            "always": self.always_bytes,
+            "rollout": self.rollout_bytes,
+            "training pass": self.training_bytes,
+        }
         lines = [f"memory per GPU ({self.gpu.name}, {self.gpu.memory_bytes / GIB:.0f} GiB)"]
-        for title, parts in (
-            ("always", self.always_bytes),
-            ("rollout", self.rollout_bytes),
-            ("training pass", self.training_bytes),
-        ):
-            lines += [
-                f"  {title:<14} {name:<28} {size / GIB:9.2f} GiB" for name, size in parts.items()
-            ]
+        for title, parts in phases.items():
+            for name, size in parts.items():
+                lines.append(f"  {title:<14} {name:<28} {size / GIB:9.2f} GiB")
         lines.append(f"  {'peak':<43} {self.peak_bytes / GIB:9.2f} GiB")
-        lines.append("time per step, at the least")
-        lines += [f"  {name:<43} {value:9.2f} s" for name, value in self.seconds.items()]
-        lines.append(f"  {'whole step':<43} {sum(self.seconds.values()):9.2f} s")
+        lines.append("time per step, at least")
+        for name, value in (self.seconds | {"whole step": sum(self.seconds.values())}).items():
+            lines.append(f"  {name:<43} {value:9.2f} s")
         return "\n".join(lines)
 
 
 def layer_activation_elements(decoder: DecoderConfig) -> tuple[int, int]:
-    """What one token keeps in one block for its backward pass: elements of the compute dtype, and
-    of float32 (norms and rotary positions run in float32)."""
+    """Elements that one block keeps per token for its backward pass: of the compute dtype, and of
+    float32 (norms and rotary embeddings are computed in float32)."""
     width, heads = decoder.hidden_size, decoder.num_heads * decoder.head_dim
     kv = decoder.num_kv_heads * decoder.head_dim
-    # Per norm its result before and after the weight; q, k, v; the context, padded and packed;
-    # gate, silu, up and their product.
+    # Two norms, each before and after its weight; q, k, v; the context, padded and packed; gate,
+    # silu, up and their product.
     compute = 4 * width + 3 * heads + 2 * kv + 4 * decoder.intermediate_size
     single = 2 * width + 2 * decoder.head_dim
     return compute, single
@@ -94,47 +94,47 @@ def layer_activation_elements(decoder: DecoderConfig) -> tuple[int, int]:
 def estimate(
     config: TrainConfig, model: JanusConfig, world_size: int, gpu: Gpu, prompt_tokens: int
 ) -> Estimate:
-    """The estimate for `world_size` GPUs; `prompt_tokens`: of a typical image prompt."""
+    """The estimate for `world_size` GPUs; `prompt_tokens` is the length of a typical image prompt,
+    with its template."""
     with torch.device("meta"):
         shapes = Janus(model)
+    decoder = model.decoder
     total = sum(p.numel() for p in shapes.parameters())
     generation = sum(p.numel() for n, p in shapes.named_parameters() if "generation" in n)
-    trained = total - (0 if config.train_image_head else generation)
+    block = sum(p.numel() for p in shapes.model.language_model.layers[0].parameters())
+    blocks = block * decoder.num_layers
     item = 2 if config.bf16 else 4
+
+    trained = total - (0 if config.train_image_head else generation)
     policy_bytes = 4 * total
     if config.use_peft:
         trained = _adapter_parameters(config, shapes)
         policy_bytes = item * total + 4 * trained
-    decoder = model.decoder
+    has_reference = bool(config.beta) and not config.offload_reference and not config.use_peft
+
     image = config.image_token_num_per_image or model.image_tokens
     text = config.max_completion_length if config.cot else 0
     samples = config.prompts_per_step * config.num_generations
     batch = config.per_device_train_batch_size * config.num_generations
     tokens = prompt_tokens + text + image + (prompt_tokens + text if config.cot else 0)
-
     if config.policy_distribution == "guided" and config.guided:
         tokens += prompt_tokens + text + image
 
-    rows = samples * (2 if config.guided else 1)
-    kv_item = 1 if config.kv_cache_dtype == "fp8" else item
-    kv_token = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * kv_item
     compute, single = layer_activation_elements(decoder)
-    per_layer = compute * item + single * 4
-    kept = decoder.hidden_size * item
-    per_token = (
-        kept * decoder.num_layers + per_layer
-        if config.gradient_checkpointing
-        else per_layer * decoder.num_layers
-    )
-    block = sum(p.numel() for p in shapes.model.language_model.layers[0].parameters())
-    outside = total - block * decoder.num_layers
-    on_gpu = bool(config.beta) and not config.offload_reference and not config.use_peft
+    layer_bytes = compute * item + single * 4
+    token_bytes = layer_bytes * decoder.num_layers
+    if config.gradient_checkpointing:
+        token_bytes = decoder.hidden_size * item * decoder.num_layers + layer_bytes
 
-    # Unconditional rows share one prefix; on average half of the image is there.
+    # Unconditional rows share one prefix. A decoding step reads half of the image on average.
+    kv_item = 1 if config.kv_cache_dtype == "fp8" else item
+    kv_token_bytes = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * kv_item
+    rows = samples * (2 if config.guided else 1)
     prompts = samples * (prompt_tokens + text)
-    eight_bit = block * decoder.num_layers if config.rollout_weight_dtype == "fp8" else 0
-    read = (total - eight_bit) * item + eight_bit
-    steps_bytes = read + (prompts + rows * image / 2) * kv_token
+    fp8_bytes = blocks if config.rollout_weight_dtype == "fp8" else 0
+    read_bytes = (total - fp8_bytes) * item + fp8_bytes
+    step_bytes = read_bytes + (prompts + rows * image / 2) * kv_token_bytes
+
     flops = 2 * total * batch * tokens * config.gradient_accumulation_steps
     passes = 3 + config.gradient_checkpointing + bool(config.beta) + (config.num_iterations > 1)
     return Estimate(
@@ -142,31 +142,32 @@ def estimate(
         always_bytes={
             "policy": policy_bytes / world_size,
             f"moments, {config.optim}": _moment_bytes(config) * trained / world_size,
-            "reference": item * total / world_size * on_gpu,
-            "sampler's copy": item * total + eight_bit,
+            "reference": item * total / world_size * has_reference,
+            "sampler's copy": item * total + fp8_bytes,
         },
-        rollout_bytes={"KV cache": (prompts + rows * image) * kv_token},
+        rollout_bytes={"KV cache": (prompts + rows * image) * kv_token_bytes},
         training_bytes={
-            "gradients, float32": 4 * trained / world_size,  # none are kept between two steps
-            "activations": batch * tokens * per_token,
+            "gradients, float32": 4 * trained / world_size,  # freed between two steps
+            "activations": batch * tokens * token_bytes,
             "heads, tile by tile": HEAD_BYTES,
-            "gathered weights": (outside + 2 * block) * item,
+            "gathered weights": (total - blocks + 2 * block) * item,
         },
         seconds={
-            "rollout": (image + text) * steps_bytes / gpu.copy_bytes_per_s,
+            "rollout": (image + text) * step_bytes / gpu.copy_bytes_per_s,
             "training and reference passes": passes * flops / gpu.flops_per_s,
         },
     )
 
 
 def _moment_bytes(config: TrainConfig) -> float:
-    """Per trained parameter. Adapters are too narrow for 8 bits, but for a rank that 64 divides."""
+    """Per trained parameter. torchao keeps the moments of LoRA's matrices in float32 unless 64
+    divides their rank."""
     narrow = config.optim == "adamw_torch_8bit" and config.use_peft and config.lora_r % 64
     return MOMENT_BYTES["adamw_torch" if narrow else config.optim]
 
 
 def _adapter_parameters(config: TrainConfig, shapes: Janus) -> int:
-    """Of A [r, in] and B [out, r] beside every projection that has them."""
+    """A [r, in] and B [out, r] of every projection that has adapters."""
     return sum(
         config.lora_r * (layer.in_features + layer.out_features)
         for name, layer in shapes.model.language_model.named_modules()
@@ -175,42 +176,39 @@ def _adapter_parameters(config: TrainConfig, shapes: Janus) -> int:
 
 
 def this_gpu(device: torch.device) -> Gpu:
-    """The GPU that `device` is, or an H200 where it is none; at the rates of an H200."""
+    """The GPU of `device`, with the rates of an H200; an H200 if `device` is not a GPU."""
     if device.type != "cuda":
         return H200
     properties = torch.cuda.get_device_properties(device)
     return replace(H200, name=properties.name, memory_bytes=properties.total_memory)
 
 
-def check_fits(found: Estimate, config: TrainConfig) -> None:
-    """UserError, naming what to change, if the peak is more than the GPU holds."""
-    if found.fits:
+def check_fits(needs: Estimate, config: TrainConfig) -> None:
+    """UserError, with the setting to change, if the peak is more than the GPU's usable memory."""
+    if needs.fits:
         return
-    limit = FREE_SHARE * found.gpu.memory_bytes
-    moments, kept = found.always_bytes[f"moments, {config.optim}"], _moment_bytes(config)
+    limit = USABLE_SHARE * needs.gpu.memory_bytes
+    moments = needs.always_bytes[f"moments, {config.optim}"]
     smallest = _moment_bytes(replace(config, optim="adamw_torch_8bit"))
     savings = {
-        "add --offload_reference true": found.always_bytes["reference"],
-        "add --optim adamw_torch_8bit": moments * max(0.0, 1 - smallest / kept),
+        "add --offload_reference true": needs.always_bytes["reference"],
+        "add --optim adamw_torch_8bit": moments * max(0.0, 1 - smallest / _moment_bytes(config)),
     }
     enough = [
-        name for name, saved in savings.items() if saved and found.peak_bytes - saved <= limit
+        name for name, saved in savings.items() if saved and needs.peak_bytes - saved <= limit
     ]
-    states = sum(found.always_bytes.values()) + found.training_bytes["gradients, float32"]
+    states = sum(needs.always_bytes.values()) + needs.training_bytes["gradients, float32"]
     if enough:
         remedy = enough[0]
     elif states - sum(savings.values()) > limit:
         remedy = "use more GPUs: weights and optimizer state alone do not fit"
-    elif sum(found.rollout_bytes.values()) > sum(found.training_bytes.values()):
+    elif sum(needs.rollout_bytes.values()) > sum(needs.training_bytes.values()):
         remedy = "lower --gradient_accumulation_steps or --per_device_train_batch_size"
-    elif not config.gradient_checkpointing:
-        remedy = (
-            "add --gradient_checkpointing true, or lower --per_device_train_batch_size and raise "
-            "--gradient_accumulation_steps"
-        )
     else:
         remedy = "lower --per_device_train_batch_size and raise --gradient_accumulation_steps"
+        if not config.gradient_checkpointing:
+            remedy = f"add --gradient_checkpointing true, or {remedy}"
     raise UserError(
-        f"memory: this run needs about {found.peak_bytes / GIB:.0f} GiB per GPU, and a "
-        f"{found.gpu.name} has {found.gpu.memory_bytes / GIB:.0f}; {remedy}"
+        f"memory: this run needs about {needs.peak_bytes / GIB:.0f} GiB per GPU, and a "
+        f"{needs.gpu.name} has {needs.gpu.memory_bytes / GIB:.0f}; {remedy}"
     )
