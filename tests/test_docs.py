@@ -31,7 +31,7 @@ CONFIGS = {"iris_fast.train": TrainConfig, "iris_fast.generate": GenerateConfig}
 MODULES = set(re.findall(r"-m ((?:iris_fast|bench)[\w.]*)", TEXT))  # run by `python -m`
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 # Flags of other programs that the documents name.
-OTHERS_FLAGS = {"--benchmark-only"}  # pytest-benchmark
+OTHERS_FLAGS = {"--benchmark-only", "--name"}  # pytest-benchmark; "--name value" in settings.md
 
 each_document = pytest.mark.parametrize("name", DOCUMENTS)
 

@@ -1,6 +1,6 @@
 """Draw a figure of a run for a document: sample images before and after training, and curves.
 
-    python -m iris_fast.run.figure RUN_FOLDER OUT.png
+    python docs/draw_run.py RUN_FOLDER OUT.png
 
 The prompts are evenly spaced over those of the sample grids and the images are the first ones of
 each prompt, so that none are selected by hand.
@@ -22,7 +22,7 @@ from iris_fast.run.curves import Point, moving_mean
 from iris_fast.run.log import read_metrics
 from iris_fast.run.samples import Samples, read_strips, samples_of_same_prompts
 
-PROGRAM = "iris_fast.run.figure"
+PROGRAM = "docs/draw_run.py"
 CURVES = {
     "image_nsc": "NSC per image token (nats)",
     "text_nsc": "NSC per text token (nats)",
