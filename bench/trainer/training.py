@@ -161,7 +161,7 @@ def make_inputs(config: JanusConfig, samples: int, device: torch.device) -> Inpu
     tokens = config.image_tokens
     sampled = [
         torch.randint(10, 400, (samples, PROMPT_TOKENS), generator=generator),
-        torch.randint(0, config.codebook_size, (samples, tokens), generator=generator),
+        torch.randint(0, config.vq.codebook_size, (samples, tokens), generator=generator),
         torch.randn(samples, tokens, generator=generator),
     ]
     return Inputs(*(t.to(device) for t in sampled))

@@ -1,4 +1,4 @@
-"""`--torch_compile`: a decoder's blocks through torch.compile, one by one."""
+"""`--torch_compile`: the decoder's blocks through torch.compile, one by one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ GRAPHS_PER_BLOCK = 32
 
 
 def compile_blocks(decoder: Decoder) -> None:
-    """From now on every layer of `decoder` runs compiled; values and gradients change by round-off.
+    """Compile every layer of `decoder` in place; values and gradients change by rounding only.
 
-    A graph is made when a block first meets a new situation, for all layers and any number of
-    tokens. Hooks and wrappers around a block's forward (FSDP, recomputation) stay outside it if
-    they are put on after this call.
+    A graph is compiled when a block first runs in a new situation, and serves all layers and any
+    number of tokens. Hooks and wrappers around a block's forward (FSDP, recomputation) stay outside
+    the graph if they are added after this call.
     """
-    import torch._dynamo  # where compilation is wanted alone: the import takes seconds
+    import torch._dynamo  # here because the import takes seconds
 
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_BLOCK)
@@ -29,7 +29,7 @@ def compile_blocks(decoder: Decoder) -> None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise UserError if blocks on the CPU cannot be compiled: for want of a C++ compiler."""
+    """Raise UserError if `device` is the CPU and there is no C++ compiler for its kernels."""
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -39,6 +39,6 @@ def require_compiler(device: torch.device) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         raise UserError(
-            "torch_compile: compiling for the CPU needs a C++ compiler, and neither g++ nor what "
-            "CXX names runs here; install g++, set CXX, or leave --torch_compile false"
+            "torch_compile: compiling for the CPU needs a C++ compiler, and neither g++ nor the "
+            "value of CXX works; install g++, set CXX, or leave --torch_compile false"
         ) from None

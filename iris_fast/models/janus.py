@@ -24,7 +24,7 @@ from iris_fast.records import PackedBatch
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the understanding tower. It is not run here, only carried to the next export."""
+    """Sizes of the understanding tower, whose weights are not run here, only passed on."""
 
     hidden_size: int
     num_layers: int
@@ -41,7 +41,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class JanusConfig:
-    """Everything a Janus checkpoint's shapes follow from."""
+    """Everything that the shapes of a Janus model follow from."""
 
     decoder: DecoderConfig
     vq: VQConfig
@@ -49,24 +49,9 @@ class JanusConfig:
     image_size: int
 
     @property
-    def codebook_size(self) -> int:
-        """K: what an image token can be."""
-        return self.vq.codebook_size
-
-    @property
-    def codebook_dim(self) -> int:
-        """e: the width of a codebook entry and of a `generation_embeddings` row."""
-        return self.vq.codebook_dim
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels along the side of what one image token covers."""
-        return self.vq.patch_size
-
-    @property
     def tokens_per_side(self) -> int:
         """Image tokens along the side of an image."""
-        return self.image_size // self.patch_size
+        return self.image_size // self.vq.patch_size
 
     @property
     def image_tokens(self) -> int:
@@ -75,10 +60,9 @@ class JanusConfig:
 
 
 class GenerationAligner(nn.Module):
-    """Codebook width to decoder width: Linear, GELU, Linear."""
+    """Codebook width e to decoder width D: Linear, GELU, Linear."""
 
     def __init__(self, codebook_dim: int, width: int) -> None:
-        """[e] -> [D]."""
         super().__init__()
         self.fc1 = nn.Linear(codebook_dim, width)
         self.hidden_layers = nn.ModuleList([nn.Linear(width, width)])
@@ -89,16 +73,15 @@ class GenerationAligner(nn.Module):
 
 
 class GenerationHead(nn.Module):
-    """Decoder width to codebook logits: Linear, GELU, Linear."""
+    """Decoder width D to K codebook logits: Linear, GELU, Linear."""
 
     def __init__(self, width: int, codebook_size: int) -> None:
-        """[D] -> [K]."""
         super().__init__()
         self.proj_out = nn.Linear(width, width)
         self.vision_head = nn.Linear(width, codebook_size)
 
     def hidden(self, hidden: Tensor) -> Tensor:
-        """What the last Linear takes, [..., D], of hidden rows [..., D]."""
+        """Input of the last Linear, [..., D], of hidden rows [..., D]."""
         return F.gelu(self.proj_out(hidden))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -107,23 +90,24 @@ class GenerationHead(nn.Module):
 
 
 class JanusCore(nn.Module):
-    """What the checkpoint calls `model`: decoder and image embedding and head."""
+    """What the state dict calls `model`: decoder, image embedding and image head."""
 
     def __init__(self, config: JanusConfig) -> None:
-        """Modules under the checkpoint's names."""
         super().__init__()
         width = config.decoder.hidden_size
         self.language_model = Decoder(config.decoder)
-        self.generation_embeddings = nn.Embedding(config.codebook_size, config.codebook_dim)
-        self.generation_aligner = GenerationAligner(config.codebook_dim, width)
-        self.generation_head = GenerationHead(width, config.codebook_size)
+        self.generation_embeddings = nn.Embedding(config.vq.codebook_size, config.vq.codebook_dim)
+        self.generation_aligner = GenerationAligner(config.vq.codebook_dim, width)
+        self.generation_head = GenerationHead(width, config.vq.codebook_size)
 
 
 class Janus(nn.Module):
-    """The policy. `lm_head` is a weight of its own, never tied to the token embedding."""
+    """The policy, with random weights; `models.pretrained.load.load_janus` opens trained ones.
+
+    `lm_head` is never tied to the token embedding.
+    """
 
     def __init__(self, config: JanusConfig) -> None:
-        """Random weights; `iris_fast.models.pretrained.load.load_janus` opens a checkpoint."""
         super().__init__()
         self.config = config
         self.attn_implementation = "sdpa"  # one of attention.IMPLEMENTATIONS
@@ -149,7 +133,7 @@ class Janus(nn.Module):
     def hidden_states(
         self, embeds_TD: Tensor, positions_T: Tensor, attention: AttentionStrategy
     ) -> Tensor:
-        """Final-norm hidden rows [T, D]; see `Decoder.forward`."""
+        """Final-norm hidden states [T, D]; see `Decoder.forward`."""
         return self.model.language_model(embeds_TD, positions_T, attention)
 
     def forward(
@@ -157,12 +141,12 @@ class Janus(nn.Module):
     ) -> tuple[iris_kernels.TokenStats, iris_kernels.TokenStats]:
         """Statistics of the text targets and of the image targets of a packed batch.
 
-        Each field is fp32, shaped like `packed.text_targets` and `packed.image_targets`
+        Each field is fp32, shaped like `packed.text_targets` or `packed.image_targets`
         (`iris_kernels.token_stats` defines them), of the distributions that `packed.guidance`
-        names; either may be empty. Only the rows that predict something are projected by the heads,
-        and their logits are never held as a whole. Guidance mixes what the image head's last layer
-        takes instead of what it gives: that layer is affine and the weights of the mix add up to 1,
-        so the logits are the same. All of it happens inside this one call, since that is when FSDP
+        names; either may be empty. Only the rows that predict a target are projected by the heads,
+        and their logits are never materialised as a whole. Guidance mixes the inputs of the image
+        head's last layer instead of its outputs: that layer is affine and the weights of the mix
+        add up to 1, so the logits are the same. All of it happens inside this one call, while FSDP
         has the weights gathered.
         """
         embeds_TD = self.embed_packed(packed)
@@ -196,8 +180,8 @@ class Janus(nn.Module):
 
     def embed_packed(self, packed: PackedBatch) -> Tensor:
         """Embeddings [T, D] of the text and image tokens of a packed batch."""
-        # Both embeddings run on all rows and `where` picks: the rows of one kind cannot be counted
-        # without waiting for the device, and the aligner is 0.3% of the decoder's work.
+        # Both embeddings run on all rows, then `where` selects: counting the rows of one kind needs
+        # a synchronisation, and the aligner is 0.3% of the decoder's work.
         is_image_T = packed.is_image_T
         text = self.embed_text(packed.token_ids_T.masked_fill(is_image_T, 0))
         image = self.embed_image(packed.token_ids_T.masked_fill(~is_image_T, 0))

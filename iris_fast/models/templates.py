@@ -1,8 +1,8 @@
 """Chat templates: how a prompt becomes the text that the model was trained to continue.
 
-A turn is `ROLE: text` and an empty line; the assistant's open turn is `ROLE:` without a space.
-The role strings are all that differs between the Janus checkpoints, and using the wrong ones
-costs image quality without any error.
+A turn is `ROLE: text` and an empty line; the assistant's open turn is `ROLE:` without a space. The
+templates of the Janus models differ in the role strings only; the wrong ones cost image quality
+without any error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PLACEHOLDER = "{prompt}"
 
 @dataclass(frozen=True)
 class Template:
-    """Role strings, and the system sentence in front of the chain-of-thought stage, if any."""
+    """Role strings, and the system sentence before the chain-of-thought turn, if any."""
 
     name: str
     user: str
@@ -26,11 +26,11 @@ class Template:
     cot_system: str = ""
 
     def image_prompt(self, text: str) -> str:
-        """Text after which the next token is the first image code."""
+        """The text that the image codes follow."""
         return self._turns(text) + IMAGE_START
 
     def cot_prompt(self, instruction_text: str) -> str:
-        """Text after which the model answers the instruction in words."""
+        """The text that the chain of thought follows."""
         system = f"{self.cot_system}\n\n" if self.cot_system else ""
         return system + self._turns(instruction_text)
 
@@ -44,7 +44,7 @@ TEMPLATES = {
         Template("janus-pro", "<|User|>", "<|Assistant|>"),
         Template("janus-1.3b", "User", "Assistant"),
         # As T2I-R1 trained Janus-Pro: the older model's roles, and a system sentence before the
-        # chain of thought. The sentence is ours, and so is the instruction.
+        # chain of thought. The sentence and the instruction are not T2I-R1's.
         Template(
             "t2i-r1",
             "User",
@@ -55,44 +55,35 @@ TEMPLATES = {
 }
 
 
-def get_template(name: str) -> Template:
-    """The template called `name`. UserError lists the names there are."""
-    if name not in TEMPLATES:
-        raise UserError(f"no template {name!r}: choose one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
-
-
 def load_instruction(path: str | Path | None = None) -> str:
-    """The chain-of-thought instruction: a text with `{prompt}` where the prompt goes.
+    """The chain-of-thought instruction: a text with `{prompt}` where the prompt is inserted.
 
-    None is the one that comes with the package. UserError if the file cannot be read as UTF-8
-    text or has no `{prompt}`.
+    None is the one in the package. UserError if the file is not UTF-8 text with a `{prompt}`.
     """
     file = Path(__file__).with_name("cot_instruction.txt") if path is None else Path(path)
     try:
         text = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"the instruction file {file} cannot be read ({error}): give a UTF-8 text file"
+            f"cot_instruction: {file} cannot be read ({error}); give a UTF-8 text file"
         ) from error
     if PLACEHOLDER not in text:
         raise UserError(
-            f"the instruction file {file} has no {PLACEHOLDER}: "
-            "write it where each prompt is to be put in"
+            f"cot_instruction: {file} has no {PLACEHOLDER}; write it where the prompt belongs"
         )
     return text
 
 
 def fill_instruction(instruction: str, prompt: str) -> str:
-    """The instruction with the prompt in place; braces elsewhere, or in the prompt, are text."""
+    """The instruction with the prompt inserted; all other braces are plain text."""
     return instruction.replace(PLACEHOLDER, prompt.strip())
 
 
 def join_prompt(prompt: str, cot: str) -> str:
-    """`PROMPT. COT`: what is drawn when a chain of thought was written.
+    """`PROMPT. COT`: the text of the image prompt after a chain of thought.
 
-    Spaces and full stops at the end of the prompt give way to the one of the joint; an empty
-    chain of thought leaves the prompt as it is.
+    Spaces and full stops at the end of the prompt are replaced; an empty chain of thought leaves
+    the prompt as it is.
     """
     cot = cot.strip()
     return f"{prompt.strip().rstrip(' .')}. {cot}" if cot else prompt
@@ -104,8 +95,8 @@ def image_prompt_ids(tokenizer: JanusTokenizer, template: Template, text: str) -
 
 
 def unconditional_ids(ids: list[int], tokenizer: JanusTokenizer) -> list[int]:
-    """The unconditional row of an image prompt: all between BOS and image-start becomes pad.
+    """The unconditional row of an image prompt: pad instead of all between BOS and image-start.
 
-    Same length, hence same positions. These pads are attended: the model was trained with them.
+    It has the same length, hence the same positions, and its pads are attended, as in training.
     """
     return [ids[0], *[tokenizer.pad_id] * (len(ids) - 2), ids[-1]]

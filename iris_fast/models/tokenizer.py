@@ -1,31 +1,29 @@
 """The checkpoint's own tokenizer.json, run by the `tokenizers` library, with BOS guaranteed.
 
-Ids of special tokens differ between the Janus checkpoints (pad is 100002 or 100015), so they are
-looked up by their strings, never written down.
+Ids of special tokens differ between the Janus models (pad is 100002 or 100015), so they are looked
+up by their strings.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from iris_fast.errors import UserError
 
 IMAGE_START = "<begin_of_image>"
-IMAGE_END = "<end_of_image>"
-IMAGE_PLACEHOLDER = "<image_placeholder>"
 
-# The strings that all Janus checkpoints use, by the name under which a config may override them.
+# The strings that all Janus models use, by the name under which a config may override them.
 KNOWN_SPECIALS = {
     "bos_token": "<｜begin▁of▁sentence｜>",
     "eos_token": "<｜end▁of▁sentence｜>",
     "pad_token": "<｜▁pad▁｜>",
     "boi_token": IMAGE_START,
-    "eoi_token": IMAGE_END,
-    "image_token": IMAGE_PLACEHOLDER,
+    "eoi_token": "<end_of_image>",
+    "image_token": "<image_placeholder>",
 }
 
 
@@ -35,12 +33,14 @@ class JanusTokenizer:
     Attributes: `bos_id`, `eos_id`, `pad_id`, `image_start_id`, `image_end_id`,
     `image_placeholder_id`; `specials`, the string of each by its name in the config files; and
     `special_strings`, all literal special tokens, longest first.
+
+    The argument `specials` overrides KNOWN_SPECIALS; UserError, naming `source`, if `backend` lacks
+    one of them.
     """
 
     def __init__(
         self, backend: tokenizers.Tokenizer, specials: dict[str, str], source: str = "tokenizer"
     ) -> None:
-        """`specials`: overrides of KNOWN_SPECIALS. UserError, naming `source`, if one is absent."""
         self.backend = backend
         self.specials = KNOWN_SPECIALS | specials
         ids = {}
@@ -48,8 +48,8 @@ class JanusTokenizer:
             token_id = backend.token_to_id(string)
             if token_id is None:
                 raise UserError(
-                    f"{source} has no special token {string!r} ({name}): "
-                    "this is not the tokenizer of a Janus checkpoint"
+                    f"{source} has no special token {string!r} ({name}); "
+                    "use the tokenizer of a Janus model"
                 )
             ids[name] = token_id
         self.bos_id: int = ids["bos_token"]
@@ -67,14 +67,14 @@ class JanusTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> JanusTokenizer:
-        """Opens tokenizer.json with the strings of special_tokens_map.json, tokenizer_config.json.
+        """The tokenizer of a model folder, with the special strings that its config files state.
 
-        UserError if tokenizer.json is missing or unreadable, or a special token is not in it.
+        UserError if tokenizer.json is missing or unreadable, or lacks a special token.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise UserError(
-                f"no tokenizer.json in {folder}: copy it from the checkpoint this one came from"
+                f"no tokenizer.json in {folder}; copy it from the model that this one came from"
             )
         specials = _special_strings(folder / "tokenizer_config.json")
         specials |= _special_strings(folder / "special_tokens_map.json")
@@ -83,7 +83,7 @@ class JanusTokenizer:
             backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
         except ValueError as error:
             raise UserError(
-                f"{path} is not a readable tokenizer ({error}): download it again"
+                f"{path} is not a readable tokenizer ({error}); download it again"
             ) from error
         return cls(backend, specials, str(path))
 
@@ -94,18 +94,18 @@ class JanusTokenizer:
         return sorted(set(self.special_strings) - named)
 
     def __len__(self) -> int:
-        """One more than the largest id: the embedding needs at least so many rows."""
+        """One more than the largest id: the embedding needs at least this many rows."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, special-token strings included, with BOS at position 0 and only there."""
+        """Ids of `text`, in which special-token strings count, with BOS at position 0 only."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *(i for i in ids if i != self.bos_id)]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; special tokens and ids without a token are left out.
+        """Text of `ids` without special tokens and ids that have no token.
 
-        A model's vocabulary is larger than its tokenizer's, so it can sample such ids.
+        A model's vocabulary is larger than its tokenizer's, so such ids can be sampled.
         """
         known = [
             i for i in ids if i not in self._skipped and self.backend.id_to_token(i) is not None
@@ -113,7 +113,7 @@ class JanusTokenizer:
         return self.backend.decode(known)
 
     def strip_special(self, text: str) -> str:
-        """`text` without literal special-token strings, also those that removing one creates."""
+        """`text` without literal special-token strings, including those that a removal creates."""
         before = None
         while before != text:
             before = text
@@ -122,22 +122,14 @@ class JanusTokenizer:
         return text
 
     def json_text(self, add_bos: bool = False) -> str:
-        """The content of tokenizer.json; `add_bos` makes its post-processor put BOS in front."""
-        data: dict[str, Any] = json.loads(self.backend.to_str())
+        """The content of tokenizer.json; with `add_bos`, its post-processor prepends BOS."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
         if add_bos:
             bos = self.specials["bos_token"]
-            piece, first, second = (
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 0}},
+            backend.post_processor = TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, self.bos_id)]
             )
-            data["post_processor"] = {
-                "type": "TemplateProcessing",
-                "single": [piece, first],
-                "pair": [piece, first, piece, second],
-                "special_tokens": {bos: {"id": bos, "ids": [self.bos_id], "tokens": [bos]}},
-            }
-        return json.dumps(data, ensure_ascii=False, indent=1)
+        return json.dumps(json.loads(backend.to_str()), ensure_ascii=False, indent=1)
 
 
 def _special_strings(path: Path) -> dict[str, str]:
@@ -147,11 +139,11 @@ def _special_strings(path: Path) -> dict[str, str]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download it again") from error
+        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
     found = {}
     for name in KNOWN_SPECIALS:
         value = data.get(name) if isinstance(data, dict) else None
-        if isinstance(value, dict):  # an AddedToken written out
+        if isinstance(value, dict):  # an AddedToken with its settings
             value = value.get("content")
         if isinstance(value, str):
             found[name] = value

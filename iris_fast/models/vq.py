@@ -9,6 +9,7 @@ Shapes: B images, I codes (row-major over the grid), z latent channels, e codebo
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class VQConfig:
 
     @property
     def patch_size(self) -> int:
-        """Pixels along the side of what one code covers."""
+        """Side of the square that one code covers, in pixels."""
         return 2 ** (len(self.channel_multiplier) - 1)
 
     @property
@@ -43,10 +44,9 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), the skip a 1x1 convolution if widths differ."""
+    """skip(x) + conv(silu(norm(conv(silu(norm(x)))))); skip is a 1x1 conv where widths differ."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
-        """[B, width_in, h, w] -> [B, width_out, h, w]."""
         super().__init__()
         self.norm1 = _norm(width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
@@ -66,7 +66,6 @@ class AttentionBlock(nn.Module):
     """Single-head self-attention over all pixels, added to its input."""
 
     def __init__(self, width: int) -> None:
-        """q, k, v and the output projection are 1x1 convolutions."""
         super().__init__()
         self.norm = _norm(width)
         self.q = nn.Conv2d(width, width, 1)
@@ -85,52 +84,31 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(context.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
-    """3x3 convolution of stride 2; one pixel of zeros at the right and at the bottom."""
-
-    def __init__(self, width: int) -> None:
-        """[B, width, h, w] -> [B, width, h/2, w/2]."""
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Half the height and width."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def _downsample(width: int) -> nn.Sequential:
+    """Half the height and width: pad with zeros on the right and at the bottom, convolve."""
+    conv = nn.Conv2d(width, width, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
-    """Nearest neighbour, then a 3x3 convolution."""
-
-    def __init__(self, width: int) -> None:
-        """[B, width, h, w] -> [B, width, 2h, 2w]."""
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Twice the height and width."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _upsample(width: int) -> nn.Sequential:
+    """Twice the height and width: nearest neighbour, then a convolution."""
+    conv = nn.Conv2d(width, width, 3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
-class MidBlock(nn.Module):
+def _mid(width: int) -> nn.Sequential:
     """Res block, attention, res block at the lowest resolution."""
-
-    def __init__(self, width: int) -> None:
-        """Keeps width and size."""
-        super().__init__()
-        self.block_1 = ResBlock(width, width)
-        self.attn_1 = AttentionBlock(width)
-        self.block_2 = ResBlock(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape."""
-        return self.block_2(self.attn_1(self.block_1(x)))
+    blocks = ResBlock(width, width), AttentionBlock(width), ResBlock(width, width)
+    return nn.Sequential(OrderedDict(zip(("block_1", "attn_1", "block_2"), blocks, strict=True)))
 
 
 class Level(nn.Module):
-    """The res blocks of one resolution, an attention after each at the lowest."""
+    """The res blocks of one resolution, each followed by attention at the lowest one.
+
+    The encoder or the decoder adds `downsample` or `upsample`.
+    """
 
     def __init__(self, width_in: int, width_out: int, blocks: int, attention: bool) -> None:
-        """`downsample` or `upsample` is attached by the encoder or the decoder."""
         super().__init__()
         widths = [width_in] + [width_out] * blocks
         self.block = nn.ModuleList(ResBlock(widths[j], widths[j + 1]) for j in range(blocks))
@@ -138,22 +116,22 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(AttentionBlock(width_out) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Res blocks and attentions, then the resampling if there is one."""
+        """Res blocks and attention, then the resampling if this level has one."""
         for j, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[j](x)
-        for name in ("downsample", "upsample"):
-            if hasattr(self, name):
-                x = getattr(self, name)(x)
+        if hasattr(self, "downsample"):
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
         return x
 
 
 class Encoder(nn.Module):
-    """Pixels to latents."""
+    """Pixels [B, 3, H, W] to latents [B, z, H / patch, W / patch]."""
 
     def __init__(self, config: VQConfig) -> None:
-        """[B, 3, H, W] -> [B, z, H/patch, W/patch]."""
         super().__init__()
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
@@ -162,9 +140,9 @@ class Encoder(nn.Module):
             before = widths[i - 1] if i else config.base_channels
             level = Level(before, width, config.num_res_blocks, attention=i == last)
             if i != last:
-                level.downsample = Downsample(width)
+                level.downsample = _downsample(width)
             self.down.append(level)
-        self.mid = MidBlock(widths[-1])
+        self.mid = _mid(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
@@ -177,20 +155,22 @@ class Encoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Latents to pixels. `up.0` is the lowest resolution: the checkpoint's own order."""
+    """Latents [B, z, h, w] to pixels [B, 3, h * patch, w * patch].
+
+    `up.0` is the lowest resolution, as in the published weights.
+    """
 
     def __init__(self, config: VQConfig) -> None:
-        """[B, z, h, w] -> [B, 3, h * patch, w * patch]."""
         super().__init__()
         widths = config.widths[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid = MidBlock(widths[0])
+        self.mid = _mid(widths[0])
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             before = widths[max(i - 1, 0)]
             level = Level(before, width, config.num_res_blocks + 1, attention=i == 0)
             if i != len(widths) - 1:
-                level.upsample = Upsample(width)
+                level.upsample = _upsample(width)
             self.up.append(level)
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
@@ -204,10 +184,9 @@ class PixelDecoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """The codebook. Its rows are used L2-normalised, whatever their stored length."""
+    """The codebook [K, e]. Its rows are used L2-normalised, whatever their stored length."""
 
     def __init__(self, config: VQConfig) -> None:
-        """`embedding` [K, e]."""
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
 
@@ -225,10 +204,12 @@ class Quantizer(nn.Module):
 
 
 class VQModel(nn.Module):
-    """The whole autoencoder; frozen wherever it is loaded."""
+    """The autoencoder, with random weights; `models.pretrained.load.load_janus` opens trained ones.
+
+    It is frozen wherever it is loaded.
+    """
 
     def __init__(self, config: VQConfig) -> None:
-        """Random weights; `iris_fast.models.pretrained.load.load_janus` opens a checkpoint."""
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -240,7 +221,7 @@ class VQModel(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Pixels [B, 3, H, W], nominally in [-1, 1], of codes [B, I] of a square grid.
 
-        ValueError if I is no square.
+        ValueError if I is not a square.
         """
         side = round(codes.shape[-1] ** 0.5)
         if codes.dim() != 2 or side * side != codes.shape[-1]:

@@ -6,7 +6,7 @@ import torch
 
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
-from iris_fast.models.templates import get_template, image_prompt_ids
+from iris_fast.models.templates import TEMPLATES, image_prompt_ids
 from iris_fast.preflight.estimate import Estimate, check_fits, estimate, this_gpu
 from iris_fast.preflight.inputs import Inputs, check_device, open_inputs
 
@@ -25,7 +25,7 @@ def dry_run(config: TrainConfig, ranks: Ranks) -> None:
 
 def estimate_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Estimate:
     """The estimate for these inputs, with the mean length of their first prompts."""
-    tokenizer, template = inputs.checkpoint.tokenizer, get_template(config.template)
+    tokenizer, template = inputs.checkpoint.tokenizer, TEMPLATES[config.template]
     counted = inputs.prompts[:PROMPTS_COUNTED]
     lengths = [len(image_prompt_ids(tokenizer, template, prompt.text)) for prompt in counted]
     mean_length = round(sum(lengths) / len(lengths))

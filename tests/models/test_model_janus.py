@@ -14,7 +14,7 @@ from janus_reference import (
 
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.pretrained.load import load_janus
-from iris_fast.models.templates import get_template, image_prompt_ids
+from iris_fast.models.templates import TEMPLATES, image_prompt_ids
 from iris_fast.records import Guidance, PackedBatch
 
 TOLERANCE = 5e-5
@@ -54,8 +54,8 @@ def test_text_logits(pair):
 @torch.no_grad()
 def test_image_logits(pair):
     ours, hf = pair
-    ids = image_prompt_ids(ours.tokenizer, get_template("janus-pro"), PROMPTS[0])
-    codes = torch.randint(0, ours.config.codebook_size, (ours.config.image_tokens,)).tolist()
+    ids = image_prompt_ids(ours.tokenizer, TEMPLATES["janus-pro"], PROMPTS[0])
+    codes = torch.randint(0, ours.config.vq.codebook_size, (ours.config.image_tokens,)).tolist()
     rows = embed_sequence(hf, ids, codes)
     expected = hf.model.generation_head(
         hf.model.language_model(inputs_embeds=rows).last_hidden_state[0]
@@ -64,7 +64,7 @@ def test_image_logits(pair):
         [ours.model.embed_text(torch.tensor(ids)), ours.model.embed_image(torch.tensor(codes))]
     )
     logits = ours.model.image_logits(packed_hidden(ours.model, [embeds]))
-    assert logits.shape == (len(ids) + len(codes), ours.config.codebook_size)
+    assert logits.shape == (len(ids) + len(codes), ours.config.vq.codebook_size)
     assert (logits - expected).abs().max() < TOLERANCE
 
 
@@ -72,7 +72,7 @@ def test_image_logits(pair):
 def test_greedy_guided_codes_alone_and_in_a_batch(pair):
     ours, hf = pair
     tokens, weight = ours.config.image_tokens, 5.0
-    template, pad = get_template("janus-pro"), ours.tokenizer.pad_id
+    template, pad = TEMPLATES["janus-pro"], ours.tokenizer.pad_id
     prompts = [image_prompt_ids(ours.tokenizer, template, text) for text in PROMPTS]
     assert len({len(ids) for ids in prompts}) == len(prompts)
     together, together_logits = cached_greedy_codes(ours.model, prompts, pad, tokens, weight)
@@ -93,7 +93,7 @@ def random_pack(config, text_lengths, image_lengths, prompt=3, temperature=1.0) 
     rows = {False: [], True: []}
     targets = {False: [], True: []}
     for image, length in [(False, n) for n in text_lengths] + [(True, n) for n in image_lengths]:
-        size = config.codebook_size if image else config.decoder.vocab_size
+        size = config.vq.codebook_size if image else config.decoder.vocab_size
         head = torch.randint(0, config.decoder.vocab_size, (prompt,)).tolist()
         body = torch.randint(0, size, (length,)).tolist()
         first = len(ids) + prompt - 1

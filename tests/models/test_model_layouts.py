@@ -27,7 +27,7 @@ from iris_fast.models.pretrained.load import VQ_PREFIX, load_janus, untouched_sh
 from iris_fast.models.pretrained.names import ORIGINAL_ONLY, to_original, to_transformers
 from iris_fast.models.pretrained.save import layout_json, save_janus
 from iris_fast.models.pretrained.weights import read_tensors
-from iris_fast.models.templates import get_template, image_prompt_ids
+from iris_fast.models.templates import TEMPLATES, image_prompt_ids
 from iris_fast.models.vq import VQConfig, VQModel
 from iris_fast.tiny import build_random_tiny
 
@@ -79,7 +79,7 @@ def test_bin_equals_safetensors(fixtures, tmp_path):
 def test_sizes_of_the_fixtures(fixtures, layout):
     config = load_janus(fixtures / FIXTURE_OF[layout]).config
     assert config.image_tokens == 36
-    assert (config.codebook_size, config.codebook_dim, config.patch_size) == (128, 8, 16)
+    assert (config.vq.codebook_size, config.vq.codebook_dim, config.vq.patch_size) == (128, 8, 16)
     assert config.vq == VQConfig(128, 8, 40, 32, (1, 1, 1, 2, 2), 2)
     assert (config.decoder.num_layers, config.decoder.head_dim) == (3, 16)
 
@@ -164,7 +164,7 @@ def test_the_exported_processor_gives_our_ids(request, tmp_path, source):
             [{"role": "<|User|>", "content": content}], add_generation_prompt=True
         )
         ids = processor(text=[rendered], generation_mode="image")["input_ids"]
-        expected = image_prompt_ids(ours.tokenizer, get_template("janus-pro"), text)
+        expected = image_prompt_ids(ours.tokenizer, TEMPLATES["janus-pro"], text)
         assert ids.tolist() == [expected]
 
 

@@ -11,7 +11,6 @@ from iris_fast.errors import UserError
 from iris_fast.models.templates import (
     TEMPLATES,
     fill_instruction,
-    get_template,
     image_prompt_ids,
     join_prompt,
     load_instruction,
@@ -117,14 +116,9 @@ def test_template_strings():
     assert rest == "User: Describe a fox\n\nAssistant:"
 
 
-def test_unknown_template():
-    with pytest.raises(UserError, match=r"no template 'janus': choose one of janus-pro,"):
-        get_template("janus")
-
-
 def test_prompt_ids(tiny):
     tokenizer = tiny.tokenizer
-    ids = image_prompt_ids(tokenizer, get_template("janus-pro"), "a red circle")
+    ids = image_prompt_ids(tokenizer, TEMPLATES["janus-pro"], "a red circle")
     assert ids[0] == tokenizer.bos_id
     assert ids[1] == tokenizer.backend.token_to_id("<|User|>")
     assert ids[-1] == tokenizer.image_start_id

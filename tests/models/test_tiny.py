@@ -28,7 +28,7 @@ def test_is_small_and_fast_to_build():
     parameters = sum(p.numel() for m in (tiny.model, tiny.vq) for p in m.parameters())
     assert 1e6 < parameters < 2e6
     assert (tiny.config.image_size, tiny.config.image_tokens) == (64, 64)
-    assert tiny.config.codebook_size == 256
+    assert tiny.config.vq.codebook_size == 256
     assert len(tiny.tokenizer) < tiny.config.decoder.vocab_size
 
 

@@ -73,7 +73,7 @@ def test_accuracy_is_as_stated(shipped):
 
 def test_all_codes_are_used(shipped):
     codes = encode_all(shipped.vq, render_all(random_scenes(1500, FRESH_SEED)))
-    assert len(codes.unique()) == shipped.config.codebook_size
+    assert len(codes.unique()) == shipped.config.vq.codebook_size
 
 
 def test_reconstructions_keep_the_objects(shipped):

@@ -121,13 +121,13 @@ def build_config(
         stated = _Section(raw, file, "gen_vision_config", "params"), "image_token_size"
     else:
         stated = _Section(raw, file, "vq_config"), "num_embeddings"
-    _check_codebook(config.codebook_size, *stated, known)
+    _check_codebook(config.vq.codebook_size, *stated, known)
     grid = config.image_size // config.vision.patch_size
-    if grid * grid != config.vision.num_positions or config.image_size % config.patch_size:
+    if grid * grid != config.vision.num_positions or config.image_size % config.vq.patch_size:
         raise UserError(
             f"{file}: image_size {config.image_size} does not fit the weights "
             f"(patch {config.vision.patch_size}, {config.vision.num_positions} positions, "
-            f"VQ patch {config.patch_size}); correct image_size"
+            f"VQ patch {config.vq.patch_size}); correct image_size"
         )
     return config
 

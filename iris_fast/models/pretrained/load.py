@@ -1,12 +1,13 @@
-"""Opening a Janus checkpoint, in the original or in the transformers layout.
+"""Open a Janus model, in the original or in the transformers layout.
 
-`iris_fast.models.pretrained.save` is the way back.
+`iris_fast.models.pretrained.save` writes one.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,18 @@ from iris_fast.models.pretrained.weights import read_tensors
 from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.models.vq import VQModel
 
-__all__ = ["VQ_PREFIX", "LoadedJanus", "load_janus", "untouched_shapes"]
-
 VQ_PREFIX = "model.vqmodel."
-# What must not hold a tensor that no module here has; one would mean a misread config.
+# Prefixes under which an unknown tensor means that the config was misread.
 _OWN_PREFIXES = ("lm_head.", "model.language_model.", "model.generation_", VQ_PREFIX)
 
 
 @dataclass
 class LoadedJanus:
-    """A Janus model with all that its checkpoint folder holds.
+    """A Janus model with everything that its folder holds.
 
-    `untouched` are the tensors that are carried along and not run: the vision tower and the
-    understanding aligner under transformers' names, and whatever else the files held under the
-    names it had. They may be mapped from the files of `path`, in their stored dtype.
+    `untouched` are the tensors that are passed on and not run: the vision tower and the
+    understanding aligner under transformers' names, and any others of the files under their own
+    names. They may be mapped from the files of `path`, in their stored dtype.
     `layout` is the one that was read; `path` is None for a model made in memory.
     """
 
@@ -54,11 +53,11 @@ def load_janus(
     device: torch.device | str = "cpu",
     config_overrides: Mapping[str, Any] | None = None,
 ) -> LoadedJanus:
-    """Opens a checkpoint folder, or a hub id, of either layout.
+    """Open a model folder, or a hub id, of either layout.
 
     The weights of the policy and of the VQ are cast to `dtype`; the VQ is frozen.
-    `config_overrides` replaces fields of `JanusConfig` by dotted name, for sizes that neither
-    config nor weights tell. UserError names the file or tensor that is missing, damaged, of the
+    `config_overrides` replaces fields of `JanusConfig` by dotted name, for sizes that follow from
+    neither config nor weights. UserError names the file or tensor that is missing, damaged, of the
     wrong shape, or not finite.
     """
     folder = resolve_model(path)
@@ -71,11 +70,13 @@ def load_janus(
     config = build_config(raw, layout, shapes, folder, config_overrides)
     with torch.device("meta"):
         model, vq = Janus(config), VQModel(config.vq)
-    _check_shapes(model, vq, config, shapes, folder)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    expected |= {VQ_PREFIX + name: tuple(t.shape) for name, t in vq.state_dict().items()}
+    _check_shapes(shapes, expected | untouched_shapes(config), folder)
     if len(tokenizer) > config.decoder.vocab_size:
         raise UserError(
             f"{folder}: tokenizer.json has ids up to {len(tokenizer) - 1}, the model only "
-            f"{config.decoder.vocab_size} rows: they belong to different checkpoints"
+            f"{config.decoder.vocab_size} rows; use files of one and the same model"
         )
     _fill(model, "", tensors, dtype, device, folder)
     _fill(vq, VQ_PREFIX, tensors, dtype, device, folder)
@@ -84,75 +85,50 @@ def load_janus(
 
 
 def untouched_shapes(config: JanusConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the vision tower and its aligner: the tensors an export cannot lack."""
-    vision, width = config.vision, config.decoder.hidden_size
-    size, mlp, patch = vision.hidden_size, vision.mlp_size, vision.patch_size
-    tower = "model.vision_model."
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{tower}embeddings.position_embedding.weight": (vision.num_positions, size),
-        f"{tower}embeddings.patch_embedding.weight": (size, 3, patch, patch),
-        f"{tower}embeddings.patch_embedding.bias": (size,),
-    }
+    """Names and shapes of the vision tower and its aligner, which every saved model needs.
 
-    def linear(name: str, rows: int, columns: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, columns), (rows,)
-
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (size,), (size,)
-
-    norm(f"{tower}post_layernorm")
-    for i in range(vision.num_layers):
-        layer = f"{tower}encoder.layers.{i}."
-        for part in ("q_proj", "k_proj", "v_proj", "projection_layer"):
-            linear(f"{layer}self_attn.{part}", size, size)
-        norm(f"{layer}layer_norm1")
-        norm(f"{layer}layer_norm2")
-        linear(f"{layer}mlp.fc1", mlp, size)
-        linear(f"{layer}mlp.fc2", size, mlp)
-    linear("model.aligner.fc1", width, size)
-    linear("model.aligner.hidden_layers.0", width, width)
+    `vision_tensors.json` has them with the names of sizes, and `{i}` for a layer number.
+    """
+    sizes = asdict(config.vision) | {"decoder_width": config.decoder.hidden_size}
+    table = json.loads(Path(__file__).with_name("vision_tensors.json").read_text(encoding="utf-8"))
+    shapes = {}
+    for name, dims in table.items():
+        for layer in range(config.vision.num_layers if "{i}" in name else 1):
+            shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in dims)
+            shapes[name.replace("{i}", str(layer))] = shape
     return shapes
 
 
 def _check_shapes(
-    model: Janus, vq: VQModel, config: JanusConfig, shapes: Mapping[str, torch.Size], folder: Path
+    shapes: Mapping[str, torch.Size], expected: Mapping[str, tuple[int, ...]], folder: Path
 ) -> None:
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    expected |= {VQ_PREFIX + name: tuple(t.shape) for name, t in vq.state_dict().items()}
-    expected |= untouched_shapes(config)
+    """UserError unless `shapes` has those that are expected, and no other of the model's own."""
     missing = [name for name in expected if name not in shapes]
     if missing:
-        hint = (
-            "it was saved with tied embeddings, which Janus does not have; use another copy"
-            if missing == ["lm_head.weight"]
-            else "download it again"
-        )
-        raise UserError(f"{folder} lacks {_some(missing)}: {hint}")
+        remedy = "download it again"
+        if missing == ["lm_head.weight"]:
+            remedy = "it was saved with tied embeddings, unlike Janus; use another copy"
+        raise UserError(f"{folder} lacks {_shorten(missing)}; {remedy}")
     wrong = [name for name, shape in expected.items() if tuple(shapes[name]) != shape]
     if wrong:
         name = wrong[0]
         raise UserError(
-            f"{folder}: {_some(wrong)} of unexpected shape ({name}: {list(shapes[name])}, expected "
-            f"{list(expected[name])}): config.json and weights do not belong together"
+            f"{folder}: {_shorten(wrong)} of unexpected shape ({name}: {list(shapes[name])}, "
+            f"expected {list(expected[name])}); config.json and weights do not belong together"
         )
-    extra = [
-        name
-        for name in shapes
-        if name.startswith(_OWN_PREFIXES)
-        and name not in expected
-        and not name.endswith("rotary_emb.inv_freq")  # a constant that old versions saved
-    ]
+    constant = "rotary_emb.inv_freq"  # which old versions of transformers saved
+    own = [n for n in shapes if n.startswith(_OWN_PREFIXES) and not n.endswith(constant)]
+    extra = [name for name in own if name not in expected]
     if extra:
         raise UserError(
-            f"{folder}: {_some(extra)} without a place in the model that config.json describes: "
+            f"{folder}: {_shorten(extra)} without a place in the model that config.json describes; "
             "config.json and weights do not belong together"
         )
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
+def _shorten(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{'tensor' if len(names) == 1 else 'tensors'} {shown}{more}"
+    return f"{'tensor' if len(names) == 1 else 'tensors'} {', '.join(names[:3])}{more}"
 
 
 def _fill(
@@ -163,24 +139,24 @@ def _fill(
     device: torch.device | str,
     folder: Path,
 ) -> None:
-    """Moves the module's tensors out of `tensors` into it; UserError for one that is not finite.
+    """Move the module's tensors out of `tensors` into it; UserError for one that is not finite.
 
-    Each is released before the next is read, so that the files never lie in memory as a whole.
+    Each is released before the next is read, so that the files are never in memory as a whole.
     """
     state = {}
     for name in module.state_dict():
         source = tensors.pop(prefix + name)
         if not source.is_floating_point():
             raise UserError(
-                f"{folder}: tensor {prefix}{name} is {source.dtype}: "
-                "quantised checkpoints are not supported"
+                f"{folder}: tensor {prefix}{name} is {source.dtype}; "
+                "quantised models are not supported"
             )
-        # copy=True: never train on memory that is a file's.
+        # copy=True: never train on the memory of a file.
         state[name] = source.to(device=device, dtype=dtype, copy=True)
         low, high = state[name].aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise UserError(
-                f"{folder}: tensor {prefix}{name} holds NaN or infinity: "
-                "use an intact copy of the checkpoint"
+                f"{folder}: tensor {prefix}{name} holds NaN or infinity; "
+                "use an intact copy of the model"
             )
     module.load_state_dict(state, assign=True)

@@ -1,6 +1,6 @@
-"""Weight files: safetensors and .bin, single and sharded, read lazily and written checked.
+"""Weight files: safetensors and .bin, single and sharded, read lazily; safetensors written.
 
-Nothing here can run code from a file: safetensors holds none, and `.bin` files go through
+Nothing here can run code from a file: safetensors files hold none, and `.bin` files are read by
 `torch.load(weights_only=True)`.
 """
 
@@ -14,13 +14,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from iris_fast.errors import UserError
 
 # In order of preference.
 SINGLE_FILES = ["model.safetensors", "pytorch_model.bin"]
+# What safetensors and torch.load raise for files that they cannot read.
+_DAMAGED = (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError)
 
 
 def read_json(path: Path) -> dict:
@@ -29,7 +32,7 @@ def read_json(path: Path) -> dict:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} cannot be read as JSON ({error}): download or export it again"
+            f"{path} cannot be read as JSON ({error}); download or export it again"
         ) from error
     if not isinstance(data, dict):
         raise UserError(f"{path} should hold a JSON object, found a {type(data).__name__}")
@@ -37,10 +40,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder by name, on the CPU, in their stored dtype.
+    """All tensors of a model folder by name, on the CPU, in their stored dtype.
 
-    They are mapped from their files: memory is used when, and if, they are read. UserError names
-    a missing, damaged or unsafe file.
+    They are mapped from their files, so memory is used only when they are read. UserError names a
+    missing, damaged or unsafe file.
     """
     for name in SINGLE_FILES:
         if (folder / name).is_file():
@@ -55,55 +58,46 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map: download it again")
+        raise UserError(f"{index} has no weight_map; download it again")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(map(str, weight_map.values()))):
         if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):
             raise UserError(
-                f"{index} names {shard!r}, which is no weight file in its folder: not read"
+                f"{index} names {shard!r}, which is not a weight file in its folder; "
+                "download it again"
             )
         if not (folder / shard).is_file():
-            raise UserError(f"{folder / shard} is missing, {index.name} lists it: download it")
+            raise UserError(f"{folder / shard} is missing, {index.name} lists it; download it")
         tensors |= _read_file(folder / shard)
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise UserError(
             f"{folder / weight_map[absent[0]]} has no tensor {absent[0]!r}, which {index.name} "
-            f"promises ({len(absent)} in all): download it again"
+            f"lists ({len(absent)} are missing); download it again"
         )
     return tensors
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is damaged or no safetensors file ({error}): download it again"
-            ) from error
-    return _read_bin(path)
-
-
-def _read_bin(path: Path) -> dict[str, Tensor]:
-    if path.stat().st_size and not zipfile.is_zipfile(path):
+    if path.suffix == ".bin" and path.stat().st_size and not zipfile.is_zipfile(path):
         raise UserError(
-            f"{path} is damaged, or a plain pickle as of before torch 1.6, which can run code and "
-            "is not opened: download it again, or convert it to safetensors on a machine that you "
-            "can lose"
+            f"{path} is damaged, or a plain pickle from before torch 1.6, which can run code and "
+            "is not opened; download it again, or convert it to safetensors on an isolated machine"
         )
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors (a pickle can run code), so it was not opened: "
-            "convert it to safetensors on a machine that you can lose"
+            f"{path} holds more than tensors (a pickle can run code), so it was not opened; "
+            "convert it to safetensors on an isolated machine"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        kind = path.suffix.removeprefix(".")
         raise UserError(
-            f"{path} is damaged or not a zip file of torch.save ({reason}): download it again"
+            f"{path} is damaged or not a {kind} file ({reason}); download it again"
         ) from error
     if not isinstance(data, dict) or not all(isinstance(v, Tensor) for v in data.values()):
         raise UserError(f"{path} should hold a dict of tensors and nothing else")
@@ -113,11 +107,11 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 def write_tensors(
     tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str | int = "5GB"
 ) -> None:
-    """Writes safetensors into `folder` (with an index if more than one), re-reads and compares.
+    """Write safetensors into `folder` (with an index if more than one), read back and compare.
 
-    UserError if the file system does not take them or gives something else back.
+    UserError if they cannot be written or are read back differently.
     """
-    kept: dict[str, Tensor] = {}
+    written: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -126,24 +120,24 @@ def write_tensors(
         if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
-        kept[name] = tensor
+        written[name] = tensor
     try:
-        save_torch_state_dict(kept, folder, max_shard_size=max_shard_size)
+        save_torch_state_dict(written, folder, max_shard_size=max_shard_size)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write weights into {folder} ({error}): is the disk full?"
+            f"cannot write weights into {folder} ({error}); check the space on the disk"
         ) from error
     back = read_tensors(folder)
-    for name, tensor in kept.items():
+    for name, tensor in written.items():
         if name not in back or not _same_bits(tensor, back[name]):
             raise UserError(
-                f"{folder} gives back something else than was written for {name!r}: "
-                "the disk is full or faulty"
+                f"{folder}: {name!r} is read back differently than it was written; the disk is "
+                "full or faulty"
             )
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    # As bytes: NaN would differ from itself.
+    # As bytes, because NaN differs from itself.
     return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
