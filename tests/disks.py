@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, for a user who may mount; where not, tests skip and say so."""
+"""Full and read-only disks. Tests that use them are skipped where mounting is not permitted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[Path]:
-    """`folder` as root cannot write it either."""
+    """`folder` mounted so that not even root can write it."""
     mount("--bind", str(folder), str(folder))
     try:
         mount("-o", "remount,ro,bind", str(folder))

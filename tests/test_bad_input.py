@@ -245,7 +245,7 @@ def test_half_of_a_launchers_environment(here, name):
 def test_a_folder_that_holds_another_run(here):
     train(quick("run", max_steps=1))
     line = refused(here, "--output_dir", "run")
-    assert "output_dir: run is not empty and nothing in it is written over" in line
+    assert "output_dir: run is not empty and is not overwritten" in line
     assert "--resume_from_checkpoint true" in line
 
 

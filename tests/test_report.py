@@ -16,7 +16,7 @@ from small_runs import quick
 
 from iris_fast.cli import parse
 from iris_fast.config import PRESETS, TrainConfig
-from iris_fast.run.curves import Point, make_curve, moving_mean
+from iris_fast.run.curves import Curve, Point, moving_mean
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.provenance import command
 from iris_fast.run.report import TEMPLATES, write_report
@@ -142,7 +142,7 @@ def test_the_command_of_the_report_gives_the_same_settings(changes):
 
 def draw(title: str, points: list[Point], dots: list[Point] = ()) -> str:
     template = TEMPLATES.get_template("curve.html.jinja")
-    return template.render(curve=make_curve(title, points, dots))
+    return template.render(curve=Curve(title, points, dots))
 
 
 def test_a_curve_by_hand():

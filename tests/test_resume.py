@@ -1,10 +1,17 @@
-"""Resuming is never having stopped, bit by bit."""
+"""A resumed run equals one that was never stopped, bitwise."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import os
+import random
+import signal
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +20,7 @@ from small_runs import assert_same_run, checkpoints, metrics, quick, tree
 from iris_fast.cli import parse
 from iris_fast.config import TrainConfig
 from iris_fast.errors import UserError
+from iris_fast.run.log import Log
 from iris_fast.train import train
 
 RESUMED = {
@@ -34,18 +42,36 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
-def test_resuming_is_never_having_stopped(prompts, settings):
+def test_a_resumed_run_equals_one_that_was_never_stopped(prompts, settings):
     settings = {"prompts": prompts, "max_steps": 5, "save_steps": 3, **settings}
     train(quick("whole", **settings))
     train(quick("parts", **settings | {"max_steps": 3}))
     assert [row["step"] for row in metrics("parts")] == [1, 2, 3]
-    torch.manual_seed(123)  # nobody's generator
+    torch.manual_seed(123)  # must not matter
     train(quick("parts", **settings, resume_from_checkpoint=True))
     assert_same_run("whole", "parts", 5)
 
 
-def test_a_schedule_goes_on_where_a_signal_stopped_it(prompts, monkeypatch):
-    """Stopped by SIGTERM twice, at odd moments, with a schedule that looks at max_steps."""
+@pytest.fixture
+def stops(prompts, monkeypatch) -> ModuleType:
+    """A reward that takes numbers from Python's generator and stops the run at the calls
+    `stop_at`."""
+    Path("stops.py").write_text(
+        "import os, random, signal\n"
+        "calls, stop_at = [], []\n"
+        "def reward(prompts, images):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) in stop_at:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return [random.random() for _ in prompts]\n"
+    )
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.delitem(sys.modules, "stops", raising=False)
+    return importlib.import_module("stops")
+
+
+def test_a_schedule_continues_where_a_signal_stopped_it(prompts, stops):
+    """Stopped by SIGTERM twice, inside a step, with a schedule that depends on max_steps."""
     settings = {
         "prompts": prompts,
         "max_steps": 6,
@@ -55,24 +81,10 @@ def test_a_schedule_goes_on_where_a_signal_stopped_it(prompts, monkeypatch):
         "reward_funcs": ["stops:reward"],
         "cot": False,
     }
-    Path("stops.py").write_text(
-        "import os, random, signal\n"
-        "calls, stop_at = [], []\n"
-        "def reward(prompts, images):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) in stop_at:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return [random.random() for _ in prompts]\n"  # state that a resume has to bring back
-    )
-    monkeypatch.syspath_prepend(Path.cwd())
-    import random
-
-    import stops
-
     random.seed(5)
     train(quick("whole", **settings))
     random.seed(5)
-    # In the second step, and, as that one is done again, in the fifth.
+    # In the second step and, as that one is repeated, in the fifth.
     stops.stop_at += [len(stops.calls) + 2, len(stops.calls) + 6]
     train(quick("parts", **settings))
     assert checkpoints("parts") == ["step_00001"]
@@ -83,12 +95,36 @@ def test_a_schedule_goes_on_where_a_signal_stopped_it(prompts, monkeypatch):
     assert_same_run("whole", "parts", 6)
 
 
-def test_a_run_that_went_on_past_its_checkpoint_is_cut_back_to_it(here):
+def test_a_signal_between_two_steps_keeps_the_random_state_after_the_first(
+    prompts, stops, monkeypatch
+):
+    """The finished step is not rolled back."""
+    settings = {"prompts": prompts, "max_steps": 3, "reward_funcs": ["stops:reward"], "cot": False}
+    random.seed(5)
+    train(quick("whole", **settings))
+    random.seed(5)
+    log_step = Log.step
+
+    def stop_after_step_2(log: Log, metrics: dict[str, Any]) -> None:
+        log_step(log, metrics)
+        if metrics["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "step", stop_after_step_2)
+        train(quick("parts", **settings))
+    assert checkpoints("parts") == ["step_00002"]
+    random.seed(77)
+    train(quick("parts", **settings, resume_from_checkpoint=True))
+    assert_same_run("whole", "parts", 3)
+
+
+def test_steps_after_the_last_checkpoint_are_repeated(here):
     train(quick("whole", max_steps=4))
     train(quick("run", max_steps=3, save_steps=2, save_total_limit=5))
     (Path("run") / "checkpoints" / "step_00003" / "manifest.json").unlink()
     with (Path("run") / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "rewa')  # and a crash in the middle of a line
+        file.write('{"step": 4, "rewa')  # truncated by a crash
     train(quick("run", max_steps=4, save_total_limit=5, resume_from_checkpoint=True))
     assert_same_run("whole", "run", 4)
 
@@ -102,7 +138,7 @@ def test_resuming_a_finished_run_changes_nothing(finished_run, here):
     assert changed <= {".launch"}
 
 
-def test_a_run_from_before_a_setting_existed_goes_on(here):
+def test_a_run_from_before_a_setting_existed_can_be_resumed(here):
     train(quick("run", max_steps=1))
     config = here / "run" / "config.yaml"
     lines = config.read_text().splitlines(keepends=True)
@@ -120,7 +156,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(here):
     assert [row["step"] for row in metrics("run")] == [1, 2]
 
 
-def test_more_steps_go_on_from_the_end(here):
+def test_a_finished_run_can_be_resumed_with_more_steps(here):
     train(quick("whole", max_steps=3))
     train(quick("run", max_steps=1))
     train(quick("run", max_steps=3, resume_from_checkpoint=True))
@@ -148,7 +184,7 @@ def test_a_run_without_a_checkpoint_yet_is_resumed_from_its_start(here):
         ({"output_dir": "odd"}, "odd/config.yaml is damaged"),
     ],
 )
-def test_what_would_be_another_run_is_not_resumed(here, change, message):
+def test_a_run_is_not_resumed_with_other_settings(here, change, message):
     train(quick("run", max_steps=1))
     Path("odd").mkdir()
     Path("odd/config.yaml").write_text("- not\n- a mapping")
@@ -158,7 +194,7 @@ def test_what_would_be_another_run_is_not_resumed(here, change, message):
     assert tree(here) == before
 
 
-def test_another_accumulation_inside_a_rollout_is_refused_and_says_why(here):
+def test_another_accumulation_inside_a_rollout_is_an_error(here):
     settings = {"num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
     train(quick("run", **settings))
     before = tree(here)

@@ -1,4 +1,4 @@
-"""Signals, restarts, and the end of the process."""
+"""Signals, restarts by torchrun, and the end of the process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LONG = {"max_steps": 10_000, "save_steps": 0}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends_well(prompts, number):
+def test_after_a_signal_a_run_saves_and_exits_with_0(prompts, number):
     cwd = Path.cwd()
     running = start("iris_fast.train", *flags(**LONG, prompts=prompts, output_dir="run"), cwd=cwd)
     wait_for(lambda: step_count(cwd / "run") >= 1)
@@ -36,7 +36,7 @@ def test_a_signal_saves_and_ends_well(prompts, number):
     assert f"stopped by a signal, saved at step {steps}" in finished.out
     assert "--output_dir run --resume_from_checkpoint true" in finished.out
     assert (cwd / "run" / "report.html").exists()
-    # What was saved is what never stopping would have had there.
+    # Resumed, it equals a run that was never stopped.
     train(
         quick(
             "run", **LONG | {"max_steps": steps + 1}, prompts=prompts, resume_from_checkpoint=True
@@ -46,7 +46,7 @@ def test_a_signal_saves_and_ends_well(prompts, number):
     assert_same_run("whole", "run", steps + 1)
 
 
-def test_a_signal_before_the_first_step_leaves_a_run_to_resume(here, monkeypatch):
+def test_a_run_that_a_signal_stopped_before_its_first_step_can_be_resumed(here, monkeypatch):
     from iris_fast.run import folder as run_folder
 
     claim = run_folder.claimed
@@ -102,8 +102,8 @@ def reward(prompts, images):
 """
 
 
-def test_torchrun_goes_on_from_the_checkpoint_after_a_rank_was_killed(prompts):
-    """Without an --output_dir and without --resume_from_checkpoint: nobody is there to say so."""
+def test_torchrun_resumes_from_the_checkpoint_after_a_rank_was_killed(prompts):
+    """Without --output_dir and --resume_from_checkpoint: torchrun repeats the same command."""
     cwd = Path.cwd()
     (cwd / "kills_once.py").write_text(KILLS_ONCE)
     words = flags(prompts=prompts, max_steps=5, save_steps=2, reward_funcs="[kills_once:reward]")
@@ -115,7 +115,7 @@ def test_torchrun_goes_on_from_the_checkpoint_after_a_rank_was_killed(prompts):
     assert process.returncode == 0, err
     assert "finished at step 5" in out
     assert [path.name for path in (cwd / "runs").iterdir()] == ["tiny-001"]
-    assert out.count("step 3/5") == 2  # lost with the rank, and done again
+    assert out.count("step 3/5") == 2  # lost with the rank, and repeated
     words = flags(prompts=prompts, max_steps=5, reward_funcs="[kills_once:reward]")
     undisturbed = run(
         "iris_fast.train", *words, "--output_dir", "whole", cwd=cwd, ranks=2,
@@ -125,19 +125,19 @@ def test_torchrun_goes_on_from_the_checkpoint_after_a_rank_was_killed(prompts):
     assert metrics("whole") == metrics("runs/tiny-001")
 
 
-def test_a_restart_does_not_take_over_a_folder_that_was_refused(here):
-    """The launch that claims a folder is told apart by its process, here the one that forks."""
+def test_a_restart_does_not_use_a_folder_that_was_refused(here):
+    """A launch is identified by the parent process, here the one that forks."""
     train(quick("theirs", max_steps=1))
     before = tree(here / "theirs")
     words = flags(max_steps=2, output_dir="theirs")
     for attempt in "01":
         again = run("iris_fast.train", *words, cwd=here, TORCHELASTIC_RESTART_COUNT=attempt)
         assert again.code == 2
-        assert "theirs is not empty and nothing in it is written over" in again.error_line
+        assert "theirs is not empty and is not overwritten" in again.error_line
     assert tree(here / "theirs") == before
 
 
-def test_a_restart_takes_up_the_folder_that_it_claimed_before(here):
+def test_a_restart_uses_the_folder_that_was_claimed_before_it(here):
     train(quick("theirs", max_steps=1))
     (here / "runs").mkdir()
     (here / "theirs").rename(here / "runs" / "tiny-001")
@@ -161,8 +161,8 @@ def reward(prompts, images):
 """
 
 
-def test_the_process_ends_with_the_run_whatever_threads_are_left(here):
-    """As gloo's are. What was printed arrives, exit handlers of libraries have their turn."""
+def test_the_process_ends_with_the_run_although_threads_are_left(here):
+    """gloo leaves threads. Output is flushed, and exit handlers of libraries run."""
     (here / "leaves_a_thread.py").write_text(LEAVES_A_THREAD)
     words = flags(max_steps=1, reward_funcs="[leaves_a_thread:reward]", output_dir="run")
     process = launch("iris_fast.train", *words, cwd=here)
@@ -175,7 +175,7 @@ def test_the_process_ends_with_the_run_whatever_threads_are_left(here):
     assert (here / "handler").exists()
 
 
-def test_a_run_goes_on_when_its_console_is_gone(here):
+def test_a_run_continues_when_its_standard_output_is_closed(here):
     process = launch("iris_fast.train", *flags(max_steps=3, output_dir="run"), cwd=here)
     process.stdout.close()
     assert process.wait(120) == 0

@@ -1,4 +1,4 @@
-"""The run folder: claimed without ever writing over another run, and found again on resume.
+"""The run folder: chosen without overwriting another run, and found again on resume.
 
 config.yaml  metrics.jsonl  samples/step_NNNNN.png  checkpoints/step_NNNNN/  report.html
 """
@@ -20,7 +20,7 @@ from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, atomic_write, writing
 
 LAUNCH = ".launch"
-# Settings that a resumed run may change; the others would make it a different run.
+# Settings that may change when a run is resumed; with others it would be a different run.
 MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "max_steps", "save_steps", "save_total_limit",
     "sample_steps", "num_sample_prompts", "report_to", "ddp_timeout", "device", "dry_run",
@@ -34,19 +34,19 @@ MAY_CHANGE = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run; `resumed` says whether it was there before."""
+    """Paths of one run; `resumed` tells whether the run existed before."""
 
     path: Path
     resumed: bool
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a step."""
+        """One JSON object per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """Picture grids."""
+        """Sample grids."""
         return self.path / "samples"
 
     @property
@@ -60,29 +60,11 @@ class RunFolder:
         return self.path / "report.html"
 
 
-def _launch() -> str:
-    """Names what started this process: equal for the workers of one torchrun, before and after it
-    starts them again."""
-    parent = os.getppid()
-    started = ""  # since process numbers are used again
-    with contextlib.suppress(OSError, IndexError):
-        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {parent} {started}"
-
-
-def _is_own(path: Path) -> bool:
-    """Whether this torchrun claimed the folder before it started its workers again. A folder that
-    it only found, and refused, is still somebody else's."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    marker = path / LAUNCH
-    return restarted and marker.is_file() and marker.read_text() == _launch()
-
-
 def choose(config: TrainConfig, ranks: Ranks) -> RunFolder:
-    """Which folder the run will use; nothing is written yet. Rank 0 looks, for all.
+    """Choose the folder of the run, on rank 0 for all; nothing is written yet.
 
-    UserError if the folder holds anything and resuming was not asked for, or if there is no such
-    run to resume, or if the settings are another run's.
+    UserError if the folder is not empty and resuming was not requested, if there is no run to
+    resume, or if its settings differ.
     """
     with ranks.on_first_rank() as mine:
         folder = _choose(config) if mine else None
@@ -90,39 +72,40 @@ def choose(config: TrainConfig, ranks: Ranks) -> RunFolder:
 
 
 def _choose(config: TrainConfig) -> RunFolder:
-    path = Path(config.output_dir) if config.output_dir else _numbered(config.preset)
-    if _is_own(path):
+    path = Path(config.output_dir) if config.output_dir else _next_numbered(config.preset)
+    if _claimed_before_restart(path):
         return RunFolder(path, resumed=True)
     if config.resume_from_checkpoint:
         if not (path / "config.yaml").is_file():
             raise UserError(
                 f"resume_from_checkpoint: {path} holds no run (no config.yaml); check --output_dir"
             )
-        _compare(path, config)
+        _check_settings(path, config)
         return RunFolder(path, resumed=True)
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir: {path} is a file; name a folder")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(
-            f"output_dir: {path} is not empty and nothing in it is written over; name another, or "
-            "go on with the run in it: --resume_from_checkpoint true"
+            f"output_dir: {path} is not empty and is not overwritten; name another folder, or "
+            "resume the run in it with --resume_from_checkpoint true"
         )
     return RunFolder(path, resumed=False)
 
 
 @contextlib.contextmanager
 def claimed(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> Iterator[None]:
-    """Make the folder and its config.yaml, and keep other processes out while the block runs.
+    """Create the folder and its config.yaml, and lock it while the `with` block runs.
 
-    UserError if that cannot be written, or if another run has the folder, or has used it since it
-    was chosen.
+    UserError if it cannot be written, or if another run uses it or has used it since it was chosen.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         with ranks.on_first_rank() as mine:
             if mine:
                 with writing("output_dir", folder.path):
-                    held.enter_context(_lock(folder))
-                    _fill(folder, config)
+                    stack.enter_context(_lock(folder))
+                    folder.samples.mkdir(exist_ok=True)
+                    folder.checkpoints.mkdir(exist_ok=True)
+                    _write_config(folder, config)
         yield
 
 
@@ -139,51 +122,67 @@ def _lock(folder: RunFolder) -> Iterator[None]:
             ) from None
         if not folder.resumed and (folder.path / "config.yaml").exists():
             raise UserError(
-                f"output_dir: another run has taken {folder.path} in the meantime; start again, or "
-                "name another folder"
+                f"output_dir: another run has just started in {folder.path}; name another folder"
             )
         file.truncate(0)
-        file.write(_launch())
+        file.write(_launcher_id())
         file.flush()
         yield
 
 
-def _fill(folder: RunFolder, config: TrainConfig) -> None:
-    folder.samples.mkdir(exist_ok=True)
-    folder.checkpoints.mkdir(exist_ok=True)
-    # Without the flag, so that --config config.yaml starts the same run anew.
+def _write_config(folder: RunFolder, config: TrainConfig) -> None:
+    # Without the flag, so that --config config.yaml starts a new run.
     settings = to_yaml(replace(config, resume_from_checkpoint=False))
     with atomic_write("output_dir", folder.path / "config.yaml") as partial:
         partial.write_text(settings, encoding="utf-8")
 
 
-def _numbered(preset: str) -> Path:
-    """runs/PRESET-NNN: the next free number, or after a restart the one this launch had taken."""
-    taken = sorted(Path("runs").glob(f"{preset}-[0-9][0-9][0-9]"))
-    for path in filter(_is_own, taken):
+def _next_numbered(preset: str) -> Path:
+    """runs/PRESET-NNN: the next free number, or after a restart the folder this launch claimed."""
+    existing = sorted(Path("runs").glob(f"{preset}-[0-9][0-9][0-9]"))
+    for path in filter(_claimed_before_restart, existing):
         return path
-    number = int(taken[-1].name[-3:]) + 1 if taken else 1
+    number = int(existing[-1].name[-3:]) + 1 if existing else 1
     return Path("runs") / f"{preset}-{number:03d}"
 
 
-def _compare(path: Path, config: TrainConfig) -> None:
+def _claimed_before_restart(path: Path) -> bool:
+    """Whether this torchrun claimed the folder before it restarted its workers. A folder that it
+    only found and refused belongs to another run."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    launch = path / LAUNCH
+    return restarted and launch.is_file() and launch.read_text() == _launcher_id()
+
+
+def _launcher_id() -> str:
+    """Identify the process that started this one: equal for all workers of one torchrun, also after
+    it restarted them."""
+    parent = os.getppid()
+    start_time = ""  # process ids are reused
+    with contextlib.suppress(OSError, IndexError):
+        start_time = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {parent} {start_time}"
+
+
+def _check_settings(path: Path, config: TrainConfig) -> None:
+    """UserError if a setting outside MAY_CHANGE differs from the run's config.yaml."""
     try:
         before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         before = None
     if not isinstance(before, dict):
         raise UserError(f"resume_from_checkpoint: {path / 'config.yaml'} is damaged; restore it")
-    before = asdict(TrainConfig()) | before  # settings that are newer than the run
+    before = asdict(TrainConfig()) | before  # settings that were added after the run
     for name, value in asdict(config).items():
         if name not in MAY_CHANGE and _resolved(before[name]) != _resolved(value):
             raise UserError(
                 f"resume_from_checkpoint: {path} was run with {name} {before[name]}, and now "
-                f"{name} is {value}; give the same, or start a new run in another --output_dir"
+                f"{name} is {value}; use the same value, or start a new run in another --output_dir"
             )
 
 
 def _resolved(value: Any) -> Any:
-    """A path's absolute form, where there is such a file; other values as they are."""
+    """The absolute form of an existing path; other values unchanged."""
     if isinstance(value, str) and Path(value).exists():
         return str(Path(value).resolve())
     return value

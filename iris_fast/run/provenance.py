@@ -1,4 +1,4 @@
-"""What a run can be traced back to: the commit, the hardware, the command."""
+"""The origin of a run: its commit, hardware and command."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 from iris_fast.config import PRESETS, TrainConfig
 
-# Filled in from the other settings where they are left out.
+# Settings whose default depends on other settings.
 DERIVED = ("reward_funcs", "reward_weights", "metric_funcs")
-OF_ONE_RUN = ("output_dir", "resume_from_checkpoint", "dry_run")
+NOT_REPEATED = ("output_dir", "resume_from_checkpoint", "dry_run")
 
 
 def commit() -> str:
-    """The commit of this code, and whether tracked files were changed since; `unknown` for an
-    installed package."""
+    """Return the commit of this code, and whether tracked files have changed since; `unknown` for
+    an installed package."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str | None:
@@ -30,11 +30,11 @@ def commit() -> str:
             done = subprocess.run(
                 ["git", *words], cwd=here, capture_output=True, text=True, check=False
             )
-        except OSError:  # no git here
+        except OSError:  # git is not installed
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # A package that merely lies inside somebody's checkout is not of that commit.
+    # A package installed below another project's checkout does not belong to that commit.
     if not git("ls-files", "--error-unmatch", Path(__file__).name):
         return "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no")
@@ -42,16 +42,16 @@ def commit() -> str:
 
 
 def hardware() -> str:
-    """GPUs, or the CPU, and the number of processes."""
+    """Name the GPU, or the CPU, and the number of processes."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    counted = f"{processes} process{'es' if processes > 1 else ''}"
+    count = f"{processes} process{'es' if processes > 1 else ''}"
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {counted}, CUDA {torch.version.cuda}"
-    return f"{cpu_name()}, {counted}"
+        return f"{torch.cuda.get_device_name()}, {count}, CUDA {torch.version.cuda}"
+    return f"{cpu_name()}, {count}"
 
 
 def cpu_name() -> str:
-    """The processor and its number of cores."""
+    """Name the processor and its number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -59,16 +59,16 @@ def cpu_name() -> str:
 
 
 def command(settings: dict[str, Any]) -> str:
-    """The command that starts a run with these settings anew: flags for what its preset has not."""
+    """The command that repeats a run: a flag for every setting that differs from its preset."""
     preset = PRESETS.get(settings.get("preset", TrainConfig.preset), {})
-    usual = asdict(TrainConfig()) | preset
+    defaults = asdict(TrainConfig()) | preset
     given = {
         name: value
         for name, value in settings.items()
-        if name in usual and name not in DERIVED + OF_ONE_RUN and value != usual[name]
+        if name in defaults and name not in DERIVED + NOT_REPEATED and value != defaults[name]
     }
-    filled_in = asdict(TrainConfig(**preset | given))
-    given |= {n: settings[n] for n in DERIVED if settings.get(n, filled_in[n]) != filled_in[n]}
+    derived = asdict(TrainConfig(**preset | given))
+    given |= {n: settings[n] for n in DERIVED if settings.get(n, derived[n]) != derived[n]}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     words = ["torchrun", *(["--nproc-per-node", str(processes)] if processes > 1 else [])]
     words += ["-m", "iris_fast.train"]

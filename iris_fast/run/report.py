@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from PIL import Image
 from iris_fast import __version__
 from iris_fast.errors import atomic_write
 from iris_fast.rewards.table import title
-from iris_fast.run.curves import Curve, Point, make_curve
+from iris_fast.run.curves import Curve, Point
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.log import read_metrics
 from iris_fast.run.provenance import command, commit, hardware
@@ -43,42 +42,19 @@ TEMPLATES = jinja2.Environment(
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The images of one prompt in one grid, as a data URL, with their metrics and CoTs."""
-
-    url: str
-    width: int
-    height: int
-    means: dict[str, float]
-    cot: list[str]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """One sample grid; `cells` holds one entry per prompt."""
-
-    when: str
-    step: int
-    per_prompt: int
-    means: dict[str, float]
-    cells: list[Cell]
-
-
 def write_report(folder: RunFolder) -> None:
     """Render the run folder's files as `report.html`, replacing the previous one. UserError if it
     cannot be written."""
     rows = read_metrics(folder.metrics)
     config = (folder.path / "config.yaml").read_text(encoding="utf-8")
     settings = yaml.safe_load(config)
-    prompts, grids = _grids(folder.samples)
     page = TEMPLATES.get_template("report.html.jinja").render(
         name=folder.path.name,
         facts=_facts(settings, rows),
         command=command(settings),
         warnings=_first_warnings(rows),
-        prompts=prompts,
-        grids=grids,
+        grids=_grids(folder.samples),
+        data_url=_data_url,
         title=title,
         curves=_curves(rows),
         config=config,
@@ -124,34 +100,21 @@ def _curves(rows: list[dict[str, Any]]) -> list[Curve]:
             groups = [(row["step"], row.get("reward_std_by_group", [])) for row in rows]
             dots = [(step, value) for step, values in groups for value in values]
         if points:
-            curves.append(make_curve(heading, points, dots))
+            curves.append(Curve(heading, points, dots))
     return curves
 
 
-def _grids(folder: Path) -> tuple[list[str], list[Grid]]:
-    """The prompts, and the first, a middle and the last grid of them."""
-    found = samples_of_same_prompts(folder)
-    if len(found) > 2:
-        first, last = found[0], found[-1]
+def _grids(folder: Path) -> list[tuple[str, Samples, list[Image.Image]]]:
+    """The first, a middle and the last grid: its label, its samples, and its rows of images."""
+    grids = samples_of_same_prompts(folder)
+    if len(grids) > 2:
+        first, last = grids[0], grids[-1]
         middle = (first[0].step + last[0].step) / 2
-        found = [first, min(found[1:-1], key=lambda grid: abs(grid[0].step - middle)), last]
-    grids = [
-        Grid(when, samples.step, samples.per_prompt, samples.means(), _cells(samples, path))
-        for when, (samples, path) in zip(WHEN[len(found)], found, strict=True)
+        grids = [first, min(grids[1:-1], key=lambda grid: abs(grid[0].step - middle)), last]
+    return [
+        (when, samples, read_strips(samples, path))
+        for when, (samples, path) in zip(WHEN[len(grids)], grids, strict=True)
     ]
-    return (found[-1][0].prompts if found else []), grids
-
-
-def _cells(samples: Samples, path: Path) -> list[Cell]:
-    count = samples.per_prompt
-    rows = read_strips(samples, path)
-    cells = []
-    for row, strip in enumerate(rows):
-        own = slice(row * count, (row + 1) * count)
-        means = {name: sum(values[own]) / count for name, values in samples.metrics.items()}
-        cot = [text for text in samples.cot[own] if text]
-        cells.append(Cell(_data_url(strip), strip.width, strip.height, means, cot))
-    return cells
 
 
 def _data_url(image: Image.Image) -> str:

@@ -36,6 +36,12 @@ class Samples:
         """Average each metric over all images."""
         return {name: sum(values) / len(values) for name, values in self.metrics.items()}
 
+    def of_prompt(self, row: int) -> Samples:
+        """Select the samples of one prompt."""
+        own = slice(row * self.per_prompt, (row + 1) * self.per_prompt)
+        metrics = {name: values[own] for name, values in self.metrics.items()}
+        return Samples(self.step, [self.prompts[row]], self.per_prompt, self.cot[own], metrics)
+
 
 def write_samples(
     sampler: Sampler,
