@@ -18,6 +18,8 @@ from commands import run, wait_for
 from small_runs import flags, metrics
 from torch.distributed.run import get_args_parser
 
+import iris_fast.__main__
+from iris_fast.__main__ import COMMANDS
 from iris_fast.cli import parse
 from iris_fast.config import GenerateConfig, TrainConfig, to_yaml
 
@@ -30,8 +32,7 @@ SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 CONFIGS = {"iris_fast.train": TrainConfig, "iris_fast.generate": GenerateConfig}
 MODULES = set(re.findall(r"-m ((?:iris_fast|bench)[\w.]*)", TEXT))  # run by `python -m`
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-# Flags of other programs that the documents name.
-OTHERS_FLAGS = {"--benchmark-only", "--name"}  # pytest-benchmark; "--name value" in settings.md
+OTHER_FLAGS = {"--benchmark-only", "--name"}  # of pytest-benchmark; a placeholder
 
 each_document = pytest.mark.parametrize("name", DOCUMENTS)
 
@@ -115,8 +116,10 @@ def test_modules_that_are_run_exist():
 
 
 def test_console_scripts_that_are_named_are_installed():
-    installed = set(re.findall(r"(iris-fast-\w+)\s*=", SETUP))
-    assert set(re.findall(r"\b(iris-fast-\w+)", TEXT)) <= installed
+    assert set(re.findall(r"\biris-fast-(\w+)", TEXT)) <= COMMANDS.keys()
+    for name in COMMANDS:
+        assert f'"{name}"' in SETUP
+        assert callable(getattr(iris_fast.__main__, name))
 
 
 def test_extras_that_are_named_exist():
@@ -127,7 +130,7 @@ def test_extras_that_are_named_exist():
 
 def test_settings_that_are_named_exist():
     """In running text, anywhere: some command has the flag."""
-    known, named = set(OTHERS_FLAGS), set(FLAG.findall(TEXT))
+    known, named = set(OTHER_FLAGS), set(FLAG.findall(TEXT))
     for action in get_args_parser()._actions:
         known |= set(action.option_strings)
     for module in sorted(MODULES, reverse=True):  # the trainer's commands first
@@ -149,7 +152,7 @@ def test_messages_that_are_quoted_exist():
     quotes = [span for span in spans if " " in span and not span.startswith(code)]
     assert len(quotes) > 20
     for quote in quotes:
-        for part in re.split(r"\.\.\.|\b[A-Z]+\b", re.sub(r"\s+", " ", quote)):
+        for part in re.split(r"\.\.\.|\b(?:SETTING|[A-Z])\b", re.sub(r"\s+", " ", quote)):
             part = part.strip().removeprefix(": ")
             assert any(part in literal for literal in literals), (quote, part)
 
