@@ -1,4 +1,4 @@
-"""A run's trained model as a checkpoint folder: `python -m iris_fast.export RUN_FOLDER TARGET`.
+"""Export a run's trained model: `python -m iris_fast.export RUN_FOLDER TARGET`.
 
 `--layout transformers` (default) opens with `JanusForConditionalGeneration.from_pretrained`,
 `--layout original` with the original Janus code; both open with `--model TARGET` here.
@@ -17,12 +17,12 @@ PROGRAM = "iris_fast.export"
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says; UserError if it cannot be understood."""
+    """The parsed command line; UserError if it is not valid."""
     parser = CommandParser(
-        prog=PROGRAM, description="Write a run's trained model as a checkpoint folder."
+        prog=PROGRAM, description="Write a run's trained model as a model folder."
     )
     parser.add_argument("run_folder", type=Path, help="the --output_dir of a training run")
-    parser.add_argument("target", type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument("target", type=Path, help="folder to write; must not exist, or be empty")
     parser.add_argument("--layout", choices=("transformers", "original"), default="transformers")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16"

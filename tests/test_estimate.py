@@ -1,4 +1,4 @@
-"""The estimate of memory: against what torch really keeps, and what it tells the user."""
+"""The memory estimate, compared with what torch allocates, and its messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from small_runs import open_run, quick, state_bytes
 from iris_fast import distributed
 from iris_fast.config import PRESETS, TrainConfig
 from iris_fast.errors import UserError
-from iris_fast.grpo import lora as adapters
 from iris_fast.grpo.optimizer import make_optimizer
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import DecoderConfig, DecoderLayer, rope_tables
@@ -46,7 +45,7 @@ def preset(name: str, **changes) -> TrainConfig:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_a_blocks_activations_are_what_autograd_keeps(dtype, kv_heads):
+def test_activations_of_a_block_are_those_that_autograd_keeps(dtype, kv_heads):
     config = DecoderConfig(64, 128, 352, 1, 4, kv_heads, 32)
     layer = DecoderLayer(config).to(dtype)
     lengths = [30, 29, 31, 30]
@@ -58,7 +57,7 @@ def test_a_blocks_activations_are_what_autograd_keeps(dtype, kv_heads):
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)  # or the allocator would use its address again
+        alive.append(tensor)  # otherwise the allocator could reuse its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -84,12 +83,12 @@ def test_states_are_counted_from_the_parameters():
 
 
 @pytest.mark.parametrize("changes", [{"beta": 0.0}, {"offload_reference": True}])
-def test_a_reference_that_is_not_on_the_gpu_is_not_counted(changes):
+def test_a_reference_outside_the_gpu_is_not_counted(changes):
     found = estimate(preset("janus-pro-1b", **changes), JANUS_1B, 1, H200, 64)
     assert found.always_bytes["reference"] == 0
 
 
-def test_offloading_the_reference_is_proposed_where_that_is_enough():
+def test_offloading_the_reference_is_proposed_if_that_is_enough():
     config = preset("janus-pro-1b")
     needs = estimate(config, JANUS_1B, 1, H200, 64)
     smaller = dataclasses.replace(H200, memory_bytes=int(needs.peak_bytes / USABLE_SHARE) - 2**30)
@@ -114,13 +113,13 @@ def test_1b_and_7b_fit_one_h200_and_7b_with_float32_moments_does_not():
         check_fits(estimate(exact, JANUS_7B, 1, a100, 64), exact)
 
 
-def test_adapters_are_counted_as_they_are_made():
+def test_adapters_are_counted_as_allocated():
     config = quick("unused", use_peft=True, lora_r=4, bf16=True)
     with distributed.start("cpu", 60.0) as ranks:
         models, _ = open_run(config, ranks)
         held = sum(p.numel() * p.element_size() for p in models.policy.parameters())
         sizes = models.policy.config
-        trained = sum(p.numel() for p in adapters.trained(models.policy))
+        trained = sum(p.numel() for p in models.policy.parameters() if p.requires_grad)
         del models
     found = estimate(config, sizes, 1, H200, 64)
     assert found.always_bytes["policy"] == held
@@ -129,7 +128,7 @@ def test_adapters_are_counted_as_they_are_made():
 
 
 @pytest.mark.parametrize("optim", MOMENT_BYTES)
-def test_moments_are_counted_as_the_optimizer_makes_them(optim):
+def test_moments_are_counted_as_the_optimizer_allocates_them(optim):
     layer = torch.nn.Linear(256, 512, bias=False)
     optimizer = make_optimizer(layer, TrainConfig(optim=optim))
     layer.weight.grad = torch.zeros_like(layer.weight)
@@ -149,7 +148,7 @@ def test_moments_of_narrow_adapters(optim, each):
     assert found.always_bytes[f"moments, {optim}"] == each * gradients / 4
 
 
-def test_8_bit_rollouts_hold_and_read_what_they_do():
+def test_fp8_rollouts_allocate_and_read_less():
     def rollout(**settings) -> Estimate:
         settings |= {"rollout_engine": "static"}
         return estimate(preset("janus-pro-1b", **settings), JANUS_1B, 1, H200, 64)
@@ -157,7 +156,7 @@ def test_8_bit_rollouts_hold_and_read_what_they_do():
     plain = rollout()
     cache, weights = rollout(kv_cache_dtype="fp8"), rollout(rollout_weight_dtype="fp8")
     projections = 24 * (4 * 2048**2 + 3 * 2048 * 5632)
-    norms = 24 * 2 * 2048  # they stay as they are, and are counted with the blocks
+    norms = 24 * 2 * 2048  # they are not quantized, and are counted with the blocks
     more = weights.always_bytes["sampler's copy"] - plain.always_bytes["sampler's copy"]
     assert projections <= more <= projections + norms
     assert cache.rollout_bytes["KV cache"] == plain.rollout_bytes["KV cache"] / 2
@@ -165,7 +164,7 @@ def test_8_bit_rollouts_hold_and_read_what_they_do():
         assert found.seconds["rollout"] < plain.seconds["rollout"]
 
 
-def test_what_does_not_fit_names_what_to_change():
+def test_an_estimate_that_does_not_fit_names_what_to_change():
     wide = preset("janus-pro-1b", per_device_train_batch_size=16, gradient_accumulation_steps=1)
     with pytest.raises(UserError, match="add --gradient_checkpointing true"):
         check_fits(estimate(wide, JANUS_1B, 1, H200, 64), wide)
@@ -174,14 +173,14 @@ def test_what_does_not_fit_names_what_to_change():
         check_fits(estimate(many, JANUS_1B, 1, H200, 64), many)
 
 
-def test_the_peak_is_the_larger_phase_on_top_of_what_is_always_there():
+def test_the_peak_is_the_larger_phase_plus_what_is_always_allocated():
     found = estimate(preset("janus-pro-1b"), JANUS_1B, 1, H200, 64)
     always = sum(found.always_bytes.values())
     assert found.peak_bytes == always + sum(found.training_bytes.values())
     assert f"{found.peak_bytes / GIB:.2f} GiB" in found.table()
 
 
-def test_dry_run_prints_the_table_and_leaves_nothing_behind(tmp_path, capsys):
+def test_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
     assert main(quick(tmp_path / "run", dry_run=True)) == 0
     printed = capsys.readouterr().out
     for part in ("policy", "KV cache", "activations", "peak", "whole step"):
