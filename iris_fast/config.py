@@ -351,7 +351,7 @@ class TrainConfig(SamplingConfig):
                 raise UserError(
                     f"reward_funcs: {name} needs a chain of thought; add --cot true or remove it"
                 )
-        remedy = f"give one number for each of {', '.join(names)}"
+        remedy = f"give one finite number for each of {', '.join(names)}"
         complete = len(weights) == len(names) and all(map(math.isfinite, weights))
         require(complete, "reward_weights", weights, remedy)
 

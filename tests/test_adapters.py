@@ -107,7 +107,7 @@ def test_an_export_is_the_plain_model_with_the_adapters_merged(here):
         ({"lora_target_modules": ["lm_head"]}, "lora_target_modules: lm_head.*choose from q_proj"),
         ({"lora_target_modules": []}, "lora_target_modules"),
         ({"lora_r": 0}, "lora_r: 0"),
-        ({"train_image_head": True}, "train_image_head: with --use_peft"),
+        ({"train_image_head": True}, "train_image_head: --use_peft true trains adapters only"),
         ({"offload_reference": True}, "offload_reference: with --use_peft true the reference is"),
     ],
 )

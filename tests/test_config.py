@@ -148,7 +148,7 @@ def test_a_name_like_no_other_is_pointed_to_help():
         ),
         (
             ["--reward_weights", "[1]", "--cot", "true"],
-            "reward_weights.*one number for each of image_nsc",
+            "reward_weights.*one finite number for each of image_nsc",
         ),
         (["--reward_weights", "[.nan, 1]"], r"reward_weights: \[nan, 1.0\]"),
         (["--reward_funcs", "[random, random]"], "reward_funcs: random is named twice"),

@@ -83,7 +83,7 @@ def test_both_rollout_engines_train_alike(here):
 def test_policy_reference_and_sampler_use_the_attention_that_was_chosen(here, monkeypatch):
     train(quick("sdpa"))
     calls = attention_fakes.install("flash_attention_2", monkeypatch)
-    monkeypatch.setattr(inputs, "choose", lambda *_: "flash_attention_2")
+    monkeypatch.setattr(inputs, "resolve_implementation", lambda *_: "flash_attention_2")
     train(quick("flash"))
     layers = build_random_tiny().config.decoder.num_layers
     # A step: prompts of text and of images; the reference; the policy.
