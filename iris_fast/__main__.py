@@ -8,7 +8,7 @@ import runpy
 COMMANDS = {
     "train": "train a model with GRPO, with checkpoints, metrics and a report in a run folder",
     "generate": "generate images from prompts with a model",
-    "export": "write a run's trained model as a checkpoint folder",
+    "export": "write a run's trained model to a folder",
     "env": "print the versions and hardware, for bug reports",
 }
 

@@ -18,9 +18,7 @@ PROGRAM = "iris_fast.export"
 
 def arguments() -> argparse.Namespace:
     """The parsed command line; UserError if it is not valid."""
-    parser = CommandParser(
-        prog=PROGRAM, description="Write a run's trained model as a model folder."
-    )
+    parser = CommandParser(prog=PROGRAM, description="Write a run's trained model to a folder.")
     parser.add_argument("run_folder", type=Path, help="the --output_dir of a training run")
     parser.add_argument("target", type=Path, help="folder to write; must not exist, or be empty")
     parser.add_argument("--layout", choices=("transformers", "original"), default="transformers")

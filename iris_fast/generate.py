@@ -43,7 +43,7 @@ def generate(config: GenerateConfig) -> None:
         with ranks.on_first_rank() as mine:
             if mine:
                 check_targets(config, paths)
-        opened = inputs.checkpoint
+        opened = inputs.loaded
         model, vq = opened.model.to(ranks.device), opened.vq.to(ranks.device)
         model.requires_grad_(False)
         set_attention(model, config, ranks.device)

@@ -116,11 +116,11 @@ def make_trace(lengths: list[int], seed: int) -> Trace:
 
 
 @torch.no_grad()
-def set_spread(checkpoint: LoadedJanus, text: float, image: float) -> None:
+def set_spread(loaded: LoadedJanus, text: float, image: float) -> None:
     """Scale both heads until the logits of a typical prompt have these standard deviations,
     whatever the weights were."""
-    janus = checkpoint.model
-    ids = torch.tensor(checkpoint.tokenizer.encode("a small blue ball left of a large green cone"))
+    janus = loaded.model
+    ids = torch.tensor(loaded.tokenizer.encode("a small blue ball left of a large green cone"))
     attention = PackedAttention([len(ids)])
     hidden = janus.hidden_states(janus.embed_text(ids), torch.arange(len(ids)), attention)
     janus.lm_head.weight *= text / janus.text_logits(hidden).std()

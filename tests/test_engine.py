@@ -46,14 +46,14 @@ class Launches(TorchDispatchMode):
 
 
 def lively(device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedJanus:
-    checkpoint = build_random_tiny(seed=5)
-    set_spread(checkpoint, text=2.5, image=0.6)
+    loaded = build_random_tiny(seed=5)
+    set_spread(loaded, text=2.5, image=0.6)
     generator = torch.Generator().manual_seed(11)
-    for module in checkpoint.model.modules():
+    for module in loaded.model.modules():
         if isinstance(module, RMSNorm):  # one is like another only while all are ones
             module.weight.data += 0.3 * torch.randn(module.weight.shape, generator=generator)
-    checkpoint.model.requires_grad_(False).to(device, dtype)
-    return checkpoint
+    loaded.model.requires_grad_(False).to(device, dtype)
+    return loaded
 
 
 def draw(opened: LoadedJanus, engine: str, **settings: Any) -> Rollout:

@@ -38,11 +38,11 @@ IMAGE_TOKENS = 9
 def opened() -> LoadedJanus:
     """A tiny Janus with lively distributions. Its end token is one that the third sample draws
     fourth, so that some texts end and some do not."""
-    checkpoint = build_random_tiny(seed=5)
-    checkpoint.model.requires_grad_(False)
-    set_spread(checkpoint, text=2.5, image=0.6)
-    checkpoint.tokenizer.eos_id = draw(sampler(checkpoint), list(range(6))).cot_ids[2][3]
-    return checkpoint
+    loaded = build_random_tiny(seed=5)
+    loaded.model.requires_grad_(False)
+    set_spread(loaded, text=2.5, image=0.6)
+    loaded.tokenizer.eos_id = draw(sampler(loaded), list(range(6))).cot_ids[2][3]
+    return loaded
 
 
 def sampler(opened: LoadedJanus, greedy: bool = False, **settings: Any) -> Sampler:

@@ -204,7 +204,7 @@ def test_the_gradient_is_that_of_the_loss_written_out():
         found = step.gradients()
         (batch,) = step.batches()
         config = step.config
-        policy = open_inputs(config, torch.float32).checkpoint.model
+        policy = open_inputs(config, torch.float32).loaded.model
         copy_weights(step.models.policy, policy)
         text, image = policy(batch.packed)
         counts = step.scored.rollout.text.mask.sum(dim=1).tolist()
@@ -232,7 +232,7 @@ def test_the_direct_gradient_is_that_of_the_reward_written_out():
     with one_step(objective="direct", reward_funcs=names, reward_weights=weights) as step:
         found = step.gradients()
         (batch,) = step.batches()
-        policy = open_inputs(step.config, torch.float32).checkpoint.model
+        policy = open_inputs(step.config, torch.float32).loaded.model
         copy_weights(step.models.policy, policy)
         sample_M = pack(step.scored.rollout)[1]
         text, image = policy(batch.packed)

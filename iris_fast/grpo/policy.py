@@ -36,7 +36,7 @@ class Models:
 
 def build_models(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
     """Make policy, sampler and reference of the opened model, on their devices."""
-    opened = inputs.checkpoint
+    opened = inputs.loaded
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy, vq = opened.model, opened.vq.to(ranks.device)
     set_attention(policy, config, ranks.device)

@@ -1,1 +1,1 @@
-"""The policy: decoder, Janus, its VQ, its checkpoints in both layouts, tokenizer and templates."""
+"""The policy: decoder, Janus, its VQ, its model folders, tokenizer and templates."""

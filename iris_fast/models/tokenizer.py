@@ -1,4 +1,4 @@
-"""The checkpoint's own tokenizer.json, run by the `tokenizers` library, with BOS guaranteed.
+"""The model folder's own tokenizer.json, run by the `tokenizers` library, with BOS guaranteed.
 
 Ids of special tokens differ between the Janus models (pad is 100002 or 100015), so they are looked
 up by their strings.

@@ -25,12 +25,12 @@ def dry_run(config: TrainConfig, ranks: Ranks) -> None:
 
 def estimate_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Estimate:
     """The estimate for these inputs, with the mean length of their first prompts."""
-    tokenizer, template = inputs.checkpoint.tokenizer, TEMPLATES[config.template]
+    tokenizer, template = inputs.loaded.tokenizer, TEMPLATES[config.template]
     counted = inputs.prompts[:PROMPTS_COUNTED]
     lengths = [len(image_prompt_ids(tokenizer, template, prompt.text)) for prompt in counted]
     mean_length = round(sum(lengths) / len(lengths))
     gpu = this_gpu(ranks.device)
-    return estimate(config, inputs.checkpoint.config, ranks.world_size, gpu, mean_length)
+    return estimate(config, inputs.loaded.config, ranks.world_size, gpu, mean_length)
 
 
 def open_checked(config: TrainConfig, ranks: Ranks) -> Inputs:

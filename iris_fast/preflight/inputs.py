@@ -32,13 +32,13 @@ SCALED_PRODUCT_ON_CPU = (2, 13)  # the first torch whose CPU products take one s
 class Inputs:
     """Model and prompts, checked: every prompt fits the model."""
 
-    checkpoint: LoadedJanus
+    loaded: LoadedJanus
     prompts: list[Prompt]
     image_tokens: int
 
 
 def open_model(name: str, dtype: torch.dtype) -> LoadedJanus:
-    """`tiny`, a checkpoint folder, or a hub id; UserError if it cannot be opened."""
+    """`tiny`, a model folder, or a hub id; UserError if it cannot be opened."""
     return build_tiny(dtype=dtype) if name == "tiny" else load_janus(name, dtype)
 
 
@@ -84,13 +84,13 @@ def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:
     source = config.prompts or str(PROMPTS_FILE)
     prompts = read_prompts(source)
     instruction = load_instruction(config.cot_instruction) if config.cot else ""
-    checkpoint = open_model(config.model, dtype)
-    longest = check_against(checkpoint.tokenizer, prompts, config.max_prompt_length, source)
-    tokens = check_image_tokens(config.image_token_num_per_image, checkpoint.config.image_tokens)
-    check_positions(config, checkpoint, longest.text, instruction, tokens)
+    loaded = open_model(config.model, dtype)
+    longest = check_against(loaded.tokenizer, prompts, config.max_prompt_length, source)
+    tokens = check_image_tokens(config.image_token_num_per_image, loaded.config.image_tokens)
+    check_positions(config, loaded, longest.text, instruction, tokens)
     if config.rollout_weight_dtype == "fp8":
-        check_fp8_sizes(checkpoint.config.decoder)
-    return Inputs(checkpoint, prompts, tokens)
+        check_fp8_sizes(loaded.config.decoder)
+    return Inputs(loaded, prompts, tokens)
 
 
 def check_fp8_sizes(decoder: DecoderConfig) -> None:
@@ -111,20 +111,20 @@ def check_fp8_sizes(decoder: DecoderConfig) -> None:
 
 def check_positions(
     config: SamplingConfig,
-    checkpoint: LoadedJanus,
+    loaded: LoadedJanus,
     prompt: str,
     instruction: str,
     image_tokens: int,
 ) -> None:
     """UserError if the longest sequence that `prompt` can lead to has more tokens than the model's
     `max_positions`: it would be sampled at positions that the model was not trained on."""
-    template, tokenizer = TEMPLATES[config.template], checkpoint.tokenizer
+    template, tokenizer = TEMPLATES[config.template], loaded.tokenizer
     cot_tokens = config.max_completion_length if config.cot else 0
     needed = len(image_prompt_ids(tokenizer, template, prompt)) + cot_tokens + image_tokens
     if config.cot:
         cot_prompt = tokenizer.encode(template.cot_prompt(fill_instruction(instruction, prompt)))
         needed = max(needed, len(cot_prompt) + cot_tokens)
-    available = checkpoint.config.decoder.max_positions
+    available = loaded.config.decoder.max_positions
     if needed > available:
         cot = f"a chain of thought of {cot_tokens}, " if config.cot else ""
         remedy = "lower --max_completion_length or " if config.cot else ""

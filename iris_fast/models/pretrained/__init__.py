@@ -1,1 +1,1 @@
-"""Janus checkpoint folders in both layouts: open and write."""
+"""Janus model folders in both layouts: open and write."""

@@ -2,7 +2,7 @@
 
 The original config lacks many sizes (its reference hard-codes them), so every size that follows
 from a weight's shape is taken from there. What no shape determines (numbers of heads) comes from
-the config, from `overrides`, or from the defaults of the reference.
+the config or from the defaults of the reference.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +93,9 @@ class _Section:
 
 
 def build_config(
-    raw: dict[str, Any],
-    layout: str,
-    shapes: Mapping[str, torch.Size],
-    folder: Path,
-    overrides: Mapping[str, Any] | None = None,
+    raw: dict[str, Any], layout: str, shapes: Mapping[str, torch.Size], folder: Path
 ) -> JanusConfig:
-    """The sizes of a model; `shapes` under transformers' names.
-
-    `overrides`: field values by dotted name, e.g. {"vision.num_heads": 4, "image_size": 96}.
-    """
+    """The sizes of a model; `shapes` under transformers' names."""
     file, known, original = folder / "config.json", _Shapes(shapes, folder), layout == "original"
     decoder = "language_config" if original else "text_config"
     if not isinstance(raw.get(decoder), dict):  # sizes would be guessed, and heads guessed wrong
@@ -116,7 +108,6 @@ def build_config(
         vision=_vision_config(vision, known),
         image_size=image.integer("image_size", 384),
     )
-    config = _override(config, overrides or {})
     if original:
         stated = _Section(raw, file, "gen_vision_config", "params"), "image_token_size"
     else:
@@ -209,19 +200,6 @@ def _vision_config(section: _Section, shapes: _Shapes) -> VisionConfig:
         patch_size=shapes.size(tower + "embeddings.patch_embedding.weight", 2),
         num_positions=shapes.size(tower + "embeddings.position_embedding.weight", 0),
     )
-
-
-def _override(config: JanusConfig, overrides: Mapping[str, Any]) -> JanusConfig:
-    for dotted, value in overrides.items():
-        part, _, field = dotted.rpartition(".")
-        try:
-            if part:
-                config = replace(config, **{part: replace(getattr(config, part), **{field: value})})
-            else:
-                config = replace(config, **{field: value})
-        except (AttributeError, TypeError) as error:
-            raise UserError(f"there is no config field {dotted!r} to override") from error
-    return config
 
 
 def _check_codebook(codebook_size: int, section: _Section, key: str, shapes: _Shapes) -> None:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +50,11 @@ def load_janus(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    config_overrides: Mapping[str, Any] | None = None,
 ) -> LoadedJanus:
     """Open a model folder, or a hub id, of either layout.
 
-    The weights of the policy and of the VQ are cast to `dtype`; the VQ is frozen.
-    `config_overrides` replaces fields of `JanusConfig` by dotted name, for sizes that follow from
-    neither config nor weights. UserError names the file or tensor that is missing, damaged, of the
-    wrong shape, or not finite.
+    The weights of the policy and of the VQ are cast to `dtype`; the VQ is frozen. UserError names
+    the file or tensor that is missing, damaged, of the wrong shape, or not finite.
     """
     folder = resolve_model(path)
     raw, layout = read_config(folder)
@@ -67,7 +63,7 @@ def load_janus(
     if layout == "original":
         tensors = to_transformers(tensors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = build_config(raw, layout, shapes, folder, config_overrides)
+    config = build_config(raw, layout, shapes, folder)
     with torch.device("meta"):
         model, vq = Janus(config), VQModel(config.vq)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}

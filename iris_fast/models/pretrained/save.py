@@ -17,7 +17,6 @@ import re
 import shutil
 import string
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -51,7 +50,6 @@ def save_janus(
     path: str | Path,
     layout: str = "transformers",
     *,
-    model_state: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str | int = "5GB",
 ) -> Path:
@@ -61,8 +59,6 @@ def save_janus(
         "original" is that of the published Janus files. Tensors that only the original layout
         has (the vision tower's attn_pool, the VQ's codebook_used: no code reads them) are left out
         if the model was loaded without them.
-    model_state: the policy's full state dict if it is not `loaded.model`'s own (gathered from
-        shards, merged with adapters).
     dtype: casts every floating-point tensor; None leaves each as it is.
 
     The folder is written under a temporary name, read back, compared, and then renamed, so `path`
@@ -73,7 +69,7 @@ def save_janus(
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists already; remove it or choose another folder")
-    tensors = _tensors(loaded, layout, model_state, dtype)
+    tensors = _tensors(loaded, layout, dtype)
     stored_dtype = dtype or next(iter(loaded.model.parameters())).dtype
     partial = None
     try:
@@ -99,17 +95,8 @@ def _umask() -> int:
     return mask
 
 
-def _tensors(
-    loaded: LoadedJanus,
-    layout: str,
-    model_state: Mapping[str, Tensor] | None,
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    expected = loaded.model.state_dict()
-    tensors = dict(expected if model_state is None else model_state)
-    if tensors.keys() != expected.keys():
-        odd = sorted(tensors.keys() ^ expected.keys())
-        raise ValueError(f"model_state is not the policy's: {odd[:3]} missing or unknown")
+def _tensors(loaded: LoadedJanus, layout: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    tensors = dict(loaded.model.state_dict())
     tensors |= {VQ_PREFIX + name: t for name, t in loaded.vq.state_dict().items()}
     for name, tensor in loaded.untouched.items():  # the others were checked when they were loaded
         if tensor.is_floating_point() and not tensor.isfinite().all():

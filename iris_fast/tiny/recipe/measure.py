@@ -47,17 +47,17 @@ PROMPTS_PER_BATCH = 10
 
 
 def generate_images(
-    checkpoint: LoadedJanus, config: GenerateConfig, prompts: list[Prompt], samples: int
+    loaded: LoadedJanus, config: GenerateConfig, prompts: list[Prompt], samples: int
 ) -> tuple[list[list[Image]], dict[str, float]]:
     """Sample `samples` images per prompt; also return NSC per image token and per text token."""
-    tokens = checkpoint.config.image_tokens
-    sampler = Sampler(checkpoint.model, checkpoint.tokenizer, config, tokens)
+    tokens = loaded.config.image_tokens
+    sampler = Sampler(loaded.model, loaded.tokenizer, config, tokens)
     images: list[Image] = []
     sums: Counter[str] = Counter()
     for first in range(0, len(prompts), PROMPTS_PER_BATCH):
         batch = [p for p in prompts[first : first + PROMPTS_PER_BATCH] for _ in range(samples)]
         rollout = sampler.rollout(batch, list(range(len(images), len(images) + len(batch))))
-        images += decode_images(checkpoint.vq, rollout.codes_NI)
+        images += decode_images(loaded.vq, rollout.codes_NI)
         columns = trace_sums("image", rollout.image) | trace_sums("text", rollout.text)
         sums.update({name: float(values.sum()) for name, values in columns.items()})
     nsc = {
@@ -134,7 +134,7 @@ def arguments() -> Namespace:
     """The parsed command line; UserError if it is not valid."""
     parser = CommandParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", default="tiny", help="checkpoint to measure; default: tiny")
+    source.add_argument("--model", default="tiny", help="model to measure; default: tiny")
     source.add_argument("--run", type=Path, help="run folder; its newest weights are measured")
     parser.add_argument("--prompts", default=str(HELD_OUT_FILE), help="default: held_out.jsonl")
     parser.add_argument("--samples", type=int, default=4, help="images per prompt; default: 4")
@@ -160,7 +160,7 @@ def print_verifier_rates(vq: VQModel, count: int) -> None:
             print(f"{name} {kind}: true accepted {accepted:.4f}, wrong rejected {rejected:.4f}")
 
 
-def measure(checkpoint: LoadedJanus, options: Namespace) -> None:
+def measure(loaded: LoadedJanus, options: Namespace) -> None:
     """Measure the model on the prompts; print the results and write the requested files."""
     config = GenerateConfig(
         cfg_weight=options.cfg_weight,
@@ -169,7 +169,7 @@ def measure(checkpoint: LoadedJanus, options: Namespace) -> None:
         seed=options.seed,
     )
     prompts = read_prompts(options.prompts)
-    rows, nsc = generate_images(checkpoint, config, prompts, options.samples)
+    rows, nsc = generate_images(loaded, config, prompts, options.samples)
     measured = image_metrics(prompts, rows) | nsc
     for name, value in measured.items():
         print(f"{name}: {value:.3f}")
@@ -191,13 +191,13 @@ def main() -> int:
     try:
         options = arguments()
         if options.run:
-            checkpoint, _ = open_trained(options.run)
+            loaded, _ = open_trained(options.run)
         else:
-            checkpoint = open_model(options.model, torch.float32)
+            loaded = open_model(options.model, torch.float32)
         if options.verifier:
-            print_verifier_rates(checkpoint.vq, options.verifier)
+            print_verifier_rates(loaded.vq, options.verifier)
         else:
-            measure(checkpoint, options)
+            measure(loaded, options)
     except UserError as error:
         return report_error(PROGRAM, error)
     return 0

@@ -80,17 +80,17 @@ def stage_decoder(folder: Path) -> None:
 
 def export(folder: Path, target: Path = MODEL_FOLDER) -> None:
     """Write the model folder from the states that both stages have saved."""
-    checkpoint = assemble(folder)
+    loaded = assemble(folder)
     if target.exists():
         shutil.rmtree(target)
-    save_janus(checkpoint, target, dtype=torch.bfloat16)
+    save_janus(loaded, target, dtype=torch.bfloat16)
 
 
 def assemble(folder: Path) -> LoadedJanus:
     """The model of the stages' saved states."""
-    checkpoint = build_untrained(open_vq(folder), DECODER_RECIPE.seed)
-    checkpoint.model.load_state_dict(load_state(folder / "decoder.pt")["model"])
-    return checkpoint
+    loaded = build_untrained(open_vq(folder), DECODER_RECIPE.seed)
+    loaded.model.load_state_dict(load_state(folder / "decoder.pt")["model"])
+    return loaded
 
 
 def open_vq(folder: Path) -> VQModel:

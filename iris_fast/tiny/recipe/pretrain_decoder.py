@@ -116,8 +116,8 @@ def train_decoder(
     progress: StageProgress,
 ) -> LoadedJanus:
     """Train the decoder on the blocks that `block` returns; resume from `path` if it exists."""
-    checkpoint = build_untrained(vq, recipe.seed)
-    janus = checkpoint.model
+    loaded = build_untrained(vq, recipe.seed)
+    janus = loaded.model
     matrices = [p for p in janus.parameters() if p.dim() > 1]
     vectors = [p for p in janus.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}]
@@ -137,7 +137,7 @@ def train_decoder(
         chosen = choose_scenes(scenes, recipe.batch_size, phase.pairs, rng)
         batch = [scenes[i] for i in chosen]
         packed = make_batch(
-            batch, codes[chosen], checkpoint.tokenizer, recipe, phase.cot_sequences, rng
+            batch, codes[chosen], loaded.tokenizer, recipe, phase.cot_sequences, rng
         )
         set_learning_rate(optimizer, phase.learning_rate, phase_step, phase.steps)
         with torch.autocast("cpu", torch.bfloat16):
@@ -152,7 +152,7 @@ def train_decoder(
         progress.log("decoder", step, total, image=image_loss.item(), text=text_loss.item())
         if progress.save_is_due() or step == total:
             save_state(path, model=janus.state_dict(), optimizer=optimizer.state_dict(), step=step)
-    return checkpoint
+    return loaded
 
 
 def choose_scenes(
@@ -175,9 +175,9 @@ def phase_at(recipe: DecoderRecipe, step: int) -> tuple[Phase, int]:
 
 def build_untrained(vq: VQModel, seed: int) -> LoadedJanus:
     """The untrained model with a trained VQ; its image embeddings start as the scaled codebook."""
-    checkpoint = build_random_tiny(seed, config=CONFIG)
-    checkpoint.vq.load_state_dict(vq.state_dict())
-    janus: Janus = checkpoint.model
+    loaded = build_random_tiny(seed, config=CONFIG)
+    loaded.vq.load_state_dict(vq.state_dict())
+    janus: Janus = loaded.model
     aligner = set(janus.model.generation_aligner.modules())
     rows = vq.quantize.lookup(torch.arange(CONFIG.codebook_size))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -189,7 +189,7 @@ def build_untrained(vq: VQModel, seed: int) -> LoadedJanus:
             elif isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=WEIGHT_STD)
         janus.model.generation_embeddings.weight.copy_(rows * CONFIG.codebook_dim**0.5)
-    return checkpoint
+    return loaded
 
 
 def make_batch(
