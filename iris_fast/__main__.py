@@ -1,7 +1,5 @@
 """`python -m iris_fast` lists the commands; the console scripts start them."""
 
-from __future__ import annotations
-
 import functools
 import runpy
 

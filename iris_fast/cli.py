@@ -1,7 +1,5 @@
 """The command line and --config files -> checked settings; errors are reported in one line."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import signal

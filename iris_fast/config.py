@@ -4,8 +4,6 @@ Field names are TRL's `GRPOConfig` wherever the meaning is the same, and Janus's
 Precedence: these defaults < `--preset` < `--config file.yaml` < flags.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import operator

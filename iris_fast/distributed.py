@@ -3,8 +3,6 @@
 The same code runs with one process, with or without torchrun, on gloo (CPU) and NCCL (GPU).
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import ctypes

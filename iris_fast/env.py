@@ -1,7 +1,5 @@
 """The versions and hardware, for bug reports: `python -m iris_fast.env`."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

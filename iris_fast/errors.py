@@ -1,7 +1,5 @@
 """Errors that the user can fix: one line on standard error instead of a traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

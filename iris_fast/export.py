@@ -4,8 +4,6 @@
 `--layout original` with the original Janus code; both open with `--model TARGET` here.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ and the seed only; batch size and number of ranks matter only where rounding of 
 between two tokens.
 """
 
-from __future__ import annotations
-
 from iris_fast.cli import parse_command_line
 from iris_fast.config import GenerateConfig
 

@@ -1,21 +1,17 @@
 """Prompt files -> prompts: read, checked line by line, shuffled, sharded by rank, resumable."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iris_fast.errors import UserError
 from iris_fast.models.pretrained.hub import hub_is_reachable
+from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.records import Prompt
 from iris_fast.rollout.random_streams import generator
-
-if TYPE_CHECKING:
-    from iris_fast.models.tokenizer import JanusTokenizer
 
 EXAMPLE = 'write one object per line, such as {"prompt": "a red cube"}'
 

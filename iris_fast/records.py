@@ -11,10 +11,8 @@ The global number of a sample is `prompt_number * G + g`. Its random numbers dep
 number and the seed, so neither the batch nor the rank that a sample is placed in changes it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from iris_kernels import TokenStats
@@ -66,7 +64,7 @@ class PackedBatch:
     unconditional_rows: Tensor  # int64, the row that guides each of `image_rows`; or empty
     guidance: Guidance = CONDITIONAL  # the distributions that the statistics describe
 
-    def to(self, device: torch.device) -> PackedBatch:
+    def to(self, device: torch.device) -> Self:
         """Return the same batch on `device`."""
 
         def move(tensor: Tensor) -> Tensor:
@@ -99,7 +97,7 @@ class Trace:
     guided: TokenStats
     mask: Tensor  # [N, L] bool
 
-    def take(self, samples: list[int]) -> Trace:
+    def take(self, samples: list[int]) -> Self:
         """Return the rows of these samples."""
         return Trace(
             conditional=TokenStats(*(field[samples] for field in self.conditional)),
@@ -129,7 +127,7 @@ class Rollout:
     text: Trace
     image: Trace
 
-    def take(self, samples: list[int]) -> Rollout:
+    def take(self, samples: list[int]) -> Self:
         """Return the part of these samples, given by their index in this rollout."""
 
         def pick(values: list) -> list:
@@ -171,6 +169,6 @@ class Scored:
     metrics: dict[str, Tensor] = field(default_factory=dict)  # name -> [N], of `metric_funcs`
 
     @classmethod
-    def of(cls, rollout: Rollout, rewards: Rewards, advantage_N: Tensor) -> Scored:
+    def of(cls, rollout: Rollout, rewards: Rewards, advantage_N: Tensor) -> Self:
         """Join what the stages before the update gave."""
         return cls(rollout, rewards.terms, rewards.total_N, advantage_N, rewards.metrics)

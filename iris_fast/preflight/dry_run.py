@@ -1,7 +1,5 @@
 """`--dry_run true`, and the same estimate as a check before a run starts on a GPU."""
 
-from __future__ import annotations
-
 import torch
 
 from iris_fast.config import TrainConfig

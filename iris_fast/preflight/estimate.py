@@ -6,8 +6,6 @@ GPU's matrix rate and bytes at its copy rate, without any overhead.
 `item` is the size of the compute dtype in bytes, `world_size` the number of GPUs.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

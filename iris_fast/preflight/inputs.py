@@ -1,7 +1,5 @@
 """Prompts and model: opened, and checked against each other before a command starts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -12,8 +12,6 @@ No file is a pickle that could run code: safetensors and JSON, and tensors and p
 with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle

@@ -1,7 +1,5 @@
 """What a run writes to and what stops it: folder, log, checkpoints, ranks, stop signal."""
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import sys

@@ -1,7 +1,5 @@
 """The curves of a report: values by step and their moving mean."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean

@@ -3,8 +3,6 @@
 config.yaml  metrics.jsonl  samples/step_NNNNN.png  checkpoints/step_NNNNN/  report.html
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Warnings for runs that look healthy and are not."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from typing import Any

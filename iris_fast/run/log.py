@@ -1,7 +1,5 @@
 """The log of a run: metrics.jsonl, console lines, and a tracker."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -20,14 +18,6 @@ from iris_fast.run.folder import RunFolder
 from iris_fast.run.health import find_warnings
 from iris_fast.run.samples import read_samples
 from iris_fast.run.trackers import Tracker
-
-
-def open_log(folder: RunFolder, config: TrainConfig, step: int, ranks: Ranks) -> Log:
-    """Open the log of a run that is at `step`, with the tracker that `report_to` names."""
-    log = Log(folder.metrics, step, config.max_steps, ranks.is_first)
-    if ranks.is_first and config.report_to != "none":
-        log.tracker = Tracker(config, folder.path)
-    return log
 
 
 class Log:
@@ -107,6 +97,14 @@ class Log:
     def _seconds_left(self, step: int) -> float:
         elapsed_s = time.perf_counter() - self._opened_at
         return elapsed_s / (step - self._first_step) * (self._max_steps - step)
+
+
+def open_log(folder: RunFolder, config: TrainConfig, step: int, ranks: Ranks) -> Log:
+    """Open the log of a run that is at `step`, with the tracker that `report_to` names."""
+    log = Log(folder.metrics, step, config.max_steps, ranks.is_first)
+    if ranks.is_first and config.report_to != "none":
+        log.tracker = Tracker(config, folder.path)
+    return log
 
 
 def console_line(metrics: dict[str, Any], max_steps: int, seconds_left: float) -> str:

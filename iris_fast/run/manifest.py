@@ -1,7 +1,5 @@
 """The manifest of a checkpoint folder: size and SHA-256 of every file, written last."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Names end in their unit (`_s`, `_bytes`, `_tokens`); a metric without a unit is 
 fraction in [0, 1], or a reward.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The origin of a run: its commit, hardware and command."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -3,8 +3,6 @@
 iris-fast itself uses none of them (see `iris_fast.rollout`), but external rewards may.
 """
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

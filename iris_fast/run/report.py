@@ -1,7 +1,5 @@
 """report.html: a run on one page that opens from disk and loads nothing from elsewhere."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a run starts: at its newest valid checkpoint, or at step 0."""
 
-from __future__ import annotations
-
 import sys
 
 from iris_fast.config import TrainConfig

@@ -4,11 +4,10 @@ samples/step_00050.png    one row of images per prompt
 samples/step_00050.json   the prompts, their chains of thought, the metrics of every image
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from PIL import Image
 
@@ -36,7 +35,7 @@ class Samples:
         """Average each metric over all images."""
         return {name: sum(values) / len(values) for name, values in self.metrics.items()}
 
-    def of_prompt(self, row: int) -> Samples:
+    def of_prompt(self, row: int) -> Self:
         """Select the samples of one prompt."""
         own = slice(row * self.per_prompt, (row + 1) * self.per_prompt)
         metrics = {name: values[own] for name, values in self.metrics.items()}

@@ -1,11 +1,9 @@
 """SIGTERM and Ctrl-C: recorded when they arrive, acted on at the next safe point of the loop."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
-from typing import Any
+from typing import Any, Self
 
 
 class Interrupted(Exception):
@@ -26,7 +24,7 @@ class StopSignal:
         self._first_at = 0.0
         self._previous_handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous_handlers[number] = signal.signal(number, self._handle)
         return self

@@ -1,7 +1,5 @@
 """Experiment trackers (tensorboard, wandb, trackio), through accelerate."""
 
-from __future__ import annotations
-
 import importlib.util
 import netrc
 import os

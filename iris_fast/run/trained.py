@@ -1,7 +1,5 @@
 """The trained model of a run folder."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
