@@ -55,7 +55,7 @@ def make_parser(config_class: type[Any], program: str) -> jsonargparse.ArgumentP
 
 
 def parse(config_class: type[Config], program: str, arguments: list[str]) -> Config:
-    """The checked settings that `arguments` (without the program's name) ask for.
+    """The checked settings for the command-line `arguments`, without the program's name.
 
     UserError, one line, for an unknown name or a value that does not fit. Flags override --config
     files wherever they stand, later files earlier ones. --help and --print_config print and exit.
@@ -91,8 +91,10 @@ def split_arguments(
         if flag in ("-h", "--help", "--print_config"):
             requests.append(argument)
             continue
+        if not flag.startswith("--"):
+            raise UserError(f"{argument}: not a setting; write --NAME VALUE, see --help")
         name = flag.removeprefix("--")
-        check_name(name if name != flag else argument, [*known, "config"])
+        check_name(name, [*known, "config"])
         if not has_value:
             if not rest or rest[0].startswith("--"):
                 raise UserError(f"{name}: no value given; write {flag} VALUE, a switch {flag} true")
@@ -113,18 +115,13 @@ def settings_of_file(path: str, config_class: type[Config]) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            f"config: {path} cannot be read ({error.strerror}); give a YAML file of settings"
-        ) from None
+        raise UserError(f"config: {path} cannot be read ({error.strerror}); give a file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config: {path} is not YAML ({error}); fix the file, or start from --print_config"
-        ) from None
+        remedy = "fix the file, or start from --print_config"
+        raise UserError(f"config: {path} is not YAML ({error}); {remedy}") from None
     if not isinstance(settings, dict):
-        raise UserError(
-            f"config: {path} holds no settings; write lines such as `max_steps: 100`, or start "
-            "from --print_config"
-        )
+        remedy = "write lines such as `max_steps: 100`, or start from --print_config"
+        raise UserError(f"config: {path} has no settings in it; {remedy}")
     for name, value in settings.items():
         if isinstance(value, date):  # YAML reads a name such as 2026-01-31 as a date
             settings[name] = str(value)
@@ -147,7 +144,7 @@ def check_name(name: Any, known: list[str]) -> None:
 
 
 def check_value(parser: jsonargparse.ArgumentParser, name: str, value: Any, kind: Any) -> Any:
-    """`value` (text where it is from a flag) as the type `kind`; UserError if it does not fit."""
+    """`value`, which is text if it is from a flag, as a `kind`; UserError if it does not fit."""
     if get_origin(kind) is UnionType:  # all of them are `... | None`
         kind = get_args(kind)[0]
     elif value is None:

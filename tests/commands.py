@@ -1,8 +1,8 @@
-"""Runs the project's commands as a shell would, without paying for `import torch` every time.
+"""Run the project's commands as a shell would, without importing torch every time.
 
-`start` forks a process from a server that has torch imported and then runs `python -m MODULE` in
-it: own working folder, environment, signal handlers, standard streams and exit code. With `ranks`
-it starts as many, in one process group, as torchrun would. `launch` is the real thing: a new
+`start` forks a process from a server that has imported torch, and runs `python -m MODULE` in it
+with its own working directory, environment, signal handlers, standard streams and exit code. With
+`ranks` it starts several, in one process group, as torchrun would. `launch` starts a new
 interpreter, or torchrun with its workers.
 """
 
@@ -26,7 +26,7 @@ import torch.distributed as dist
 TIMEOUT_S = 120.0
 
 _context = multiprocessing.get_context("forkserver")
-# Not iris_fast.train or .generate themselves: `-m` must find them fresh.
+# Not iris_fast.train or .generate themselves: `-m` must import them anew.
 _context.set_forkserver_preload(
     [
         "iris_fast.grpo.update",
@@ -40,7 +40,7 @@ _context.set_forkserver_preload(
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended. Of several ranks: the first's code and output, and all their errors."""
+    """A finished command: exit code and output of rank 0, errors and codes of all ranks."""
 
     code: int
     out: str
@@ -56,7 +56,7 @@ class Finished:
 
 
 class Running:
-    """A command on its way."""
+    """A running command."""
 
     def __init__(
         self, module: str, arguments: list[str], ranks: int, cwd: Path, environment: dict[str, str]
@@ -65,7 +65,7 @@ class Running:
         self._logs = Path(self._folder.name)
         self._store = None
         if ranks > 1:
-            # Held here, as torchrun's agent holds it: no port is guessed.
+            # Created here, as by torchrun's agent, with any free port.
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             environment = environment | {
                 "WORLD_SIZE": str(ranks),
@@ -89,7 +89,7 @@ class Running:
         return path.read_text() if path.exists() else ""
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> Finished:
-        """Until all ranks have ended; they are killed after `timeout_s`."""
+        """Wait until all ranks have ended; kill them after `timeout_s`."""
         try:
             for process in self.processes:
                 process.join(timeout_s)
@@ -112,7 +112,7 @@ def start(
 
 
 def run(module: str, *arguments: object, cwd: Path, ranks: int = 1, **environment: str) -> Finished:
-    """The same, to its end."""
+    """Start a command and wait for its end."""
     return start(module, *arguments, cwd=cwd, ranks=ranks, **environment).wait()
 
 
@@ -134,7 +134,7 @@ def _run(
     sys.path.insert(0, cwd)
     sys.argv = [module, *arguments]
     gc.freeze()  # see conftest.py
-    # A shell's background jobs, the tests perhaps among them, are started deaf to Ctrl-C.
+    # A shell starts its background jobs, perhaps the tests, with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
@@ -169,5 +169,5 @@ def wait_for(holds: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
     """Return as soon as `holds()` does; AssertionError after `timeout_s`."""
     until = time.monotonic() + timeout_s
     while not holds():
-        assert time.monotonic() < until, "waited in vain"
+        assert time.monotonic() < until, f"not reached within {timeout_s} s"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What all tests share: which of them need a GPU or real inputs, and the small models they run."""
+"""Shared by all tests: markers, fixtures, and a small training run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from iris_fast.distributed import Ranks
 from iris_fast.records import Prompt, Rollout
 from iris_fast.train import main
 
-# Three prompts, so that a run of a few steps meets the end of the file in the middle of a step.
+# Three prompts, so that a run of a few steps reaches the end of the file within a step.
 THREE = "a red cube\na blue ball left of a green cone\ntwo yellow pyramids\n"
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -27,11 +27,11 @@ SHARED = ROOT.parent / "shared"
 
 def pytest_configure() -> None:
     hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
-    hypothesis.settings.load_profile("project")  # how long an example takes is no property
-    torch.set_num_threads(1)  # two workers on two cores: more threads only get in each other's way
-    # It notes every tensor of every checkpoint, at length: the report of any failing test.
+    hypothesis.settings.load_profile("project")  # no deadline: time per example is not tested
+    torch.set_num_threads(1)  # one thread per pytest worker
+    # It logs every tensor of every checkpoint, which floods the report of a failing test.
     dcp_logger.setLevel(logging.WARNING)
-    logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # likewise every graph's making
+    logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # every compiled graph
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,30 +41,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "browser" in item.keywords and not shutil.which("chromium"):
             item.add_marker(pytest.mark.skip(reason="needs chromium"))
         if "shared" in item.keywords and not SHARED.is_dir():
-            item.add_marker(pytest.mark.skip(reason="needs ../shared, which is not here"))
+            item.add_marker(pytest.mark.skip(reason="needs ../shared"))
 
 
 def pytest_collection_finish() -> None:
-    """A training run ends with a garbage collection: not of all that was imported before it."""
+    """Training runs end with a garbage collection; exclude the imported modules from it."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or Triton's bindings count it all as leaked
+    gc.unfreeze()  # Triton's bindings would report it all as leaked
 
 
 @pytest.fixture
 def shared() -> Path:
     """The folder of real prompt files and fixture checkpoints."""
     if not SHARED.is_dir():
-        pytest.skip("needs ../shared, which is not here")
+        pytest.skip("needs ../shared")
     return SHARED
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that is the current one."""
+    """An empty folder, which is the current directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -72,7 +72,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     """A process group of one, for tests without sharded models."""
-    monkeypatch.setattr(distributed.gc, "collect", lambda: 0)  # for those, and slow
+    monkeypatch.setattr(distributed.gc, "collect", lambda: 0)  # slow, and not needed
     with distributed.start("cpu", 60.0) as started:
         yield started
 
@@ -106,7 +106,7 @@ def prompts(here: Path) -> str:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory) -> Path:
-    """A run of 5 steps with everything switched on. Read-only."""
+    """A run of 5 steps with checkpoints and sample grids. Read-only."""
     folder = tmp_path_factory.mktemp("run") / "run"
     config = quick(folder, max_steps=5, save_steps=2, sample_steps=2, num_sample_prompts=3)
     assert main(config) == 0

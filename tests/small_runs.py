@@ -1,4 +1,4 @@
-"""Small training runs, and what is left of them on disk."""
+"""Small training runs, and what they write to disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from iris_fast.prompts import PromptSource
 from iris_fast.records import Rollout, Scored, Trace
 from iris_fast.rewards.score import Scorer, load_rewards
 
-# A step of a fraction of a second, with everything in it.
+# A step takes a fraction of a second and uses text and image.
 QUICK: dict[str, Any] = {
     "cot": True,
     "per_device_train_batch_size": 1,
@@ -39,7 +39,7 @@ QUICK: dict[str, Any] = {
     "save_steps": 0,
     "max_steps": 2,
 }
-# What may differ between two runs that are the same.
+# Metrics that differ between two equal runs.
 MEASURED = ("rollout_s", "train_s", "images_per_s", "peak_memory_bytes")
 
 needs_scaled_products = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def quick(output_dir: Path | str, **changes: Any) -> TrainConfig:
 
 
 def flags(**changes: Any) -> list[str]:
-    """The same as a command line."""
+    """The settings of a quick run as a command line."""
     words = []
     for name, value in (QUICK | changes).items():
         words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
@@ -78,7 +78,7 @@ def score(rollout: Rollout, config: TrainConfig, ranks: Ranks, decode: Any = Non
 
 
 def metrics(run: Path | str) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without what is measured by a clock."""
+    """The rows of metrics.jsonl, without `MEASURED`."""
     rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
@@ -95,7 +95,7 @@ def tensors(run: Path | str, step: int) -> dict[str, Tensor]:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below `folder` with the hash of its content."""
+    """Every file below `folder` with a hash of its content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -104,7 +104,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def make_trace(lengths: list[int], seed: int) -> Trace:
-    """Statistics of tokens that are all different; 0 where no token is."""
+    """Different statistics for every token; 0 at padding."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
 
@@ -117,8 +117,7 @@ def make_trace(lengths: list[int], seed: int) -> Trace:
 
 @torch.no_grad()
 def set_spread(loaded: LoadedJanus, text: float, image: float) -> None:
-    """Scale both heads until the logits of a typical prompt have these standard deviations,
-    whatever the weights were."""
+    """Scale both heads so that the logits of a typical prompt have these standard deviations."""
     janus = loaded.model
     ids = torch.tensor(loaded.tokenizer.encode("a small blue ball left of a large green cone"))
     attention = PackedAttention([len(ids)])
@@ -130,7 +129,7 @@ def set_spread(loaded: LoadedJanus, text: float, image: float) -> None:
 
 
 def assert_same_run(left: Path | str, right: Path | str, step: int) -> None:
-    """Bitwise: metrics of every step, weights and moments after the last."""
+    """Bitwise equality of the metrics of every step, and of weights and moments after the last."""
     assert metrics(left) == metrics(right)
     ours, theirs = tensors(left, step), tensors(right, step)
     assert ours.keys() == theirs.keys()
@@ -140,7 +139,7 @@ def assert_same_run(left: Path | str, right: Path | str, step: int) -> None:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Memory of an AdamW's moments: of storages, whatever shape they show."""
+    """Memory of AdamW's moments, counted by storage."""
     total = 0
     for state in optimizer.state.values():
         for moment in (state["exp_avg"], state["exp_avg_sq"]):

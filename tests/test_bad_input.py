@@ -1,5 +1,5 @@
-"""What a user can get wrong: one line on what, where and how to mend; a failing exit code; nothing
-written over. Each case is the real command, on a real file."""
+"""User errors: one line with the place and the remedy, exit code 2, no file changed. Each case runs
+the command on real files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = ["--image_token_num_per_image", "4"]
 
 
 def refused(cwd: Path, *arguments: object, module: str = "iris_fast.train") -> str:
-    """The one line with which the command stops, having changed nothing below `cwd`."""
+    """The one line with which the command fails, having changed nothing below `cwd`."""
     before = tree(cwd), sorted(cwd.rglob("*"))
     words = flags() if module == "iris_fast.train" else SMALL
     finished = run(module, *words, *arguments, cwd=cwd)
@@ -69,12 +69,12 @@ PROMPTS: dict[str, tuple[str, bytes | None, list[str]]] = {
 
 
 @pytest.mark.parametrize("module", ["iris_fast.train", "iris_fast.generate"])
-@pytest.mark.parametrize(("name", "content", "told"), PROMPTS.values(), ids=PROMPTS)
-def test_prompt_files(here, module, name, content, told):
+@pytest.mark.parametrize(("name", "content", "expected"), PROMPTS.values(), ids=PROMPTS)
+def test_prompt_files(here, module, name, content, expected):
     if content is not None:
         (here / name).write_bytes(content)
     line = refused(here, "--prompts", name, "--output_dir", "out", module=module)
-    assert all(part in line for part in ["prompts: ", *told]), line
+    assert all(part in line for part in ["prompts: ", *expected]), line
 
 
 @pytest.mark.parametrize("module", ["iris_fast.train", "iris_fast.generate"])
@@ -90,7 +90,7 @@ def test_sequences_longer_than_the_model_has_positions_for(here, module, cot):
     assert ("lower --max_completion_length or" in line) == cot
 
 
-def test_emoji_are_no_mistake(here):
+def test_emoji_are_accepted(here):
     (here / "p.txt").write_text("a 😀 cube and a 👩‍👩‍👧\n")
     words = flags(prompts="p.txt", output_dir="out", sample_steps=1, max_steps=1)
     finished = run("iris_fast.train", *words, cwd=here)
@@ -154,14 +154,14 @@ def enlarge_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-def only_a_note(folder: Path) -> None:
+def only_a_readme(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
     (folder / "README.md").write_text("not here")
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
-    "no checkpoint": (only_a_note, ["model", "no config.json", "not a checkpoint"]),
+    "no checkpoint": (only_a_readme, ["model", "no config.json", "not a checkpoint"]),
     "another architecture": (change_config("model_type", to="llama"), ["config.json", "'llama'"]),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
     "truncated safetensors": (truncate_weights, ["model.safetensors", "damaged"]),
@@ -179,21 +179,21 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "told"), CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_model_folders(here, tiny_folder, damage, told):
+@pytest.mark.parametrize(("damage", "expected"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_model_folders(here, tiny_folder, damage, expected):
     shutil.copytree(tiny_folder, here / "model")
     damage(here / "model")
     (here / "p.txt").write_text("a cube\n")
     arguments = ["--model", "model", "--prompts", "p.txt", "--output_dir", "out"]
     line = refused(here, *arguments)
-    assert all(part in line for part in told), line
+    assert all(part in line for part in expected), line
     assert not (here / "evil_ran").exists()
     assert refused(here, *arguments, module="iris_fast.generate") == line.replace(
         "iris_fast.train", "iris_fast.generate"
     )
 
 
-def test_a_model_that_is_nowhere(here):
+def test_a_model_that_does_not_exist(here):
     (here / "p.txt").write_text("a cube\n")
     for model in ("absent", "./absent/folder", "p.txt"):
         line = refused(here, "--model", model, "--prompts", "p.txt")
@@ -205,7 +205,7 @@ def test_a_model_without_prompts(here, tiny_folder):
     assert "needs a prompt file; add --prompts FILE" in line
 
 
-def test_more_image_tokens_than_the_model_draws(here):
+def test_more_image_tokens_than_the_model_generates(here):
     line = refused(here, "--image_token_num_per_image", "100")
     assert "image_token_num_per_image: 100" in line
     assert "64" in line
@@ -218,7 +218,7 @@ def test_an_instruction_without_its_placeholder(here):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there(here):
+def test_a_gpu_that_does_not_exist(here):
     assert "device: cuda is not available" in refused(here, "--device", "cuda")
 
 
@@ -233,7 +233,7 @@ def test_attention_that_needs_a_gpu_is_refused_before_anything_is_opened(here, m
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_half_of_a_launchers_environment(here, name):
-    """Else rank 1 of 2 waits for a rank 0 that nobody starts."""
+    """Otherwise rank 1 of 2 would wait for a rank 0 that is not started."""
     finished = run("iris_fast.train", *flags(), cwd=here, **{name: "1"})
     check_refusal(finished, "iris_fast.train")
     assert "is not set, while other variables of a launcher are" in finished.error_line
@@ -242,15 +242,15 @@ def test_half_of_a_launchers_environment(here, name):
 # --- Output folders -------------------------------------------------------------------------------
 
 
-def test_a_folder_that_holds_another_run(here):
+def test_a_folder_with_another_run(here):
     train(quick("run", max_steps=1))
     line = refused(here, "--output_dir", "run")
     assert "output_dir: run is not empty and is not overwritten" in line
     assert "--resume_from_checkpoint true" in line
 
 
-def test_a_folder_that_a_running_process_has(here):
-    """The second would write the same checkpoints, and drop the first one's lines."""
+def test_a_folder_in_use_by_a_running_process(here):
+    """A second process would write the same checkpoints and delete rows of the first."""
     words = flags(output_dir="run", max_steps=10_000)
     first = start("iris_fast.train", *words, cwd=here)
     wait_for(lambda: (here / "run" / "metrics.jsonl").exists())
@@ -264,7 +264,7 @@ def test_a_folder_that_a_running_process_has(here):
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_folder_that_holds_something_else(here):
+def test_a_folder_with_other_files(here):
     (here / "photos").mkdir()
     (here / "photos" / "cat.jpg").write_bytes(b"cat")
     assert "photos is not empty" in refused(here, "--output_dir", "photos")
@@ -284,7 +284,7 @@ def test_a_file_in_place_of_the_folder(here):
 def test_a_read_only_folder(here, module, output):
     (here / "locked").mkdir()
     with read_only(here / "locked") as locked:
-        cwd = here if output else locked  # or the default folder, below a locked current one
+        cwd = here if output else locked  # or the default folder in a locked directory
         line = refused(cwd, *output, module=module)
         assert "cannot be written (Read-only file system)" in line
         assert "name a place that you may write to" in line
@@ -303,7 +303,7 @@ def test_resuming_with_other_prompts(here):
     resume = ["--output_dir", "run", "--prompts", "p.txt", "--resume_from_checkpoint", "true"]
     (here / "p.txt").write_text("a cube\na cone\n")
     assert "p.txt holds other prompts than when" in refused(here, *resume)
-    (here / "p.txt").write_text("a ball\na cube\n")  # the order counts
+    (here / "p.txt").write_text("a ball\na cube\n")  # the order matters
     assert "p.txt holds other prompts than when" in refused(here, *resume)
     (here / "p.txt").write_text("a cube \r\na ball\n\n")  # white space does not
     assert run("iris_fast.train", *flags(), *resume, cwd=here).code == 0
@@ -319,7 +319,7 @@ def test_a_reward_whose_field_no_prompt_has(here):
     assert not (here / "run").exists()
 
 
-def test_resuming_what_is_no_run(here):
+def test_resuming_a_folder_without_a_run(here):
     line = refused(here, "--output_dir", "absent", "--resume_from_checkpoint", "true")
     assert "absent holds no run" in line
     assert "output_dir" in refused(here, "--resume_from_checkpoint", "true")
@@ -340,8 +340,8 @@ def test_a_run_that_diverges_stops_in_one_line_and_keeps_its_checkpoints(here):
 
 
 @pytest.mark.parametrize("module", ["iris_fast.train", "iris_fast.generate"])
-def test_a_new_interpreter_says_the_same(here, module):
-    """All cases above run in forked processes; this one is `python -m` itself."""
+def test_a_new_interpreter_prints_the_same(here, module):
+    """The cases above run in forked processes, this one runs `python -m`."""
     finished = subprocess.run(
         [sys.executable, "-m", module, "--prompts", "absent.txt"],
         capture_output=True,
@@ -356,8 +356,8 @@ def test_a_new_interpreter_says_the_same(here, module):
     assert list(here.iterdir()) == []
 
 
-def test_two_ranks_speak_once(here):
+def test_two_ranks_print_the_same_line(here):
     finished = run("iris_fast.train", "--prompts", "absent.txt", cwd=here, ranks=2)
     assert set(finished.codes) == {2}
-    # torchrun ends the second rank while it still waits; here nobody does.
+    # torchrun would end the second rank while it still waits.
     assert len(set(finished.err.splitlines())) == 1

@@ -54,8 +54,8 @@ def test_precedence_is_defaults_preset_file_flags(yaml_file):
     file = yaml_file("max_steps: 7\nlearning_rate: 1e-5\nbeta: 0.5\n")
     config = train_config("--preset", "tiny", "--config", file, "--beta", "0.25")
     assert config.beta == 0.25  # flag over file
-    assert config.max_steps == 7  # file over preset (12)
-    assert config.learning_rate == 1e-5  # and 1e-5 is a number, which YAML 1.1 alone denies
+    assert config.max_steps == 7  # file over preset (60)
+    assert config.learning_rate == 1e-5  # a number here, although text in YAML 1.1
     assert config.max_completion_length == 24  # preset over default (256)
     assert config.epsilon == 0.2  # default
 
@@ -124,7 +124,13 @@ def test_an_unknown_name_is_refused_with_the_nearest(yaml_file, arguments, wrong
     assert "\n" not in str(refusal.value)
 
 
-def test_a_name_like_no_other_is_pointed_to_help():
+@pytest.mark.parametrize("word", ["seed", "p.txt", "-seed"])
+def test_a_word_without_dashes_is_refused(word):
+    with pytest.raises(UserError, match=f"^{re.escape(word)}: not a setting; write --NAME VALUE"):
+        train_config(word, "3")
+
+
+def test_a_name_without_a_near_match_points_to_help():
     with pytest.raises(UserError, match=r"^xyzzy: there is no such setting; --help lists them"):
         train_config("--xyzzy", "3")
 
@@ -178,8 +184,8 @@ def test_a_name_like_no_other_is_pointed_to_help():
         (["--model", "somewhere"], "prompts: --model somewhere needs a prompt file"),
         (["--resume_from_checkpoint", "true"], "resume_from_checkpoint: .*--output_dir"),
         (["--config", "absent.yaml"], "config: .*absent.yaml"),
-        (["--config", "list.yaml"], "config: list.yaml holds no settings"),
-        (["--config", "empty.yaml"], "config: empty.yaml holds no settings"),
+        (["--config", "list.yaml"], "config: list.yaml has no settings in it"),
+        (["--config", "empty.yaml"], "config: empty.yaml has no settings in it"),
         (["--config", "broken.yaml"], "config: broken.yaml is not YAML .*line 2"),
         (["--config", "binary.yaml"], "config: binary.yaml is not YAML"),
         (["--config", "preset.yaml"], "preset: .*tiny"),
@@ -192,7 +198,7 @@ def test_a_name_like_no_other_is_pointed_to_help():
         (["--epsilon_high", "nan"], "epsilon_high: nan is not valid; give a number"),
     ],
 )
-def test_a_value_that_does_not_fit_is_told_by_name(here, arguments, message):
+def test_an_invalid_value_is_reported_with_its_setting(here, arguments, message):
     Path("list.yaml").write_text("- a\n")
     Path("empty.yaml").write_text("")
     Path("broken.yaml").write_text("seed: 1\nmax_steps: [3\n")
@@ -229,8 +235,7 @@ def test_greedy_generation_may_have_temperature_0_and_training_not():
 
 
 @pytest.mark.parametrize("config_class", [TrainConfig, GenerateConfig])
-def test_a_line_without_a_value_is_taken_by_no_setting_that_needs_one(here, config_class):
-    """But by those that may be None, as a config.yaml holds them."""
+def test_null_is_valid_only_for_settings_that_may_be_none(here, config_class):
     for field in dataclasses.fields(config_class):
         Path("null.yaml").write_text(f"{field.name}: null\n")
         if "None" in str(field.type):
@@ -260,7 +265,7 @@ def test_print_config_reads_back_to_the_same_settings(here):
 
 
 @pytest.mark.parametrize("config_class", [TrainConfig, GenerateConfig])
-def test_every_setting_is_in_help_with_an_explanation(config_class):
+def test_every_setting_has_a_help_text(config_class):
     helps = {action.dest: action.help for action in make_parser(config_class, "p")._actions}
     for field in dataclasses.fields(config_class):
         assert len(helps[field.name] or "") > 10, field.name
@@ -351,7 +356,7 @@ def test_a_typo_is_one_line_and_exit_code_2(here, module):
 
 
 @pytest.mark.parametrize("module", ["iris_fast.train", "iris_fast.generate"])
-def test_a_typo_is_answered_before_torch_is_imported(here, module):
+def test_a_typo_is_reported_before_torch_is_imported(here, module):
     (here / "torch.py").write_text("raise SystemExit('torch was imported')")
     finished = subprocess.run(
         [sys.executable, "-m", module, "--sead", "3"], capture_output=True, text=True, check=False
@@ -363,7 +368,7 @@ def test_a_typo_is_answered_before_torch_is_imported(here, module):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--cot"], "write --cot VALUE, a switch --cot true"),
         (["--cot", "maybe"], "cot: maybe is not valid; give true or false"),
@@ -381,8 +386,8 @@ def test_a_typo_is_answered_before_torch_is_imported(here, module):
         ),
     ],
 )
-def test_what_users_of_other_trainers_write_is_answered_with_what_to_write(arguments, said):
-    with pytest.raises(UserError, match=re.escape(said)):
+def test_the_syntax_of_other_trainers_is_answered_with_ours(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
         train_config(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""`python -m iris_fast.export`: a run's weights as checkpoints that others open."""
+"""`python -m iris_fast.export`: a run's weights as a model folder that others open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from iris_fast.train import train
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run whose weights have moved. Read-only."""
+    """A run whose weights have changed. Read-only."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     train(quick(folder, save_steps=1, train_image_head=True))
     return folder
@@ -77,7 +77,7 @@ def test_the_command_writes_bfloat16_in_the_transformers_layout(trained, here):
         assert torch.equal(tensor, expected[name].bfloat16().float()), name
 
 
-def test_an_export_is_a_model_to_train_and_draw_with(trained, here):
+def test_an_export_can_be_trained_and_generated_with(trained, here):
     export(trained, here / "out", "original", "float32")
     (here / "p.txt").write_text("a cube\n")
     train(quick("run", model="out", prompts="p.txt", max_steps=1))
@@ -85,7 +85,7 @@ def test_an_export_is_a_model_to_train_and_draw_with(trained, here):
     assert run("iris_fast.generate", *words, cwd=here).code == 0
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(trained, here):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(trained, here):
     shutil.copytree(trained, here / "run")
     (here / "run" / "checkpoints" / "step_00002" / "state.json").write_text("{}")
     finished = run("iris_fast.export", "run", "out", "--dtype", "float32", cwd=here)
@@ -97,7 +97,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(trained, here
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["absent", "out"], "absent has no config.yaml"),
         (["empty", "out"], "empty has no valid checkpoint"),
@@ -109,7 +109,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(trained, here
         (["run", "out", "--dtpye", "float32"], "--dtpye"),
     ],
 )
-def test_mistakes_are_one_line_and_change_nothing(trained, here, words, told):
+def test_errors_are_one_line_and_change_nothing(trained, here, words, message):
     (here / "run").symlink_to(trained)
     (here / "file").write_text("mine")
     for folder in ("empty", "odd", "full"):
@@ -121,5 +121,5 @@ def test_mistakes_are_one_line_and_change_nothing(trained, here, words, told):
     finished = run("iris_fast.export", *words, cwd=here)
     assert finished.code == 2
     assert finished.error_line.startswith("iris_fast.export: error: ")
-    assert told in finished.error_line
+    assert message in finished.error_line
     assert tree(here) == before

@@ -1,4 +1,4 @@
-"""Two ranks are one."""
+"""Two ranks give the results of one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from iris_fast.train import train
 
 
 def assert_close_runs(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> None:
-    """To float32 round-off.
+    """Equal up to float32 rounding.
 
     The loss is a small difference of terms of size 1, which themselves are rewards' differences
     divided by a small spread, and the mismatch is round-off itself: these two by absolute size.
@@ -40,18 +40,18 @@ def assert_close_runs(left: list[dict[str, Any]], right: list[dict[str, Any]]) -
     ],
     ids=["grpo", "dapo, accumulating, batch scale", "adapters, checkpointed blocks"],
 )
-def test_two_ranks_are_one(prompts, settings):
+def test_two_ranks_give_the_results_of_one(prompts, settings):
     settings = {"prompts": prompts, "max_steps": 3, "learning_rate": 1e-4, **settings}
     train(quick("one", **settings, per_device_train_batch_size=2))
     command = [*flags(**settings, per_device_train_batch_size=1), "--output_dir", "two"]
     finished = run("iris_fast.train", *command, cwd=Path.cwd(), ranks=2)
     assert (finished.codes, finished.err) == ([0, 0], "")
-    assert finished.out.count("step 1/") == 1  # rank 0 alone speaks
+    assert finished.out.count("step 1/") == 1  # only rank 0 prints
     assert_close_runs(metrics("one"), metrics("two"))
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_8bit"])
-def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(prompts, optim):
+def test_a_checkpoint_of_two_ranks_resumes_with_one_and_back(prompts, optim):
     settings = {"prompts": prompts, "learning_rate": 1e-4, "optim": optim}
     two = {"per_device_train_batch_size": 1}
     one = {"per_device_train_batch_size": 2}
@@ -77,7 +77,7 @@ def test_two_ranks_resume_bitwise(prompts):
     assert metrics("whole") == metrics("parts")
 
 
-def test_another_number_of_ranks_inside_a_rollout_is_refused_and_says_why(prompts):
+def test_another_number_of_ranks_within_a_rollout_is_refused(prompts):
     settings = {"prompts": prompts, "num_iterations": 2}
     train(quick("run", **settings, per_device_train_batch_size=2, max_steps=1))
     before = tree(Path.cwd())
@@ -91,7 +91,7 @@ def test_another_number_of_ranks_inside_a_rollout_is_refused_and_says_why(prompt
     assert tree(Path.cwd()) == before
 
 
-def test_a_mistake_that_one_rank_alone_meets_is_a_line_a_rank(here):
+def test_an_error_of_one_rank_is_one_line_per_rank(here):
     (here / "half_bad.py").write_text(
         "import os\n"
         "def reward(prompts, images):\n"
@@ -122,8 +122,8 @@ def test_real_layouts_and_prompts_on_one_and_two_ranks(shared, here, layout, pro
         "num_generations": 4,
         "num_sample_prompts": 4,
         "max_completion_length": 8,
-        # Logits differ by round-off, so a draw that falls between the two picks another token:
-        # about once in fifty such runs. It does with the default seed.
+        # Logits differ by rounding, so that about one in fifty such runs samples another token.
+        # With the default seed this happens.
         "seed": 7,
     }
     words = [word for name, value in common.items() for word in (f"--{name}", value)]
