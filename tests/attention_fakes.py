@@ -1,5 +1,5 @@
-"""Stand-ins for the attention packages that need a GPU: the real signatures, and the mathematics
-written out from nothing but the arguments that arrive."""
+"""Stand-ins for the attention packages that need a GPU: the real signatures, and attention written
+out from the arguments alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def causal_inside(query: Tensor, key: Tensor, value: Tensor, lengths: list[int])
 
 
 def lengths_of(ends_B1: Tensor, longest: int, rows: int) -> list[int]:
-    """What cumulated lengths say, checked as the kernels would have it."""
+    """The lengths that cumulative ones stand for, checked as the kernels require them."""
     assert ends_B1.dtype == torch.int32
     assert ends_B1.is_contiguous()
     lengths = ends_B1.diff().tolist()
@@ -102,7 +102,7 @@ def varlen_2_10(calls: Calls):
 
 
 def varlen_2_11(calls: Calls):
-    """torch 2.11's: windows, and no word on GQA."""
+    """torch 2.11's: with windows, without GQA."""
 
     def varlen_attn(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
@@ -134,7 +134,7 @@ def varlen_2_12(calls: Calls):
 
 
 def install(name: str, monkeypatch) -> Calls:
-    """Put the stand-in called `name` where the real one would be, for as long as the test runs."""
+    """Replace the real implementation by the stand-in called `name` during the test."""
     for lookup in ("_varlen", "_flash_attn", "_xformers"):  # what was found before, or will be
         original = getattr(packed_attention, lookup).__wrapped__
         monkeypatch.setattr(packed_attention, lookup, functools.cache(original))

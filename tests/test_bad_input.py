@@ -45,7 +45,7 @@ def check_refusal(finished: Finished, module: str) -> None:
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory) -> Path:
-    """The tiny model as a checkpoint folder. Read-only."""
+    """The tiny model as a folder. Read-only."""
     return save_janus(build_random_tiny(), tmp_path_factory.mktemp("tiny") / "model")
 
 

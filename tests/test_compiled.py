@@ -18,7 +18,7 @@ MEAN_METRICS = ("loss", "kl", "ratio", "reward", "image_nsc", "text_nsc", "grad_
 
 @pytest.fixture(autouse=True)
 def _a_cheap_backend(monkeypatch):
-    """Traces and differentiates as inductor has it, and runs the graphs as they are."""
+    """Trace and differentiate as for inductor, and run the graphs as they are."""
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
@@ -59,7 +59,7 @@ def test_a_compiled_step_has_the_same_gradients_and_metrics(here, settings):
 
 
 def test_no_step_compiles_anew(here):
-    """Lengths change from step to step, and with the second pass over a rollout nothing else."""
+    """Lengths change from step to step, and the second pass over a rollout changes nothing else."""
     train(quick("run", max_steps=6, torch_compile=True, num_iterations=2, max_completion_length=20))
     tokens = [row["cot_tokens"] for row in metrics("run")]
     assert len(set(tokens)) > 1
@@ -83,7 +83,7 @@ def test_without_a_cpp_compiler_it_is_refused_before_anything_is_opened(here):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_compiled_blocks_on_a_gpu_give_the_samplers_log_probs(here, monkeypatch, name):
-    """With every attention that is installed: the sampler is not compiled, the policy is."""
+    """With every attention implementation that is installed; only the policy is compiled."""
     fault = unavailable(name, torch.device("cuda"), torch.bfloat16)
     if fault:
         pytest.skip(f"{name} {fault}")

@@ -1,4 +1,4 @@
-"""The rollout engine: shared beginnings, steps that could be a graph, fused products."""
+"""The rollout engine: shared sequences, steps that could be a graph, fused products."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ class Launches(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def lively(device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedJanus:
+def make_model(device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedJanus:
     loaded = build_random_tiny(seed=5)
     set_spread(loaded, text=2.5, image=0.6)
     generator = torch.Generator().manual_seed(11)
     for module in loaded.model.modules():
-        if isinstance(module, RMSNorm):  # one is like another only while all are ones
+        if isinstance(module, RMSNorm):  # norms of ones would hide a mix-up
             module.weight.data += 0.3 * torch.randn(module.weight.shape, generator=generator)
     loaded.model.requires_grad_(False).to(device, dtype)
     return loaded
 
 
-def draw(opened: LoadedJanus, engine: str, **settings: Any) -> Rollout:
+def sample(opened: LoadedJanus, engine: str, **settings: Any) -> Rollout:
     config = SamplingConfig(rollout_engine=engine, max_completion_length=7, **settings)
     sampler = Sampler(opened.model, opened.tokenizer, config, image_tokens=9)
     return sampler.rollout([Prompt(text) for text in PROMPTS], list(range(len(PROMPTS))))
@@ -67,10 +67,10 @@ def draw(opened: LoadedJanus, engine: str, **settings: Any) -> Rollout:
     [{}, {"cot": True}, {"cfg_weight": 1.0}, {"cot": True, "top_k": 40, "temperature": 0.8}],
     ids=["image", "text and image", "without guidance", "truncated"],
 )
-def test_both_engines_draw_the_same(settings):
-    opened = lively()
-    plain = draw(opened, "plain", **settings)
-    static = draw(opened, "static", **settings)
+def test_both_engines_sample_the_same(settings):
+    opened = make_model()
+    plain = sample(opened, "plain", **settings)
+    static = sample(opened, "static", **settings)
     assert static.cot_ids == plain.cot_ids
     assert static.codes_NI.tolist() == plain.codes_NI.tolist()
     assert len({tuple(row) for row in plain.codes_NI.tolist()}) == len(PROMPTS)
@@ -85,30 +85,30 @@ def test_both_engines_draw_the_same(settings):
 @pytest.mark.parametrize("engine", ["plain", "static"])
 @pytest.mark.parametrize("name", ["varlen", "flash_attention_2", "xformers"])
 def test_prompts_are_read_with_the_chosen_attention(engine, name, monkeypatch):
-    opened = lively()
-    expected = draw(opened, engine, cot=True)
+    opened = make_model()
+    expected = sample(opened, engine, cot=True)
     calls = attention_fakes.install(name, monkeypatch)
     opened.model.attn_implementation = name
-    found = draw(opened, engine, cot=True)
+    found = sample(opened, engine, cot=True)
     assert len(calls) == 2 * opened.config.decoder.num_layers  # once for text, once for images
     assert found.cot_ids == expected.cot_ids
     assert found.codes_NI.tolist() == expected.codes_NI.tolist()
 
 
-def test_an_fp8_cache_draws_from_almost_the_same_distributions():
-    opened = lively()
-    exact = draw(opened, "static", cot=True)
-    eight = draw(opened, "static", cot=True, kv_cache_dtype="fp8")
-    first = (exact.text.conditional.entropy - eight.text.conditional.entropy)[:, 0].abs()
-    assert 0 < first.max() < 0.1  # of about 3 nats, before the two draw different tokens
+def test_an_fp8_cache_samples_from_almost_the_same_distributions():
+    opened = make_model()
+    exact = sample(opened, "static", cot=True)
+    rounded = sample(opened, "static", cot=True, kv_cache_dtype="fp8")
+    first = (exact.text.conditional.entropy - rounded.text.conditional.entropy)[:, 0].abs()
+    assert 0 < first.max() < 0.1  # of about 3 nats, before the two sample different tokens
 
 
-def test_keys_beyond_the_range_of_fp8_are_kept_at_its_end():
-    opened = lively()
+def test_values_beyond_the_range_of_fp8_are_clamped():
+    opened = make_model()
     for layer in opened.model.model.language_model.layers:
         layer.self_attn.v_proj.weight.data.mul_(1e6)
-    drawn = draw(opened, "static", kv_cache_dtype="fp8")
-    assert drawn.image.guided.logprob.isfinite().all()
+    sampled = sample(opened, "static", kv_cache_dtype="fp8")
+    assert sampled.image.guided.logprob.isfinite().all()
 
 
 @pytest.mark.parametrize("name", FP8_SETTINGS)
@@ -133,18 +133,18 @@ def test_fp8_weights_on_a_gpu_need_bfloat16(monkeypatch):
 
 
 @needs_scaled_products
-def test_fp8_weights_draw_from_almost_the_same_distributions():
-    opened = lively()
-    exact = draw(opened, "static", cot=True)
-    eight = draw(opened, "static", cot=True, rollout_weight_dtype="fp8")
-    first = (exact.text.conditional.entropy - eight.text.conditional.entropy)[:, 0].abs()
-    assert 0 < first.max() < 0.2  # of about 3 nats, before the two draw different tokens
+def test_fp8_weights_sample_from_almost_the_same_distributions():
+    opened = make_model()
+    exact = sample(opened, "static", cot=True)
+    rounded = sample(opened, "static", cot=True, rollout_weight_dtype="fp8")
+    first = (exact.text.conditional.entropy - rounded.text.conditional.entropy)[:, 0].abs()
+    assert 0 < first.max() < 0.2  # of about 3 nats, before the two sample different tokens
 
 
 @needs_scaled_products
-def test_fp8_weights_follow_those_they_are_made_of():
-    """A sampler that has drawn before draws as one that is made after the weights were written."""
-    used, fresh = (lively() for _ in range(2))
+def test_fp8_weights_follow_the_weights_that_they_are_made_of():
+    """A used sampler samples the same as one that is made after the weights were written."""
+    used, fresh = (make_model() for _ in range(2))
     settings = {"rollout_engine": "static", "rollout_weight_dtype": "fp8"}
     config = SamplingConfig(max_completion_length=7, **settings)
     samplers = [Sampler(o.model, o.tokenizer, config, image_tokens=9) for o in (used, fresh)]
@@ -159,7 +159,7 @@ def test_fp8_weights_follow_those_they_are_made_of():
 
 
 def test_auto_is_plain_on_a_cpu():
-    opened = lively()
+    opened = make_model()
     sampler = Sampler(opened.model, opened.tokenizer, SamplingConfig(), 9)
     assert not sampler.uses_static_engine
     assert not sampler.uses_cuda_graph
@@ -177,18 +177,18 @@ def test_a_group_and_all_unconditional_rows_are_one_prefix_each():
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=8))
-def test_beginnings_are_all_there_and_none_is_there_twice(beginnings):
-    shared = SharedPrefixes.of(beginnings)
-    for ids, place, seen in zip(beginnings, shared.index, shared.lengths, strict=True):
+def test_every_sequence_has_a_prefix_and_no_prefix_is_stored_twice(sequences):
+    shared = SharedPrefixes.of(sequences)
+    for ids, place, seen in zip(sequences, shared.index, shared.lengths, strict=True):
         assert shared.prefixes[place][:seen] == ids
     for i, prefix in enumerate(shared.prefixes):
-        assert prefix in beginnings
+        assert prefix in sequences
         assert not any(
             other[: len(prefix)] == prefix for j, other in enumerate(shared.prefixes) if i != j
         )
 
 
-def test_an_empty_beginning_is_refused():
+def test_an_empty_sequence_is_refused():
     with pytest.raises(ValueError, match="not empty"):
         SharedPrefixes.of([[1, 2], []])
 
@@ -208,7 +208,7 @@ def test_the_cache_holds_each_prefix_once():
 # --- Steps ----------------------------------------------------------------------------------------
 
 
-def test_steps_end_when_told_to():
+def test_steps_stop_when_asked_to():
     ran = []
     between = [False, False, True]
     done = run_steps(
@@ -222,7 +222,7 @@ def test_steps_end_when_told_to():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_product_follows_weights_written_in_place(bias):
+def test_a_fused_linear_follows_weights_written_in_place(bias):
     layers = [torch.nn.Linear(48, size, bias=bias).requires_grad_(False) for size in (32, 16)]
     product, x = FusedLinear(*layers), torch.randn(5, 48)
     for layer in layers:
@@ -232,8 +232,8 @@ def test_a_product_follows_weights_written_in_place(bias):
     torch.testing.assert_close(product(x), together)
 
 
-def test_a_second_product_leaves_the_first_right():
-    """Two samplers of one model, say."""
+def test_a_second_fused_linear_leaves_the_first_valid():
+    """For example two samplers of one model."""
     layers = [torch.nn.Linear(48, size, bias=True).requires_grad_(False) for size in (32, 16)]
     first, second, x = FusedLinear(*layers), FusedLinear(*layers), torch.randn(5, 48)
     alone = FusedLinear(layers[0])
@@ -247,7 +247,7 @@ def test_a_second_product_leaves_the_first_right():
 
 @needs_scaled_products
 @pytest.mark.parametrize("bias", [False, True])
-def test_an_fp8_product_is_that_of_what_is_kept(bias):
+def test_an_fp8_fused_linear_multiplies_the_quantized_values(bias):
     layer = torch.nn.Linear(48, 32, bias=bias).requires_grad_(False)
     product, x = FusedLinear(layer, weight_dtype="fp8"), torch.randn(5, 48) * 9
     layer.weight.copy_(torch.randn(32, 48))
@@ -276,7 +276,7 @@ def wider(weight: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("views", [other_order, with_a_gap, transposed, wider])
-def test_weights_that_share_memory_otherwise_are_laid_out_anew(views):
+def test_weights_that_share_memory_in_another_way_are_copied(views):
     parameters = [torch.nn.Parameter(v, False) for v in views(torch.randn(32, 16))]
     values = torch.cat([p.clone() for p in parameters])
     together = fuse_storage(parameters)
@@ -301,7 +301,7 @@ def assigned(sampler: Sampler) -> Sampler:
 @pytest.mark.parametrize("replace_tensors", [to_double_and_back, assigned, copy.deepcopy])
 @pytest.mark.parametrize("dtype", ["auto", pytest.param("fp8", marks=needs_scaled_products)])
 def test_a_sampler_follows_weights_whose_tensors_were_replaced(replace_tensors, dtype):
-    opened, fresh = lively(), lively()
+    opened, fresh = make_model(), make_model()
     settings = {"rollout_engine": "static", "rollout_weight_dtype": dtype}
     config = SamplingConfig(**settings)
     used = Sampler(opened.model, opened.tokenizer, config, image_tokens=4)
@@ -319,7 +319,7 @@ def test_a_sampler_follows_weights_whose_tensors_were_replaced(replace_tensors, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 128])
-def test_an_fp8_product_on_a_gpu(rows):
+def test_an_fp8_fused_linear_on_a_gpu(rows):
     layers = [torch.nn.Linear(64, size).requires_grad_(False) for size in (32, 48)]
     layers = [layer.to("cuda", torch.bfloat16) for layer in layers]
     x = torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16)
@@ -331,20 +331,20 @@ def test_an_fp8_product_on_a_gpu(rows):
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
 
 
-def test_a_model_that_fp8_products_cannot_take_is_refused():
+def test_a_model_of_sizes_that_fp8_does_not_support_is_refused():
     sizes = build_random_tiny().config.decoder
     check_fp8_sizes(sizes)
     with pytest.raises(UserError, match=r"rollout_weight_dtype.*intermediate_size is 72; use auto"):
         check_fp8_sizes(dataclasses.replace(sizes, intermediate_size=72))
 
 
-def test_sizes_that_fp8_products_cannot_take_are_refused():
+def test_sizes_that_fp8_does_not_support_are_refused():
     with pytest.raises(ValueError, match=r"that 16 divides, these layers have \(8, 48\)"):
         FusedLinear(torch.nn.Linear(48, 8), weight_dtype="fp8")
 
 
-def test_a_fused_step_is_the_modules_in_few_launches():
-    opened = lively()
+def test_a_fused_step_equals_the_modules_in_few_launches():
+    opened = make_model()
     decoder = opened.model.model.language_model
     cache = SharedKVCache(decoder.config, SharedPrefixes.of([[1, 2, 3], [1, 2]]), room=2)
     embeds = opened.model.embed_text(torch.tensor([1, 2, 3, 7, 8]))
@@ -367,18 +367,18 @@ def test_a_fused_step_is_the_modules_in_few_launches():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"cot": True}], ids=["image", "text and image"])
-def test_a_replayed_graph_draws_what_single_steps_draw(settings):
-    opened = lively("cuda")
+def test_a_replayed_graph_samples_the_same_as_single_steps(settings):
+    opened = make_model("cuda")
     assert Sampler(opened.model, opened.tokenizer, SamplingConfig(), 9).uses_cuda_graph
-    plain, captured = (draw(opened, engine, **settings) for engine in ("plain", "auto"))
+    plain, captured = (sample(opened, engine, **settings) for engine in ("plain", "auto"))
     assert captured.cot_ids == plain.cot_ids
     assert captured.codes_NI.tolist() == plain.codes_NI.tolist()
 
 
 @pytest.mark.gpu
 def test_a_replayed_graph_in_bfloat16_differs_by_near_ties_only():
-    opened = lively("cuda", torch.bfloat16)
-    plain, captured = (draw(opened, engine) for engine in ("plain", "auto"))
+    opened = make_model("cuda", torch.bfloat16)
+    plain, captured = (sample(opened, engine) for engine in ("plain", "auto"))
     same = (plain.codes_NI == captured.codes_NI).all(dim=1)
     first = (plain.codes_NI != captured.codes_NI).float().argmax(dim=1)
     for row in (~same).nonzero()[:, 0]:
@@ -392,9 +392,9 @@ def test_a_replayed_graph_in_bfloat16_differs_by_near_ties_only():
     [("kv_cache_dtype", torch.float32), ("rollout_weight_dtype", torch.bfloat16)],
     ids=["cache", "weights"],
 )
-def test_a_replayed_graph_in_8_bits_draws_what_single_steps_draw(name, dtype, monkeypatch):
-    opened = lively("cuda", dtype)
-    captured = draw(opened, "static", **{name: "fp8"})
+def test_a_replayed_graph_in_fp8_samples_the_same_as_single_steps(name, dtype, monkeypatch):
+    opened = make_model("cuda", dtype)
+    captured = sample(opened, "static", **{name: "fp8"})
     monkeypatch.setattr(Sampler, "uses_cuda_graph", False)
-    single = draw(opened, "static", **{name: "fp8"})
+    single = sample(opened, "static", **{name: "fp8"})
     assert captured.codes_NI.tolist() == single.codes_NI.tolist()

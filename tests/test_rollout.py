@@ -36,12 +36,12 @@ IMAGE_TOKENS = 9
 
 @pytest.fixture(scope="module")
 def opened() -> LoadedJanus:
-    """A tiny Janus with lively distributions. Its end token is one that the third sample draws
+    """A tiny Janus with varied distributions. Its end token is one that the third sample has
     fourth, so that some texts end and some do not."""
     loaded = build_random_tiny(seed=5)
     loaded.model.requires_grad_(False)
     set_spread(loaded, text=2.5, image=0.6)
-    loaded.tokenizer.eos_id = draw(sampler(loaded), list(range(6))).cot_ids[2][3]
+    loaded.tokenizer.eos_id = sample(sampler(loaded), list(range(6))).cot_ids[2][3]
     return loaded
 
 
@@ -50,14 +50,14 @@ def sampler(opened: LoadedJanus, greedy: bool = False, **settings: Any) -> Sampl
     return Sampler(opened.model, opened.tokenizer, config, IMAGE_TOKENS, greedy)
 
 
-def draw(drawer: Sampler, places: list[int]) -> Rollout:
+def sample(made: Sampler, places: list[int]) -> Rollout:
     """The samples at these places of PROMPTS; a place is also the sample's number."""
-    return drawer.rollout([Prompt(PROMPTS[i]) for i in places], places)
+    return made.rollout([Prompt(PROMPTS[i]) for i in places], places)
 
 
 @pytest.fixture(scope="module")
 def rollout(opened) -> Rollout:
-    return draw(sampler(opened), list(range(6)))
+    return sample(sampler(opened), list(range(6)))
 
 
 def test_the_model_of_these_tests_is_neither_flat_nor_certain(rollout):
@@ -70,9 +70,9 @@ def test_the_model_of_these_tests_is_neither_flat_nor_certain(rollout):
 
 @pytest.mark.parametrize("calls", [[[0], [1], [2, 3], [4, 5]], [[5, 2, 0], [4, 3, 1]]])
 def test_tokens_do_not_depend_on_the_batch(opened, rollout, calls):
-    drawer = sampler(opened)
+    made = sampler(opened)
     for places in calls:
-        part = draw(drawer, places)
+        part = sample(made, places)
         assert part.cot_ids == [rollout.cot_ids[i] for i in places]
         assert part.codes_NI.tolist() == rollout.codes_NI[places].tolist()
         for ours, theirs in ((part.text, rollout.text), (part.image, rollout.image)):
@@ -87,15 +87,15 @@ def test_tokens_do_not_depend_on_the_batch(opened, rollout, calls):
 
 def test_the_seed_decides(opened, rollout):
     torch.manual_seed(99)  # not this one
-    again = draw(sampler(opened), list(range(6)))
+    again = sample(sampler(opened), list(range(6)))
     assert again.cot_ids == rollout.cot_ids
     assert torch.equal(again.codes_NI, rollout.codes_NI)
-    other = draw(sampler(opened, seed=43), list(range(6)))
+    other = sample(sampler(opened, seed=43), list(range(6)))
     assert (other.codes_NI != rollout.codes_NI).any(dim=1).all()
     assert other.cot_ids != rollout.cot_ids
 
 
-def test_equal_prompts_draw_from_streams_of_their_own(rollout):
+def test_equal_prompts_have_their_own_streams(rollout):
     assert PROMPTS[0] == PROMPTS[2]
     assert rollout.codes_NI[0].tolist() != rollout.codes_NI[2].tolist()
 
@@ -106,16 +106,16 @@ def test_random_streams_differ_by_each_part_of_their_name():
     assert len(set(draws)) == len(names)
     together = uniforms(1, "a", [2, 1], 4)
     assert [tuple(row) for row in together.tolist()] == [draws[3], draws[0]]
-    assert torch.equal(uniforms(1, "a", [1], 2)[0], together[1, :2])  # however many are drawn
+    assert torch.equal(uniforms(1, "a", [1], 2)[0], together[1, :2])  # whatever the count
     assert together.dtype == torch.float32
 
 
 def test_random_numbers_fill_0_to_1_and_streams_are_their_own():
-    drawn = uniforms(3, "a", list(range(70_000)), 8)
-    assert 0 <= drawn.min() < 1e-4
-    assert 1 - 1e-4 < drawn.max() < 1
-    assert abs(drawn.mean().item() - 0.5) < 1e-3
-    assert len(torch.unique(drawn, dim=0)) == len(drawn)  # a hash cut to 32 bits would repeat one
+    values = uniforms(3, "a", list(range(70_000)), 8)
+    assert 0 <= values.min() < 1e-4
+    assert 1 - 1e-4 < values.max() < 1
+    assert abs(values.mean().item() - 0.5) < 1e-3
+    assert len(torch.unique(values, dim=0)) == len(values)  # a hash cut to 32 bits would repeat one
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_conditional_statistics_are_those_of_the_packed_forward_pass(opened, rol
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_guided_statistics_are_those_of_the_mixed_logits(opened, temperature):
-    rollout = draw(sampler(opened, temperature=temperature, cfg_weight=3.0), [0, 1])
+    rollout = sample(sampler(opened, temperature=temperature, cfg_weight=3.0), [0, 1])
     janus = opened.model
     for row, codes in enumerate(rollout.codes_NI.tolist()):
         prompt = rollout.image_prompt_ids[row]
@@ -169,7 +169,7 @@ def test_guided_statistics_are_those_of_the_mixed_logits(opened, temperature):
 
 @pytest.mark.parametrize("cfg_weight", [3.0, 1.0])
 def test_the_guided_training_distribution_is_the_one_that_was_sampled_from(opened, cfg_weight):
-    rollout = draw(sampler(opened, temperature=0.7, cfg_weight=cfg_weight), [0, 1, 2])
+    rollout = sample(sampler(opened, temperature=0.7, cfg_weight=cfg_weight), [0, 1, 2])
     packed, sample_M = pack(rollout, Guidance(cfg_weight, 0.7))
     assert len(sample_M) == len(packed.text_targets) + len(packed.image_targets)
     assert len(packed.unconditional_rows) == (3 * IMAGE_TOKENS if cfg_weight != 1 else 0)
@@ -181,8 +181,8 @@ def test_the_guided_training_distribution_is_the_one_that_was_sampled_from(opene
 
 
 def test_gradients_of_the_guided_distribution_go_through_both_rows(opened):
-    """Against two sequences run by themselves and logits mixed as they were sampled, in float64."""
-    rollout = draw(sampler(opened, cot=False, temperature=0.7, cfg_weight=3.0), [0, 1])
+    """Against two separate sequences and logits mixed as in sampling, in float64."""
+    rollout = sample(sampler(opened, cot=False, temperature=0.7, cfg_weight=3.0), [0, 1])
     generator = torch.Generator().manual_seed(3)
     upstream = torch.randn(2, IMAGE_TOKENS, generator=generator)
 
@@ -219,7 +219,7 @@ def test_gradients_of_the_guided_distribution_go_through_both_rows(opened):
 
 
 def test_texts_conditional_statistics_stay_at_temperature_1(opened):
-    rollout = draw(sampler(opened, temperature=0.5), [0, 1, 2])
+    rollout = sample(sampler(opened, temperature=0.5), [0, 1, 2])
     text, _ = opened.model(pack(rollout)[0])
     trace = rollout.text
     torch.testing.assert_close(
@@ -238,30 +238,30 @@ def test_the_unconditional_row_keeps_bos_and_image_start_and_length(opened):
 
 
 def test_cfg_weight_1_is_no_guidance(opened):
-    """And is drawn without the unconditional rows: the mixed logits are the conditional ones."""
-    plain = draw(sampler(opened, cfg_weight=1.0), [0, 1])
+    """It runs without the unconditional rows: the mixed logits are the conditional ones."""
+    plain = sample(sampler(opened, cfg_weight=1.0), [0, 1])
     torch.testing.assert_close(plain.image.guided.logprob, plain.image.conditional.logprob)
-    almost = draw(sampler(opened, cfg_weight=1.0 + 1e-6), [0, 1])
+    almost = sample(sampler(opened, cfg_weight=1.0 + 1e-6), [0, 1])
     assert torch.equal(plain.codes_NI, almost.codes_NI)
-    guided = draw(sampler(opened), [0, 1])
+    guided = sample(sampler(opened), [0, 1])
     assert (guided.image.guided.logprob - guided.image.conditional.logprob).abs().max() > 0.1
 
 
 def test_greedy_takes_the_likeliest_of_the_mixed_logits(opened):
-    rollout = draw(sampler(opened, greedy=True, cot=False, cfg_weight=2.0), [1])
+    rollout = sample(sampler(opened, greedy=True, cot=False, cfg_weight=2.0), [1])
     codes, prompt = rollout.codes_NI[0].tolist(), rollout.image_prompt_ids[0]
     empty = unconditional_ids(prompt, opened.tokenizer)
     cond, uncond = (
         opened.model.image_logits(hidden_of(opened, ids, codes)) for ids in (prompt, empty)
     )
     assert (uncond + 2.0 * (cond - uncond)).argmax(dim=-1).tolist() == codes
-    other_seed = draw(sampler(opened, greedy=True, cot=False, cfg_weight=2.0, seed=1), [1])
+    other_seed = sample(sampler(opened, greedy=True, cot=False, cfg_weight=2.0, seed=1), [1])
     assert other_seed.codes_NI.tolist() == rollout.codes_NI.tolist()
 
 
 def test_top_k_1_is_greedy(opened):
-    greedy = draw(sampler(opened, greedy=True), [0, 3])
-    top_1 = draw(sampler(opened, top_k=1), [0, 3])
+    greedy = sample(sampler(opened, greedy=True), [0, 3])
+    top_1 = sample(sampler(opened, top_k=1), [0, 3])
     assert top_1.cot_ids == greedy.cot_ids
     assert torch.equal(top_1.codes_NI, greedy.codes_NI)
 
@@ -286,8 +286,8 @@ def test_text_ends_at_the_first_end_token_or_at_the_limit(opened, rollout):
 
 
 def test_texts_that_all_end_early_stop_the_loop(opened, monkeypatch):
-    drawer = sampler(opened, top_k=1, max_completion_length=50)
-    first = draw(drawer, [0, 2]).cot_ids[0][0]  # of the same prompt twice
+    made = sampler(opened, top_k=1, max_completion_length=50)
+    first = sample(made, [0, 2]).cot_ids[0][0]  # of the same prompt twice
     monkeypatch.setattr(opened.tokenizer, "eos_id", first)
     steps = []
     janus_type = type(opened.model)
@@ -295,7 +295,7 @@ def test_texts_that_all_end_early_stop_the_loop(opened, monkeypatch):
     monkeypatch.setattr(
         janus_type, "hidden_states", lambda *a: steps.append(1) or hidden_states(*a)
     )
-    ended = draw(drawer, [0, 2])
+    ended = sample(made, [0, 2])
     assert ended.cot_ids == [[first]] * 2
     assert ended.truncated == [False, False]
     assert ended.text.mask.shape == (2, 1)
@@ -310,8 +310,8 @@ def test_the_image_prompt_is_prompt_and_text(opened, rollout):
         assert joined.startswith(PROMPTS[place])
 
 
-def test_without_cot_the_prompt_alone_is_drawn(opened):
-    rollout = draw(sampler(opened, cot=False), [0, 1])
+def test_without_cot_the_image_prompt_is_the_prompt_alone(opened):
+    rollout = sample(sampler(opened, cot=False), [0, 1])
     template = TEMPLATES["janus-pro"]
     expected = [image_prompt_ids(opened.tokenizer, template, text) for text in PROMPTS[:2]]
     assert rollout.image_prompt_ids == expected
@@ -319,7 +319,7 @@ def test_without_cot_the_prompt_alone_is_drawn(opened):
     assert rollout.text.mask.shape == (2, 0)
 
 
-def test_a_written_text_cannot_smuggle_in_special_tokens(opened, monkeypatch):
+def test_a_sampled_text_cannot_insert_special_tokens(opened, monkeypatch):
     """Neither as ids nor spelled out in ordinary tokens nor by spelling one around another."""
     tokenizer = opened.tokenizer
     start, pad = "<begin_of_image>", tokenizer.specials["pad_token"]
@@ -327,20 +327,20 @@ def test_a_written_text_cannot_smuggle_in_special_tokens(opened, monkeypatch):
     pieces = [i for char in spelled for i in tokenizer.backend.encode(char).ids]
     assert start in tokenizer.decode(pieces)  # or there would be nothing to take out
     written = [tokenizer.image_start_id, *pieces, tokenizer.image_end_id, tokenizer.eos_id]
-    trace = draw(sampler(opened), [0]).text
+    trace = sample(sampler(opened), [0]).text
     monkeypatch.setattr(Sampler, "_sample_text", lambda *_: ([written], trace))
-    drawn = draw(sampler(opened), [0])
-    ids = drawn.image_prompt_ids[0]
+    sampled = sample(sampler(opened), [0])
+    ids = sampled.image_prompt_ids[0]
     specials = {tokenizer.image_start_id, tokenizer.pad_id, tokenizer.image_end_id}
     assert specials.isdisjoint(ids[1:-1])
     assert (ids.count(tokenizer.bos_id), ids[-1]) == (1, tokenizer.image_start_id)
-    assert drawn.cot_ids == [written]  # what is trained on stays what was drawn
+    assert sampled.cot_ids == [written]  # training still uses the sampled ids
 
 
 def test_an_instruction_file_is_used(opened, here: Path):
     (here / "ask.txt").write_text("Describe {prompt} at length.\n")
-    drawer = sampler(opened, cot_instruction="ask.txt", template="t2i-r1")
-    text = opened.tokenizer.decode(draw(drawer, [0]).cot_prompt_ids[0])
+    made = sampler(opened, cot_instruction="ask.txt", template="t2i-r1")
+    text = opened.tokenizer.decode(sample(made, [0]).cot_prompt_ids[0])
     assert "User: Describe a red cube at length.\n\nAssistant:" in text
 
 
@@ -349,7 +349,7 @@ def test_an_instruction_file_is_used(opened, here: Path):
 
 def test_packing_is_the_example_of_its_record():
     assert "T = 12" in PackedBatch.__doc__
-    nothing = draw(sampler(build_random_tiny()), [0])
+    nothing = sample(sampler(build_random_tiny()), [0])
     rollout = dataclasses.replace(
         nothing,
         cot_prompt_ids=[[1, 2, 3]],
@@ -371,7 +371,7 @@ def test_packing_is_the_example_of_its_record():
 
 
 def test_packing_orders_text_before_image_rows_over_all_samples():
-    nothing = draw(sampler(build_random_tiny(), cot=False), [0, 1])
+    nothing = sample(sampler(build_random_tiny(), cot=False), [0, 1])
     rollout = dataclasses.replace(
         nothing,
         cot_prompt_ids=[[1], [1, 2]],

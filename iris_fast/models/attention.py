@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,6 @@ WIDEST_HEAD = 256
 OLDEST_GPU = (8, 0)  # compute capability that flash attention needs: Ampere
 # `auto` is the first of these that works.
 PREFERRED = ("flash_attention_2", "varlen", "sdpa")
-
-
-class Implementation(Protocol):
-    """Attention inside the sequences of one batch; `sequence_lengths` in packed order."""
-
-    def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None: ...
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Context [T, H, d]."""
 
 
 def rows_and_positions(
@@ -147,7 +138,8 @@ class Xformers:
         return self._function(query[None], key[None], value[None], attn_bias=self.mask)[0]
 
 
-IMPLEMENTATIONS: dict[str, type[Implementation]] = {
+# Each is made from (sequence_lengths, device) and called with query, key and value.
+IMPLEMENTATIONS: dict[str, type] = {
     "sdpa": Sdpa,
     "varlen": Varlen,
     "flash_attention_2": FlashAttention2,

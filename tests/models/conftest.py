@@ -34,7 +34,7 @@ def tiny_folders(tiny, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def _same_every_time():
-    """A seed, and one thread: these models are small, and threads that wait for cores are not."""
+    """A fixed seed, and one thread: for these small models more threads are slower."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What the tests hold the models against: transformers, in plain loops without a cache."""
+"""The reference of the model tests: transformers, in plain loops without a cache."""
 
 import torch
 from torch import Tensor
@@ -57,11 +57,11 @@ def cached_greedy_codes(
     for _ in range(tokens):
         cond, uncond = model.image_logits(hidden).chunk(2)
         guided = uncond + weight * (cond - uncond)
-        drawn = guided.argmax(-1)
-        codes.append(drawn)
+        sampled = guided.argmax(-1)
+        codes.append(sampled)
         steps.append(guided)
         hidden = model.hidden_states(
-            model.embed_image(drawn.repeat(2)), cache.lengths_B, cache.decode_attention()
+            model.embed_image(sampled.repeat(2)), cache.lengths_B, cache.decode_attention()
         )
         cache.advance()
     return torch.stack(codes, 1).tolist(), torch.stack(steps)

@@ -1,4 +1,4 @@
-"""Blocks compiled one by one: the same numbers, and no graph per layer, length or batch."""
+"""Blocks compiled one by one: the same numbers, and no new graph per layer, length or batch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_compiled_blocks_share_their_graphs(monkeypatch):
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "xformers"])
 def test_packages_stay_outside_the_graphs(name, monkeypatch):
-    """Blocks are cut at the call, and still made once for all."""
+    """Blocks are cut at the call, and still compiled once for all layers."""
     calls = attention_fakes.install(name, monkeypatch)
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(compilation, "BACKEND", counter)
@@ -98,7 +98,7 @@ def test_packages_stay_outside_the_graphs(name, monkeypatch):
 
 
 def test_torchs_own_varlen_is_part_of_the_graph(monkeypatch):
-    """Of the real function, which a CPU cannot run: it is traced, told to be causal."""
+    """With the real function, which a CPU cannot run: it is traced, as causal."""
     graphs = []
 
     def backend(graph, _):

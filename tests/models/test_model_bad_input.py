@@ -1,4 +1,4 @@
-"""Every bad checkpoint is one clear line that names the file or tensor, and no code is run."""
+"""Every bad model folder is one clear line that names the file or tensor, and no code is run."""
 
 import json
 import os
@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(params=LAYOUTS)
 def folder(request, tiny_folders, tmp_path):
-    """A fresh good checkpoint to be spoilt."""
+    """A fresh valid model folder that the test damages."""
     return shutil.copytree(tiny_folders[request.param], tmp_path / "model")
 
 
@@ -149,7 +149,7 @@ def test_pickle_with_code_is_not_run(original, form):
     assert "can run code" in message
     if form == "zip":
         assert "holds more than tensors" in message
-        torch.load(path, weights_only=False)  # the trap does work when it is let
+        torch.load(path, weights_only=False)  # it does run when that is allowed
         assert trace.exists()
 
 

@@ -29,7 +29,7 @@ SOURCES = [
 
 @pytest.fixture(scope="module", params=SOURCES)
 def pair(request):
-    """(our checkpoint, transformers' model) of the same weights."""
+    """(our model, transformers' model) of the same weights."""
     if request.param.startswith("tiny"):
         folders = request.getfixturevalue("tiny_folders")
         ours, hf = folders[request.param.removeprefix("tiny-")], folders["transformers"]
@@ -222,7 +222,7 @@ def test_text_statistics_are_over_the_whole_vocabulary(tiny):
 
 
 def test_the_pad_row_is_an_ordinary_row(tiny):
-    """Unconditional rows are full of pads, and those train like any token."""
+    """Unconditional rows are full of pads, whose embedding is trained like any other."""
     packed = random_pack(tiny.config, [6], [])
     ids = packed.token_ids_T.clone()
     ids[1] = tiny.tokenizer.pad_id

@@ -1,4 +1,4 @@
-"""Both checkpoint layouts: opened, exported, opened again, and opened by transformers."""
+"""Both layouts: opened, saved, opened again, and opened by transformers."""
 
 import functools
 import io
@@ -198,7 +198,7 @@ def test_export_keeps_tensors_that_share_memory(tmp_path):
 
 
 def test_loaded_weights_are_not_the_file(tiny, tmp_path):
-    """A run must not notice that its checkpoint's file is written over, nor write to it."""
+    """A run is independent of later writes to its model file, and does not write to it."""
     folder = save_janus(tiny, tmp_path / "out")
     path = folder / "model.safetensors"
     before, size = path.read_bytes(), path.stat().st_size

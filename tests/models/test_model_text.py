@@ -78,7 +78,7 @@ def test_strip_special(tiny):
 
 
 def test_added_letters_are_not_special(tiny):
-    """The real vocabulary adds plain letters as tokens; they are text."""
+    """The real vocabulary has plain letters as added tokens, which are text."""
     backend = Tokenizer.from_str(tiny.tokenizer.backend.to_str())
     backend.add_tokens(["ø"])
     assert JanusTokenizer(backend, {}).strip_special("smørbrød") == "smørbrød"

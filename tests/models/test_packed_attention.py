@@ -1,4 +1,4 @@
-"""The implementations of packed attention: each against mathematics written out, and the choice."""
+"""Packed attention: each implementation against plain matrix products, and the choice."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def inputs(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> list[Tensor]:
-    """Query, key, value and the gradient that comes from above."""
+    """Query, key, value and the upstream gradient."""
     rows = sum(lengths)
     shapes = [(rows, h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
     return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for shape in shapes]
@@ -92,7 +92,7 @@ def test_this_torch_takes_the_arguments_that_its_stand_in_takes():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU, as far as the choice looks; nothing is installed, and torch is built with its own."""
+    """A GPU as the choice sees it; no package is installed, and torch has varlen attention."""
     for name in ("flash_attn", "xformers"):
         for module in [m for m in sys.modules if m.partition(".")[0] == name]:
             monkeypatch.delitem(sys.modules, module)
@@ -168,7 +168,7 @@ def test_a_package_that_is_not_there_is_named(name, said, gpu):
         resolve_implementation(name, GPU, BF16)
 
 
-def test_a_torch_without_varlen_is_told(gpu, monkeypatch):
+def test_a_torch_without_varlen_is_reported(gpu, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     with pytest.raises(UserError, match="attn_implementation: varlen is not part of this torch"):
         resolve_implementation("varlen", GPU, BF16)
@@ -201,7 +201,7 @@ def test_flash_attn_4_alone_is_not_flash_attention_2(gpu, monkeypatch, tmp_path)
 @pytest.mark.parametrize("kv_heads", [8, 2])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_half_precision_errs_no_more_than_sdpa(name, kv_heads, head_dim):
-    """Against float64, forward and backward: within twice what sdpa errs in the same precision."""
+    """Against float64, forward and backward: at most twice sdpa's error in the same precision."""
     fault = unavailable(name, GPU, BF16, head_dim)
     if fault:
         pytest.skip(f"{name} {fault}")
