@@ -335,7 +335,7 @@ def test_offline_the_hub_is_not_asked(monkeypatch, tmp_path):
         (urllib.error.URLError(OSError("name not known")), False),
         (TimeoutError(), False),
     ],
-    ids=repr,
+    ids=["answers", "busy", "certificate", "name not known", "timeout"],
 )
 def test_reachability_is_one_request(monkeypatch, answer, reachable):
     requests = []
