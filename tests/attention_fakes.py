@@ -87,20 +87,6 @@ def xformers(calls: Calls):
     return memory_efficient_attention, BlockDiagonalCausalMask
 
 
-def varlen_2_10(calls: Calls):
-    """torch 2.10's `varlen_attn`."""
-
-    def varlen_attn(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None
-    ):
-        calls.append({"causal": is_causal})
-        assert is_causal
-        assert query.shape[1] == key.shape[1]
-        return causal_inside(query, key, value, lengths_of(cu_seq_q, max_q, len(query)))
-
-    return varlen_attn
-
-
 def varlen_2_11(calls: Calls):
     """torch 2.11's: with windows, without GQA."""
 
@@ -152,7 +138,7 @@ def install(name: str, monkeypatch) -> Calls:
     else:
         module = ModuleType("torch.nn.attention.varlen")
         module.varlen_attn = {
-            "varlen": varlen_2_12, "varlen 2.10": varlen_2_10, "varlen 2.11": varlen_2_11,
+            "varlen": varlen_2_12, "varlen 2.11": varlen_2_11,
         }[name](calls)  # fmt: skip
         modules = [module]
     for module in modules:

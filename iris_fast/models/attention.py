@@ -9,11 +9,8 @@ by another.
 Shapes: T rows, B sequences, L longest sequence, H query heads, J key/value heads, d head width.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +23,7 @@ from iris_fast.errors import UserError
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
-OLDEST_GPU = (8, 0)  # compute capability that flash attention needs: Ampere
+OLDEST_GPU = 8  # compute capability that flash attention needs: Ampere
 # `auto` is the first of these that works.
 PREFERRED = ("flash_attention_2", "varlen", "sdpa")
 
@@ -67,12 +64,10 @@ class Sdpa:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Context [T, H, d]."""
+        shared = query.shape[1] != key.shape[1]
+        query, key, value = self._pad(query), self._pad(key), self._pad(value)
         context = F.scaled_dot_product_attention(
-            self._pad(query),
-            self._pad(key),
-            self._pad(value),
-            is_causal=True,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query, key, value, is_causal=True, enable_gqa=shared
         )
         context = context.transpose(1, 2).flatten(0, 1)
         return context if self.slot_T is None else context.index_select(0, self.slot_T)
@@ -92,21 +87,16 @@ class Varlen:
     def __init__(self, sequence_lengths: list[int], device: torch.device | str) -> None:
         self.cumulative_B1 = cumulative_lengths(sequence_lengths, device)
         self.longest = max(sequence_lengths)
-        self._function, self._takes = _varlen()
+        self._function, self._shares_heads = _varlen()
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Context [T, H, d]."""
-        # Causality is a flag in torch 2.10 and a window since; 2.12 has shared key heads as a flag.
-        # A literal window: torch.compile would treat one that is kept in a variable as dynamic.
-        arguments: dict[str, Any] = {"is_causal": True}
-        if "window_size" in self._takes:
-            arguments = {"window_size": (-1, 0)}
-        if "enable_gqa" in self._takes:
-            arguments["enable_gqa"] = True
-        else:
-            key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
         lengths = (self.cumulative_B1, self.cumulative_B1, self.longest, self.longest)
-        return self._function(query, key, value, *lengths, **arguments)
+        # A literal window: torch.compile would treat one that is kept in a variable as dynamic.
+        if self._shares_heads:
+            return self._function(query, key, value, *lengths, window_size=(-1, 0), enable_gqa=True)
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+        return self._function(query, key, value, *lengths, window_size=(-1, 0))
 
 
 class FlashAttention2:
@@ -161,9 +151,7 @@ class PackedAttention:
         implementation: str = "sdpa",
     ) -> None:
         if not sequence_lengths or min(sequence_lengths) < 1:
-            raise ValueError(
-                f"sequence_lengths must hold positive integers, got {sequence_lengths}"
-            )
+            raise ValueError(f"sequence_lengths must be positive integers, got {sequence_lengths}")
         self.total, self.longest = sum(sequence_lengths), max(sequence_lengths)
         self._attend = IMPLEMENTATIONS[implementation](sequence_lengths, device)
 
@@ -175,22 +163,24 @@ class PackedAttention:
 
 
 # Imported on first use: the packages are optional, and torch's own module imports the compiler.
-# Cached, because a compiled block is specialised on the function that it has seen.
+# Cached, because a compiled block is specialised on the function that it has seen. The packages'
+# functions are not traced: they pass Python objects around on which each batch's trace would be
+# specialised.
 
 
 @functools.cache
-def _varlen() -> tuple[Callable[..., Tensor], tuple[str, ...]]:
-    """The function, and the names of its arguments."""
+def _varlen() -> tuple[Callable[..., Tensor], bool]:
+    """The function, and whether it takes shared key heads, which it does since torch 2.12."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn, tuple(inspect.signature(varlen_attn).parameters)
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @functools.cache
 def _flash_attn() -> Callable[..., Tensor]:
     from flash_attn import flash_attn_varlen_func
 
-    return _opaque(flash_attn_varlen_func)
+    return torch.compiler.disable(flash_attn_varlen_func)
 
 
 @functools.cache
@@ -198,13 +188,7 @@ def _xformers() -> tuple[Callable[..., Tensor], Any]:
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
-    return _opaque(memory_efficient_attention), BlockDiagonalCausalMask
-
-
-def _opaque(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, not traced by torch.compile: both packages pass Python objects around on which
-    a trace would be specialised, batch by batch."""
-    return torch.compiler.disable(function)
+    return torch.compiler.disable(memory_efficient_attention), BlockDiagonalCausalMask
 
 
 def resolve_implementation(
@@ -216,10 +200,8 @@ def resolve_implementation(
     its package is installed and cannot be imported.
     """
     if setting == "auto":
-        checked = (name for name in PREFERRED if not unavailable(name, device, dtype, head_dim))
-        return next(checked)
-    reason = unavailable(setting, device, dtype, head_dim)
-    if reason is not None:
+        return next(n for n in PREFERRED if not unavailable(n, device, dtype, head_dim))
+    if reason := unavailable(setting, device, dtype, head_dim):
         raise UserError(f"attn_implementation: {setting} {reason}")
     return setting
 
@@ -239,9 +221,9 @@ def unavailable(
     if dtype not in HALF_PRECISION:
         kind = str(dtype).removeprefix("torch.")
         return f"needs half precision, not {kind}; add --bf16 true, or {otherwise}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_GPU:
-        found = ".".join(map(str, capability))
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < OLDEST_GPU:
+        found = f"{major}.{minor}"
         return f"needs a GPU of compute capability 8.0 or later, this one has {found}; {otherwise}"
     if head_dim is not None and (head_dim % 8 or head_dim > WIDEST_HEAD):
         return (
@@ -249,8 +231,7 @@ def unavailable(
             f"{head_dim}; {otherwise}"
         )
     if name == "varlen":
-        built = torch.backends.cuda.is_flash_attention_available()
-        found = built and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+        found = torch.backends.cuda.is_flash_attention_available()
         return None if found else f"is not part of this torch {torch.__version__}; {otherwise}"
     package, module = {
         "flash_attention_2": ("flash-attn", "flash_attn.flash_attn_interface"),

@@ -1,7 +1,5 @@
 """`--torch_compile`: the decoder's blocks through torch.compile, one by one."""
 
-from __future__ import annotations
-
 import torch
 
 from iris_fast.errors import UserError

@@ -8,8 +8,6 @@ same code. Parameter names are those of transformers' LlamaModel.
 Shapes: T token rows, D hidden width, H query heads, J key/value heads, d head width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Image codes -> pixels -> PNG files and grids."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -7,8 +7,6 @@ Shapes: T token rows of a packed batch, D hidden width, V text vocabulary, K cod
 codebook width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import iris_kernels

@@ -5,8 +5,6 @@ templates of the Janus models differ in the role strings only; the wrong ones co
 without any error.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

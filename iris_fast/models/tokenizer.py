@@ -4,15 +4,15 @@ Ids of special tokens differ between the Janus models (pad is 100002 or 100015),
 up by their strings.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
+from typing import Self
 
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from iris_fast.errors import UserError
+from iris_fast.models.pretrained.weights import read_json
 
 IMAGE_START = "<begin_of_image>"
 
@@ -66,7 +66,7 @@ class JanusTokenizer:
         self._skipped = {backend.token_to_id(text) for text in strings}
 
     @classmethod
-    def from_folder(cls, folder: Path) -> JanusTokenizer:
+    def from_folder(cls, folder: Path) -> Self:
         """The tokenizer of a model folder, with the special strings that its config files state.
 
         UserError if tokenizer.json is missing or unreadable, or lacks a special token.
@@ -107,10 +107,8 @@ class JanusTokenizer:
 
         A model's vocabulary is larger than its tokenizer's, so such ids can be sampled.
         """
-        known = [
-            i for i in ids if i not in self._skipped and self.backend.id_to_token(i) is not None
-        ]
-        return self.backend.decode(known)
+        known = [i for i in ids if self.backend.id_to_token(i) is not None]
+        return self.backend.decode([i for i in known if i not in self._skipped])
 
     def strip_special(self, text: str) -> str:
         """`text` without literal special-token strings, including those that a removal creates."""
@@ -134,15 +132,10 @@ class JanusTokenizer:
 
 def _special_strings(path: Path) -> dict[str, str]:
     """The special-token strings that a tokenizer config file states; {} without the file."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
+    data = read_json(path) if path.is_file() else {}
     found = {}
     for name in KNOWN_SPECIALS:
-        value = data.get(name) if isinstance(data, dict) else None
+        value = data.get(name)
         if isinstance(value, dict):  # an AddedToken with its settings
             value = value.get("content")
         if isinstance(value, str):

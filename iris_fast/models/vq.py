@@ -7,8 +7,6 @@ halves the resolution, so a code covers 2^(levels - 1) pixels along each side.
 Shapes: B images, I codes (row-major over the grid), z latent channels, e codebook width.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -52,14 +50,13 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm2 = _norm(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        if width_in != width_out:
-            self.nin_shortcut = nn.Conv2d(width_in, width_out, 1)
+        same = width_in == width_out
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same height and width."""
-        skip = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        x = self.conv1(F.silu(self.norm1(x)))
-        return skip + self.conv2(F.silu(self.norm2(x)))
+        inner = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(inner)))
 
 
 class AttentionBlock(nn.Module):
@@ -68,19 +65,14 @@ class AttentionBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = _norm(width)
-        self.q = nn.Conv2d(width, width, 1)
-        self.k = nn.Conv2d(width, width, 1)
-        self.v = nn.Conv2d(width, width, 1)
-        self.proj_out = nn.Conv2d(width, width, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape."""
         normed = self.norm(x)
-        query, key, value = (
-            project(normed).flatten(2).transpose(1, 2)[:, None]
-            for project in (self.q, self.k, self.v)
-        )
-        context = F.scaled_dot_product_attention(query, key, value)[:, 0]
+        projected = (project(normed) for project in (self.q, self.k, self.v))
+        qkv = (y.flatten(2).transpose(1, 2)[:, None] for y in projected)
+        context = F.scaled_dot_product_attention(*qkv)[:, 0]
         return x + self.proj_out(context.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
@@ -114,18 +106,15 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(widths[j], widths[j + 1]) for j in range(blocks))
         count = blocks if attention else 0
         self.attn = nn.ModuleList(AttentionBlock(width_out) for _ in range(count))
+        self.downsample = self.upsample = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Res blocks and attention, then the resampling if this level has one."""
+        """Res blocks and attention, then the resampling if this level has any."""
         for j, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[j](x)
-        if hasattr(self, "downsample"):
-            x = self.downsample(x)
-        if hasattr(self, "upsample"):
-            x = self.upsample(x)
-        return x
+        return self.upsample(self.downsample(x))
 
 
 class Encoder(nn.Module):

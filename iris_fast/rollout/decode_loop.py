@@ -3,8 +3,6 @@
 Shapes: N samples, L steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

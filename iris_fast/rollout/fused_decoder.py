@@ -11,8 +11,6 @@ slightly different logits.
 Shapes: B sequences, D hidden width, H query heads, J key/value heads, I MLP width, d head width.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from iris_kernels import add_rms_norm, quantize_rows, silu_mul

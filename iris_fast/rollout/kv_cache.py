@@ -1,7 +1,5 @@
 """The plain key-value cache: one row per sequence, torch's attention."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -5,8 +5,6 @@ They come from NumPy's Philox, whose key takes a whole 128-bit hash of the name:
 generator would keep 32 bits of it, and two of some 65,000 streams would coincide.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

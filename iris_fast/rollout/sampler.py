@@ -5,8 +5,6 @@ tokens depend on its own prompt and random numbers; the rest of the batch change
 by rounding.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

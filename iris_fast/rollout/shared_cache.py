@@ -7,9 +7,8 @@ differ in the last token and what follows it. Every step reads live entries only
 Shapes: B sequences, P prefixes, H query heads, J key/value heads, S slots, d head width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from iris_kernels import decode_attention, rope_append
@@ -29,7 +28,7 @@ class SharedPrefixes:
     lengths: list[int]
 
     @classmethod
-    def of(cls, sequences: list[list[int]]) -> SharedPrefixes:
+    def of(cls, sequences: list[list[int]]) -> Self:
         """The fewest prefixes: those sequences that no other one continues. None may be empty."""
         if not sequences or not all(sequences):
             raise ValueError(f"sequences must hold token lists that are not empty: {sequences}")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iris_fast.errors import UserError
-from iris_fast.models.pretrained import save
+from iris_fast.models.pretrained import save, weights
 from iris_fast.models.pretrained.load import load_janus
 from iris_fast.models.pretrained.save import save_janus
 
@@ -160,8 +160,9 @@ def test_bin_of_something_else(original):
 
 
 @pytest.fixture
-def sharded(tiny, tmp_path):
-    return save_janus(tiny, tmp_path / "sharded", max_shard_size="1MB")
+def sharded(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_SHARD_SIZE", "1MB")
+    return save_janus(tiny, tmp_path / "sharded")
 
 
 def test_missing_shard(sharded):
@@ -411,8 +412,6 @@ def test_export_onto_a_file_s_child(tiny, tmp_path):
 @pytest.mark.parametrize("fault", ["flip", "drop", "disk full"])
 def test_export_notices_a_faulty_disk(tiny, tmp_path, monkeypatch, fault):
     """Nothing appears under the name, and no partial folder stays."""
-    from iris_fast.models.pretrained import weights
-
     write = weights.save_torch_state_dict
 
     def faulty(tensors, folder, **options):

@@ -21,7 +21,7 @@ from transformers import AutoProcessor, JanusForConditionalGeneration
 from iris_fast.errors import UserError
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
-from iris_fast.models.pretrained import hub
+from iris_fast.models.pretrained import hub, weights
 from iris_fast.models.pretrained.config_json import build_config
 from iris_fast.models.pretrained.load import VQ_PREFIX, load_janus, untouched_shapes
 from iris_fast.models.pretrained.names import ORIGINAL_ONLY, to_original, to_transformers
@@ -88,14 +88,15 @@ def test_sizes_of_the_fixtures(fixtures, layout):
                                               for f in FIXTURE_OF.values())])  # fmt: skip
 @pytest.mark.parametrize("chain", list(itertools.product(LAYOUTS, LAYOUTS)), ids="-".join)
 @pytest.mark.parametrize("shard", ["5GB", "200KB"], ids=["single", "sharded"])
-def test_round_trips_are_bitwise(request, tmp_path, source, chain, shard):
+def test_round_trips_are_bitwise(request, tmp_path, monkeypatch, source, chain, shard):
+    monkeypatch.setattr(weights, "MAX_SHARD_SIZE", shard)
     if source == "tiny":
         first = request.getfixturevalue("tiny")
     else:
         first = load_janus(request.getfixturevalue("fixtures") / source, dtype=torch.bfloat16)
     here = first
     for number, layout in enumerate(chain):
-        folder = save_janus(here, tmp_path / str(number), layout, max_shard_size=shard)
+        folder = save_janus(here, tmp_path / str(number), layout)
         assert (folder / "model.safetensors.index.json").exists() == (shard != "5GB")
         here = load_janus(folder, dtype=first.model.lm_head.weight.dtype)
         assert here.layout == layout

@@ -22,7 +22,6 @@ LENGTHS = [5, 1, 9, 2]
 FAKES = {
     "sdpa": "sdpa",
     "varlen": "varlen",
-    "varlen 2.10": "varlen",
     "varlen 2.11": "varlen",
     "flash_attention_2": "flash_attention_2",
     "xformers": "xformers",

@@ -5,8 +5,6 @@ from a weight's shape is taken from there. What no shape determines (numbers of 
 the config or from the defaults of the reference.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Resolve a model name: a local folder, or a Hugging Face hub id."""
 
-from __future__ import annotations
-
 import re
 import ssl
 import urllib.error

@@ -3,8 +3,6 @@
 `iris_fast.models.pretrained.save` writes one.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

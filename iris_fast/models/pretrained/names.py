@@ -5,8 +5,6 @@ to those of transformers and is read in both directions; `{i}` stands for a laye
 first match counts.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -9,8 +9,6 @@ value: an attribute of the `JanusConfig` (`$config.decoder.hidden_size`), of the
 - `vision_config.num_attention_heads` is not part of the original layout; `load` reads it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -51,7 +49,6 @@ def save_janus(
     layout: str = "transformers",
     *,
     dtype: torch.dtype | None = None,
-    max_shard_size: str | int = "5GB",
 ) -> Path:
     """Write `loaded` as a complete model folder at `path` and return it.
 
@@ -78,7 +75,7 @@ def save_janus(
         partial.chmod(0o777 & ~_umask())
         for name, text in _texts(loaded, layout, stored_dtype).items():
             (partial / name).write_text(text, encoding="utf-8", newline="\n")
-        write_tensors(tensors, partial, max_shard_size)
+        write_tensors(tensors, partial)
         read_config(partial)
         os.replace(partial, target)
     except OSError as error:

@@ -4,8 +4,6 @@ Nothing here can run code from a file: safetensors files hold none, and `.bin` f
 `torch.load(weights_only=True)`.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import zipfile
@@ -22,6 +20,7 @@ from iris_fast.errors import UserError
 
 # In order of preference.
 SINGLE_FILES = ["model.safetensors", "pytorch_model.bin"]
+MAX_SHARD_SIZE = "5GB"
 # What safetensors and torch.load raise for files that they cannot read.
 _DAMAGED = (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError)
 
@@ -94,7 +93,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             "convert it to safetensors on an isolated machine"
         ) from error
     except _DAMAGED as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         kind = path.suffix.removeprefix(".")
         raise UserError(
             f"{path} is damaged or not a {kind} file ({reason}); download it again"
@@ -104,9 +103,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return data
 
 
-def write_tensors(
-    tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str | int = "5GB"
-) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write safetensors into `folder` (with an index if more than one), read back and compare.
 
     UserError if they cannot be written or are read back differently.
@@ -122,7 +119,7 @@ def write_tensors(
         storages.add(tensor.untyped_storage().data_ptr())
         written[name] = tensor
     try:
-        save_torch_state_dict(written, folder, max_shard_size=max_shard_size)
+        save_torch_state_dict(written, folder, max_shard_size=MAX_SHARD_SIZE)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write weights into {folder} ({error}); check the space on the disk"
