@@ -20,7 +20,7 @@ from small_runs import flags, metrics, quick, score
 from iris_fast.errors import UserError
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.health import find_warnings
-from iris_fast.run.log import Log, format_time, open_log, read_metrics
+from iris_fast.run.log import Log, open_log, read_metrics
 from iris_fast.run.metrics import rollout_metrics
 from iris_fast.run.samples import Samples, read_samples
 from iris_fast.run.trackers import Tracker, require_tracker
@@ -217,9 +217,9 @@ def test_the_console_has_one_line_per_step(here):
     finished = run("iris_fast.train", *flags(max_steps=3, output_dir="run"), cwd=here)
     lines = [line for line in finished.out.splitlines() if line.startswith("step ")]
     assert [line.split("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
-    for part in ("reward", "in groups", "nsc", "kl", "grad", "images/s", "GiB", "eta 0:"):
+    for part in ("reward", "in groups", "nsc", "kl", "grad", "images/s", "GiB", "eta 0"):
         assert all(part in line for line in lines)
-    assert lines[-1].endswith("  eta 0:00")
+    assert lines[-1].endswith("  eta 00:00")
 
 
 def test_the_time_left_counts_the_steps_since_the_log_was_opened(folder, monkeypatch, capsys):
@@ -227,33 +227,13 @@ def test_the_time_left_counts_the_steps_since_the_log_was_opened(folder, monkeyp
     monkeypatch.setattr("iris_fast.run.log.time.perf_counter", lambda: next(clock))
     write_steps(folder, 2)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.endswith("eta 0:40")
-    assert second.endswith("eta 0:30")
+    assert first.endswith("eta 00:40")
+    assert second.endswith("eta 00:30")
     clock = iter([0.0, 3600.0])
     log = log_at(folder, step=2)
     log.step(HEALTHY | {"step": 3})
     log.close()
     assert capsys.readouterr().out.endswith("eta 2:00:00\n")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0:00"), (83, "1:23"), (3599.6, "1:00:00"), (360_005, "100:00:05")]
-)
-def test_durations_are_formatted_as_clocks_show_them(seconds, text):
-    assert format_time(seconds) == text
-
-
-def test_tensorboard_holds_every_number_of_every_step(here):
-    pytest.importorskip("tensorboard", reason="needs tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(quick("run", max_steps=2, report_to="tensorboard"))
-    accumulator = EventAccumulator("run/iris-fast")
-    accumulator.Reload()
-    for name in ("reward", "kl", "image_nsc", "rewards/image_nsc"):
-        logged = [(event.step, event.value) for event in accumulator.Scalars(name)]
-        expected = [(row["step"], row[name]) for row in metrics("run")]
-        assert logged == [(step, pytest.approx(value, rel=1e-5)) for step, value in expected]
 
 
 SAMPLES = Samples(

@@ -118,16 +118,9 @@ def console_line(metrics: dict[str, Any], max_steps: int, seconds_left: float) -
         f"grad {metrics['grad_norm']:.3g}",
         f"{metrics['images_per_s']:.1f} images/s",
         f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB",
-        f"eta {format_time(seconds_left)}",
+        f"eta {tqdm.format_interval(seconds_left)}",
     ]
     return "  ".join(parts)
-
-
-def format_time(seconds: float) -> str:
-    """Format a duration as 1:23 (minutes and seconds) or 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def read_metrics(path: Path, up_to: float = math.inf) -> list[dict[str, Any]]:
