@@ -161,7 +161,7 @@ def only_a_readme(folder: Path) -> None:
 
 
 CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
-    "no checkpoint": (only_a_readme, ["model", "no config.json", "not a checkpoint"]),
+    "no checkpoint": (only_a_readme, ["model", "no config.json", "not a model folder"]),
     "another architecture": (change_config("model_type", to="llama"), ["config.json", "'llama'"]),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
     "truncated safetensors": (truncate_weights, ["model.safetensors", "damaged"]),
