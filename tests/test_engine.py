@@ -211,11 +211,9 @@ def test_the_cache_holds_each_prefix_once():
 def test_steps_stop_when_asked_to():
     ran = []
     between = [False, False, True]
-    done = run_steps(
-        lambda: ran.append(0), 10, torch.device("cpu"), False, lambda done: between[done - 1]
-    )
+    done = run_steps(lambda: ran.append(0), 10, False, lambda done: between[done - 1])
     assert (done, len(ran)) == (3, 3)
-    assert run_steps(lambda: None, 4, torch.device("cpu"), False, lambda done: False) == 4
+    assert run_steps(lambda: None, 4, False, lambda done: False) == 4
 
 
 # --- The fused decoder ----------------------------------------------------------------------------

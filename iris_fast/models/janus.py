@@ -9,9 +9,9 @@ codebook width.
 
 from dataclasses import dataclass
 
-import iris_kernels
 import torch
 import torch.nn.functional as F
+from iris_kernels import TokenStats, linear_token_stats
 from torch import Tensor, nn
 
 from iris_fast.models.attention import PackedAttention
@@ -134,9 +134,7 @@ class Janus(nn.Module):
         """Final-norm hidden states [T, D]; see `Decoder.forward`."""
         return self.model.language_model(embeds_TD, positions_T, attention)
 
-    def forward(
-        self, packed: PackedBatch
-    ) -> tuple[iris_kernels.TokenStats, iris_kernels.TokenStats]:
+    def forward(self, packed: PackedBatch) -> tuple[TokenStats, TokenStats]:
         """Statistics of the text targets and of the image targets of a packed batch.
 
         Each field is fp32, shaped like `packed.text_targets` or `packed.image_targets`
@@ -148,24 +146,18 @@ class Janus(nn.Module):
         has the weights gathered.
         """
         embeds_TD = self.embed_packed(packed)
-        attention = PackedAttention(
-            packed.sequence_lengths, embeds_TD.device, self.attn_implementation
-        )
+        lengths, temperature = packed.sequence_lengths, packed.guidance.temperature
+        attention = PackedAttention(lengths, embeds_TD.device, self.attn_implementation)
         hidden_TD = self.hidden_states(embeds_TD, packed.positions_T, attention)
-        text = iris_kernels.linear_token_stats(
+        text = linear_token_stats(
             hidden_TD.index_select(0, packed.text_rows),
             self.lm_head.weight,
             packed.text_targets,
-            temperature=packed.guidance.temperature,
+            temperature=temperature,
         )
-        head = self.model.generation_head
-        image = iris_kernels.linear_token_stats(
-            self._image_head_input(hidden_TD, packed),
-            head.vision_head.weight,
-            packed.image_targets,
-            head.vision_head.bias,
-            temperature=packed.guidance.temperature,
-        )
+        head = self.model.generation_head.vision_head
+        rows, targets = self._image_head_input(hidden_TD, packed), packed.image_targets
+        image = linear_token_stats(rows, head.weight, targets, head.bias, temperature=temperature)
         return text, image
 
     def _image_head_input(self, hidden_TD: Tensor, packed: PackedBatch) -> Tensor:

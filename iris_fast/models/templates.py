@@ -18,7 +18,6 @@ PLACEHOLDER = "{prompt}"
 class Template:
     """Role strings, and the system sentence before the chain-of-thought turn, if any."""
 
-    name: str
     user: str
     assistant: str
     cot_system: str = ""
@@ -36,20 +35,13 @@ class Template:
         return f"{self.user}: {text.strip()}\n\n{self.assistant}:"
 
 
+# The system sentence and the instruction are not T2I-R1's.
+_COT_SYSTEM = "You help people to draw: you think about what a picture should show."
 TEMPLATES = {
-    template.name: template
-    for template in (
-        Template("janus-pro", "<|User|>", "<|Assistant|>"),
-        Template("janus-1.3b", "User", "Assistant"),
-        # As T2I-R1 trained Janus-Pro: the older model's roles, and a system sentence before the
-        # chain of thought. The sentence and the instruction are not T2I-R1's.
-        Template(
-            "t2i-r1",
-            "User",
-            "Assistant",
-            "You help people to draw: you think about what a picture should show.",
-        ),
-    )
+    "janus-pro": Template("<|User|>", "<|Assistant|>"),
+    "janus-1.3b": Template("User", "Assistant"),
+    # As T2I-R1 trained Janus-Pro: the older model's roles, and a system sentence before the CoT.
+    "t2i-r1": Template("User", "Assistant", _COT_SYSTEM),
 }
 
 

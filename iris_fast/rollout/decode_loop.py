@@ -17,7 +17,6 @@ WARM_UP_STEPS = 2  # before a capture: compilation, library handles and workspac
 def run_steps(
     step: Callable[[], None],
     max_steps: int,
-    device: torch.device,
     use_cuda_graph: bool,
     should_stop: Callable[[int], bool],
 ) -> int:
@@ -30,20 +29,14 @@ def run_steps(
     run = step
     for steps_done in range(1, max_steps + 1):
         if use_cuda_graph and steps_done == WARM_UP_STEPS + 1:
-            run = _capture(step, device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):  # it synchronises, and capturing does not run the step
+                step()
+            run = graph.replay
         run()
         if should_stop(steps_done):
             return steps_done
     return max_steps
-
-
-def _capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The replay of `step` as a CUDA graph; capturing does not run it."""
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 class StepBuffer:

@@ -11,6 +11,8 @@ slightly different logits.
 Shapes: B sequences, D hidden width, H query heads, J key/value heads, I MLP width, d head width.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from iris_kernels import add_rms_norm, quantize_rows, silu_mul
@@ -92,14 +94,12 @@ class FusedLayer:
     """A block of the decoder, with four products instead of seven."""
 
     def __init__(self, layer: DecoderLayer, weight_dtype: str) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.layer = layer
-        self.qkv = FusedLinear(
-            attention.q_proj, attention.k_proj, attention.v_proj, weight_dtype=weight_dtype
-        )
-        self.out = FusedLinear(attention.o_proj, weight_dtype=weight_dtype)
-        self.gate_up = FusedLinear(mlp.gate_proj, mlp.up_proj, weight_dtype=weight_dtype)
-        self.down = FusedLinear(mlp.down_proj, weight_dtype=weight_dtype)
+        self.layer, attention, mlp = layer, layer.self_attn, layer.mlp
+        linear = functools.partial(FusedLinear, weight_dtype=weight_dtype)
+        self.qkv = linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = linear(attention.o_proj)
+        self.gate_up = linear(mlp.gate_proj, mlp.up_proj)
+        self.down = linear(mlp.down_proj)
 
 
 class FusedDecoder:

@@ -79,12 +79,9 @@ class KVCache:
             keys, values = self.keys[layer_index], self.values[layer_index]
             keys[self._rows_B, :, self.lengths_B] = key
             values[self._rows_B, :, self.lengths_B] = value
+            query, keys, values = query[:, :, None], keys[:, :, :live], values[:, :, :live]
             context = F.scaled_dot_product_attention(
-                query[:, :, None],
-                keys[:, :, :live],
-                values[:, :, :live],
-                attn_mask=mask,
-                enable_gqa=query.shape[1] != key.shape[1],
+                query, keys, values, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
             )
             return context[:, :, 0]
 

@@ -76,8 +76,7 @@ class Sampler:
     @functools.cached_property
     def fused(self) -> FusedDecoder:
         """The decoder of the static engine, which shares this model's weights."""
-        decoder = self.janus.model.language_model
-        return FusedDecoder(decoder, self.config.rollout_weight_dtype)
+        return FusedDecoder(self.janus.model.language_model, self.config.rollout_weight_dtype)
 
     @torch.no_grad()
     def rollout(
@@ -101,15 +100,12 @@ class Sampler:
         truncated = [False for _ in prompts]
         text_trace = empty_trace(len(prompts))
         if self.config.cot:
-            cot_prompt_ids = [
-                self.tokenizer.encode(template.cot_prompt(fill_instruction(self.instruction, text)))
-                for text in texts
-            ]
+            filled = (fill_instruction(self.instruction, text) for text in texts)
+            cot_prompt_ids = [self.tokenizer.encode(template.cot_prompt(text)) for text in filled]
             cot_ids, text_trace = self._sample_text(cot_prompt_ids, sample_numbers)
             truncated = [ids[-1] != self.tokenizer.eos_id for ids in cot_ids]
-            cot_texts = [
-                self.tokenizer.strip_special(self.tokenizer.decode(ids)).strip() for ids in cot_ids
-            ]
+            decoded = (self.tokenizer.decode(ids) for ids in cot_ids)
+            cot_texts = [self.tokenizer.strip_special(text).strip() for text in decoded]
             texts = [join_prompt(*pair) for pair in zip(texts, cot_texts, strict=True)]
         prompt_ids = [image_prompt_ids(self.tokenizer, template, text) for text in texts]
         unconditional: list[list[int]] = []
@@ -188,10 +184,9 @@ class Sampler:
         sample receive the same token. `should_stop` is given the tokens [N, steps] so far.
         """
         config, janus, guided = self.config, self.janus, bool(unconditional)
-        logits, embed = {
-            "text": (janus.text_logits, janus.embed_text),
-            "image": (janus.image_logits, janus.embed_image),
-        }[stream]
+        logits, embed = janus.text_logits, janus.embed_text
+        if stream == "image":
+            logits, embed = janus.image_logits, janus.embed_image
         uniforms_NL = uniforms(config.seed, stream, sample_numbers, max_steps)
         buffer = StepBuffer(uniforms_NL.to(self.device))
         embeds_BD, decode = self._prefill(prompt_ids + unconditional, room=max_steps)
@@ -213,13 +208,10 @@ class Sampler:
             embeds_ND = embed(sampled.token_ids)
             embeds_BD.copy_(torch.cat([embeds_ND, embeds_ND]) if guided else embeds_ND)
 
-        steps = run_steps(
-            step,
-            max_steps,
-            self.device,
-            self.uses_cuda_graph,
-            lambda steps_done: should_stop(buffer.token_ids_NL[:, :steps_done]),
-        )
+        def stop(steps_done: int) -> bool:
+            return should_stop(buffer.token_ids_NL[:, :steps_done])
+
+        steps = run_steps(step, max_steps, self.uses_cuda_graph, stop)
         return buffer.token_ids_NL[:, :steps].cpu(), buffer
 
     def _prefill(self, sequences: list[list[int]], room: int) -> tuple[Tensor, DecodingStep]:
@@ -239,10 +231,9 @@ class Sampler:
             attention = cache.prefill_attention()
             decode = functools.partial(self.fused.step, cache=cache)
         else:
-            lengths = [len(ids) for ids in prefixes]
-            slots = max(lengths) + room
-            cache = KVCache(config, len(lengths), slots, dtype, device, attn_implementation)
-            attention = cache.prefill_attention(lengths)
+            slots = max(map(len, prefixes)) + room
+            cache = KVCache(config, len(prefixes), slots, dtype, device, attn_implementation)
+            attention = cache.prefill_attention([len(ids) for ids in prefixes])
             decode = functools.partial(self._plain_step, cache=cache)
         ids_T = torch.tensor([token for ids in prefixes for token in ids], device=device)
         _, positions_T = rows_and_positions([len(ids) for ids in prefixes], device)

@@ -7,6 +7,7 @@ differ in the last token and what follows it. Every step reads live entries only
 Shapes: B sequences, P prefixes, H query heads, J key/value heads, S slots, d head width.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Self
 
@@ -69,16 +70,12 @@ class SharedKVCache:
         attn_implementation: str = "sdpa",
     ) -> None:
         self._prefix_lengths = [len(prefix) for prefix in shared.prefixes]
-        self._dtype = dtype
-        self._attn_implementation = attn_implementation
+        self._dtype, self._attn_implementation = dtype, attn_implementation
         batch, longest = len(shared.index), max(self._prefix_lengths)
 
         def allocate(rows: int, slots: int) -> list[tuple[Tensor, Tensor]]:
             shape = (rows, config.num_kv_heads, slots, config.head_dim)
-
-            def empty() -> Tensor:
-                return torch.empty(shape, dtype=dtype, device=device)
-
+            empty = functools.partial(torch.empty, shape, dtype=dtype, device=device)
             return [(empty(), empty()) for _ in range(config.num_layers)]
 
         self._prefix, self._own = allocate(len(shared.prefixes), longest), allocate(batch, room)
@@ -116,12 +113,10 @@ class SharedKVCache:
     ) -> Tensor:
         """Context [B, H, d] of one new token per sequence: query and key are rotated by `rope`, key
         and value stored, then the query attends to all stored tokens of its sequence."""
-        keys, values = self._own[layer_index]
-        prefix_keys, prefix_values = self._prefix[layer_index]
+        own, (prefix_keys, prefix_values) = self._own[layer_index], self._prefix[layer_index]
         return decode_attention(
-            rope_append(query, key, value, *rope, keys, values, self._own_B),
-            keys,
-            values,
+            rope_append(query, key, value, *rope, *own, self._own_B),
+            *own,
             self._live_B,
             prefix_keys=prefix_keys,
             prefix_values=prefix_values,

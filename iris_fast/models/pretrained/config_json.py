@@ -50,10 +50,8 @@ class _Shapes:
         """The size of one dimension; UserError if there is none."""
         shape = self.shapes.get(name, ())
         if len(shape) <= dim:
-            raise UserError(
-                f"{self.folder} has no tensor {name!r} (or not of the right rank); "
-                "download it again"
-            )
+            wrong = f"{self.folder} has no tensor {name!r} (or not of the right rank)"
+            raise UserError(f"{wrong}; download it again")
         return shape[dim]
 
     def count(self, prefix: str) -> int:
@@ -106,10 +104,9 @@ def build_config(
         vision=_vision_config(vision, known),
         image_size=image.integer("image_size", 384),
     )
+    stated = _Section(raw, file, "vq_config"), "num_embeddings"
     if original:
         stated = _Section(raw, file, "gen_vision_config", "params"), "image_token_size"
-    else:
-        stated = _Section(raw, file, "vq_config"), "num_embeddings"
     _check_codebook(config.vq.codebook_size, *stated, known)
     grid = config.image_size // config.vision.patch_size
     if grid * grid != config.vision.num_positions or config.image_size % config.vq.patch_size:
@@ -202,12 +199,11 @@ def _vision_config(section: _Section, shapes: _Shapes) -> VisionConfig:
 
 def _check_codebook(codebook_size: int, section: _Section, key: str, shapes: _Shapes) -> None:
     """UserError unless the four places that state the image vocabulary agree."""
+    head = "model.generation_head.vision_head.weight"
     found = {
         "the VQ's codebook": codebook_size,
         "generation_embeddings (gen_embed)": shapes.size("model.generation_embeddings.weight", 0),
-        "generation_head.vision_head (gen_head)": shapes.size(
-            "model.generation_head.vision_head.weight", 0
-        ),
+        "generation_head.vision_head (gen_head)": shapes.size(head, 0),
         f"config.json {key}": section.integer(key, codebook_size),
     }
     if len(set(found.values())) > 1:

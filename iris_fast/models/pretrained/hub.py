@@ -53,9 +53,13 @@ def resolve_model(name_or_path: str | Path) -> Path:
         )
     reachable = hub_is_reachable()
     try:
-        found = _download(name, "*.safetensors", reachable)
-        if not any(found.glob("*.safetensors")):
-            found = _download(name, "*.bin", reachable)
+        for weights in ("*.safetensors", "*.bin"):
+            patterns = ["*.json", weights]
+            found = huggingface_hub.snapshot_download(
+                name, allow_patterns=patterns, local_files_only=not reachable
+            )
+            if any(Path(found).glob("*.safetensors")):
+                break
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         if not reachable:
             cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
@@ -68,13 +72,4 @@ def resolve_model(name_or_path: str | Path) -> Path:
             f"model: no folder {name}, and the Hugging Face hub does not provide it ({reason}); "
             "check the name, the network, and your access"
         ) from error
-    return found
-
-
-def _download(name: str, weights: str, reachable: bool) -> Path:
-    patterns = ["*.json", weights]
-    return Path(
-        huggingface_hub.snapshot_download(
-            name, allow_patterns=patterns, local_files_only=not reachable
-        )
-    )
+    return Path(found)

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import string
-import tempfile
+import uuid
 from pathlib import Path
 
 import torch
@@ -68,11 +68,9 @@ def save_janus(
         raise UserError(f"{target} exists already; remove it or choose another folder")
     tensors = _tensors(loaded, layout, dtype)
     stored_dtype = dtype or next(iter(loaded.model.parameters())).dtype
-    partial = None
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        partial.chmod(0o777 & ~_umask())
+        partial.mkdir(parents=True)
         for name, text in _texts(loaded, layout, stored_dtype).items():
             (partial / name).write_text(text, encoding="utf-8", newline="\n")
         write_tensors(tensors, partial)
@@ -81,15 +79,8 @@ def save_janus(
     except OSError as error:
         raise UserError(f"cannot write {target} ({error}); check space and permissions") from error
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _tensors(loaded: LoadedJanus, layout: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -143,8 +134,7 @@ def layout_json(
     }
 
     def value(match: re.Match[str]) -> str:
-        field, _ = string.Formatter().get_field(match[1], (), values)
-        return json.dumps(field)
+        return json.dumps(string.Formatter().get_field(match[1], (), values)[0])
 
     text = (TEMPLATES / layout / name).read_text(encoding="utf-8")
     return json.loads(re.sub(r'"\$([\w.\[\]]+)"', value, text))
