@@ -47,10 +47,8 @@ class JanusTokenizer:
         for name, string in self.specials.items():
             token_id = backend.token_to_id(string)
             if token_id is None:
-                raise UserError(
-                    f"{source} has no special token {string!r} ({name}); "
-                    "use the tokenizer of a Janus model"
-                )
+                remedy = "use the tokenizer of a Janus model"
+                raise UserError(f"{source} has no special token {string!r} ({name}); {remedy}")
             ids[name] = token_id
         self.bos_id: int = ids["bos_token"]
         self.eos_id: int = ids["eos_token"]

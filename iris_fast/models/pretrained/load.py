@@ -44,12 +44,8 @@ class LoadedJanus:
     path: Path | None = None
 
 
-def load_janus(
-    path: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> LoadedJanus:
-    """Open a model folder, or a hub id, of either layout.
+def load_janus(path: str | Path, dtype: torch.dtype = torch.float32) -> LoadedJanus:
+    """Open a model folder, or a hub id, of either layout, on the CPU.
 
     The weights of the policy and of the VQ are cast to `dtype`; the VQ is frozen. UserError names
     the file or tensor that is missing, damaged, of the wrong shape, or not finite.
@@ -72,18 +68,16 @@ def load_janus(
             f"{folder}: tokenizer.json has ids up to {len(tokenizer) - 1}, the model only "
             f"{config.decoder.vocab_size} rows; use files of one and the same model"
         )
-    _fill(model, "", tensors, dtype, device, folder)
-    _fill(vq, VQ_PREFIX, tensors, dtype, device, folder)
+    _fill(model, "", tensors, dtype, folder)
+    _fill(vq, VQ_PREFIX, tensors, dtype, folder)
     vq.eval().requires_grad_(False)
     return LoadedJanus(model, vq, tokenizer, config, tensors, layout, folder)
 
 
 def untouched_shapes(config: JanusConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the vision tower and its aligner, which every saved model needs.
-
-    `vision_tensors.json` has them with the names of sizes, and `{i}` for a layer number.
-    """
+    """Names and shapes of the vision tower and its aligner, which every saved model needs."""
     sizes = asdict(config.vision) | {"decoder_width": config.decoder.hidden_size}
+    # Their dimensions are numbers or the names of sizes; `{i}` stands for a layer number.
     table = json.loads(Path(__file__).with_name("vision_tensors.json").read_text(encoding="utf-8"))
     shapes = {}
     for name, dims in table.items():
@@ -126,12 +120,7 @@ def _shorten(names: list[str]) -> str:
 
 
 def _fill(
-    module: nn.Module,
-    prefix: str,
-    tensors: dict[str, Tensor],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    folder: Path,
+    module: nn.Module, prefix: str, tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path
 ) -> None:
     """Move the module's tensors out of `tensors` into it; UserError for one that is not finite.
 
@@ -139,18 +128,11 @@ def _fill(
     """
     state = {}
     for name in module.state_dict():
-        source = tensors.pop(prefix + name)
+        source, where = tensors.pop(prefix + name), f"{folder}: tensor {prefix}{name}"
         if not source.is_floating_point():
-            raise UserError(
-                f"{folder}: tensor {prefix}{name} is {source.dtype}; "
-                "quantised models are not supported"
-            )
-        # copy=True: never train on the memory of a file.
-        state[name] = source.to(device=device, dtype=dtype, copy=True)
+            raise UserError(f"{where} is {source.dtype}; quantised models are not supported")
+        state[name] = source.to(dtype, copy=True)  # never train on the memory of a file
         low, high = state[name].aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise UserError(
-                f"{folder}: tensor {prefix}{name} holds NaN or infinity; "
-                "use an intact copy of the model"
-            )
+            raise UserError(f"{where} holds NaN or infinity; use an intact copy of the model")
     module.load_state_dict(state, assign=True)

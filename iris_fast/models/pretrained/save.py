@@ -47,7 +47,6 @@ def save_janus(
     loaded: LoadedJanus,
     path: str | Path,
     layout: str = "transformers",
-    *,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write `loaded` as a complete model folder at `path` and return it.
@@ -88,9 +87,9 @@ def _tensors(loaded: LoadedJanus, layout: str, dtype: torch.dtype | None) -> dic
     tensors |= {VQ_PREFIX + name: t for name, t in loaded.vq.state_dict().items()}
     for name, tensor in loaded.untouched.items():  # the others were checked when they were loaded
         if tensor.is_floating_point() and not tensor.isfinite().all():
+            remedy = "start from an intact copy of the model"
             raise UserError(
-                f"tensor {name}, which is only passed on, holds NaN or infinity; start from an "
-                "intact copy of the model"
+                f"tensor {name}, which is only passed on, holds NaN or infinity; {remedy}"
             )
     tensors |= loaded.untouched
     if layout == "original":

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from iris_fast.errors import UserError
 
-# In order of preference.
-SINGLE_FILES = ["model.safetensors", "pytorch_model.bin"]
+SINGLE_FILES = ["model.safetensors", "pytorch_model.bin"]  # in order of preference
 MAX_SHARD_SIZE = "5GB"
 # What safetensors and torch.load raise for files that they cannot read.
 _DAMAGED = (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError)
@@ -61,10 +60,8 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(map(str, weight_map.values()))):
         if Path(shard).name != shard or Path(shard).suffix not in (".safetensors", ".bin"):
-            raise UserError(
-                f"{index} names {shard!r}, which is not a weight file in its folder; "
-                "download it again"
-            )
+            wrong = f"{index} names {shard!r}, which is not a weight file in its folder"
+            raise UserError(f"{wrong}; download it again")
         if not (folder / shard).is_file():
             raise UserError(f"{folder / shard} is missing, {index.name} lists it; download it")
         tensors |= _read_file(folder / shard)
@@ -127,9 +124,9 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     back = read_tensors(folder)
     for name, tensor in written.items():
         if name not in back or not _same_bits(tensor, back[name]):
+            cause = "the disk is full or faulty"
             raise UserError(
-                f"{folder}: {name!r} is read back differently than it was written; the disk is "
-                "full or faulty"
+                f"{folder}: {name!r} is read back differently than it was written; {cause}"
             )
 
 
