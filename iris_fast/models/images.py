@@ -43,10 +43,8 @@ def grid(rows: list[list[Image.Image]], captions: list[str]) -> Image.Image:
     font = ImageFont.load_default(size=max(11, height // 24))
     caption_height = sum(font.getmetrics()) + GAP_PIXELS
     row_height = height + caption_height + GAP_PIXELS
-    columns = len(rows[0])
-    sheet = Image.new(
-        "RGB", (columns * (width + GAP_PIXELS) + GAP_PIXELS, len(rows) * row_height), "white"
-    )
+    sheet_width = len(rows[0]) * (width + GAP_PIXELS) + GAP_PIXELS
+    sheet = Image.new("RGB", (sheet_width, len(rows) * row_height), "white")
     pen = ImageDraw.Draw(sheet)
     for number, (images, caption) in enumerate(zip(rows, captions, strict=True)):
         top = number * row_height

@@ -54,13 +54,11 @@ def load_instruction(path: str | Path | None = None) -> str:
     try:
         text = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cot_instruction: {file} cannot be read ({error}); give a UTF-8 text file"
-        ) from error
+        reason = f"cannot be read ({error}); give a UTF-8 text file"
+        raise UserError(f"cot_instruction: {file} {reason}") from error
     if PLACEHOLDER not in text:
-        raise UserError(
-            f"cot_instruction: {file} has no {PLACEHOLDER}; write it where the prompt belongs"
-        )
+        remedy = "write it where the prompt belongs"
+        raise UserError(f"cot_instruction: {file} has no {PLACEHOLDER}; {remedy}")
     return text
 
 

@@ -127,10 +127,9 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             before = widths[i - 1] if i else config.base_channels
-            level = Level(before, width, config.num_res_blocks, attention=i == last)
+            self.down.append(Level(before, width, config.num_res_blocks, attention=i == last))
             if i != last:
-                level.downsample = _downsample(width)
-            self.down.append(level)
+                self.down[i].downsample = _downsample(width)
         self.mid = _mid(widths[-1])
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
@@ -157,10 +156,9 @@ class PixelDecoder(nn.Module):
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
             before = widths[max(i - 1, 0)]
-            level = Level(before, width, config.num_res_blocks + 1, attention=i == 0)
+            self.up.append(Level(before, width, config.num_res_blocks + 1, attention=i == 0))
             if i != len(widths) - 1:
-                level.upsample = _upsample(width)
-            self.up.append(level)
+                self.up[i].upsample = _upsample(width)
         self.norm_out = _norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 

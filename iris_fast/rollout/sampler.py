@@ -96,8 +96,7 @@ class Sampler:
         texts = [prompt.text for prompt in prompts]
         cot_prompt_ids: list[list[int]] = [[] for _ in prompts]
         cot_ids: list[list[int]] = [[] for _ in prompts]
-        cot_texts = ["" for _ in prompts]
-        truncated = [False for _ in prompts]
+        cot_texts, truncated = [""] * len(prompts), [False] * len(prompts)
         text_trace = empty_trace(len(prompts))
         if self.config.cot:
             filled = (fill_instruction(self.instruction, text) for text in texts)

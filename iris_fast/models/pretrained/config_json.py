@@ -96,17 +96,17 @@ def build_config(
     decoder = "language_config" if original else "text_config"
     if not isinstance(raw.get(decoder), dict):  # sizes would be guessed, and heads guessed wrong
         raise UserError(f"{file} has no {decoder}; restore the model's own config.json")
-    vision = _Section(raw, file, "vision_config")
-    image = _Section(raw, file, "vision_config", "params") if original else vision
+    image = vision = _Section(raw, file, "vision_config")
+    stated = _Section(raw, file, "vq_config"), "num_embeddings"
+    if original:
+        image = _Section(raw, file, "vision_config", "params")
+        stated = _Section(raw, file, "gen_vision_config", "params"), "image_token_size"
     config = JanusConfig(
         decoder=_decoder_config(_Section(raw, file, decoder), known),
         vq=_vq_config(known),
         vision=_vision_config(vision, known),
         image_size=image.integer("image_size", 384),
     )
-    stated = _Section(raw, file, "vq_config"), "num_embeddings"
-    if original:
-        stated = _Section(raw, file, "gen_vision_config", "params"), "image_token_size"
     _check_codebook(config.vq.codebook_size, *stated, known)
     grid = config.image_size // config.vision.patch_size
     if grid * grid != config.vision.num_positions or config.image_size % config.vq.patch_size:
@@ -167,15 +167,13 @@ def _rope_theta(section: _Section) -> float:
 
 
 def _vq_config(shapes: _Shapes) -> VQConfig:
-    vq = "model.vqmodel."
+    vq, codebook = "model.vqmodel.", "model.vqmodel.quantize.embedding.weight"
     base = shapes.size(vq + "encoder.conv_in.weight", 0)
-    widths = [
-        shapes.size(f"{vq}encoder.down.{level}.block.0.conv1.weight", 0)
-        for level in range(shapes.count(vq + "encoder.down."))
-    ]
+    levels = (f"{vq}encoder.down.{i}." for i in range(shapes.count(vq + "encoder.down.")))
+    widths = [shapes.size(level + "block.0.conv1.weight", 0) for level in levels]
     return VQConfig(
-        codebook_size=shapes.size(vq + "quantize.embedding.weight", 0),
-        codebook_dim=shapes.size(vq + "quantize.embedding.weight", 1),
+        codebook_size=shapes.size(codebook, 0),
+        codebook_dim=shapes.size(codebook, 1),
         latent_channels=shapes.size(vq + "encoder.conv_out.weight", 0),
         base_channels=base,
         channel_multiplier=tuple(width // base for width in widths),
@@ -208,7 +206,5 @@ def _check_codebook(codebook_size: int, section: _Section, key: str, shapes: _Sh
     }
     if len(set(found.values())) > 1:
         sizes = ", ".join(f"{name} {size}" for name, size in found.items())
-        raise UserError(
-            f"{shapes.folder}: the image vocabularies disagree ({sizes}); "
-            "use files of one and the same model"
-        )
+        cause = f"the image vocabularies disagree ({sizes})"
+        raise UserError(f"{shapes.folder}: {cause}; use files of one and the same model")

@@ -23,23 +23,17 @@ _HF_QKV = re.compile(
 )
 
 
-def _rules(prefixes: list[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
-    """Pattern and replacement of each pair."""
-    return [
-        (re.compile(re.escape(old).replace(r"\{i\}", r"(\d+)")), new.replace("{i}", r"\1"))
-        for old, new in prefixes
-    ]
+_TO_TRANSFORMERS: dict[str, str] = json.loads(
+    Path(__file__).with_name("tensor_names.json").read_text(encoding="utf-8")
+)
+_TO_ORIGINAL = {new: old for old, new in _TO_TRANSFORMERS.items()}
 
 
-_PREFIXES = json.loads(Path(__file__).with_name("tensor_names.json").read_text(encoding="utf-8"))
-_TO_TRANSFORMERS = _rules(list(_PREFIXES.items()))
-_TO_ORIGINAL = _rules([(new, old) for old, new in _PREFIXES.items()])
-
-
-def _rename(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
-    for pattern, replacement in rules:
-        if match := pattern.match(name):
-            return match.expand(replacement) + name[match.end() :]
+def _rename(name: str, prefixes: dict[str, str]) -> str:
+    for old, new in prefixes.items():
+        pattern = re.escape(old).replace(r"\{i\}", r"(\d+)")
+        if match := re.match(pattern, name):
+            return match.expand(new.replace("{i}", r"\1")) + name[match.end() :]
     return name
 
 
