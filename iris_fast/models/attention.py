@@ -40,8 +40,7 @@ def rows_and_positions(
 
 def cumulative_lengths(sequence_lengths: list[int], device: torch.device | str) -> Tensor:
     """0 and the end of each sequence, int32 [B + 1], as variable-length kernels take it."""
-    ends = torch.tensor([0, *sequence_lengths]).cumsum(0, dtype=torch.int32)
-    return ends.to(device)
+    return torch.tensor([0, *sequence_lengths]).cumsum(0, dtype=torch.int32).to(device)
 
 
 def repeat_heads(x_TJd: Tensor, heads: int) -> Tensor:
@@ -226,10 +225,8 @@ def unavailable(
         found = f"{major}.{minor}"
         return f"needs a GPU of compute capability 8.0 or later, this one has {found}; {otherwise}"
     if head_dim is not None and (head_dim % 8 or head_dim > WIDEST_HEAD):
-        return (
-            f"needs a head width that is a multiple of 8 up to {WIDEST_HEAD}, this model's is "
-            f"{head_dim}; {otherwise}"
-        )
+        widths = f"a multiple of 8 up to {WIDEST_HEAD}"
+        return f"needs a head width that is {widths}, this model's is {head_dim}; {otherwise}"
     if name == "varlen":
         found = torch.backends.cuda.is_flash_attention_available()
         return None if found else f"is not part of this torch {torch.__version__}; {otherwise}"
@@ -247,9 +244,8 @@ def _can_import(name: str, module: str) -> bool:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?"):
             return False  # the package itself is missing, not something that it imports
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"attn_implementation: {name} is installed and cannot be imported ({reason}); repair "
+            f"attn_implementation: {name} is installed and cannot be imported ({error}); repair "
             "or uninstall it, or use --attn_implementation sdpa"
         ) from None
     return True

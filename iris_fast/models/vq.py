@@ -206,10 +206,7 @@ class VQModel(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.latent_channels, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W], nominally in [-1, 1], of codes [B, I] of a square grid.
-
-        ValueError if I is not a square.
-        """
+        """Pixels [B, 3, H, W], about [-1, 1], of codes [B, I]; ValueError if I is not a square."""
         side = round(codes.shape[-1] ** 0.5)
         if codes.dim() != 2 or side * side != codes.shape[-1]:
             raise ValueError(f"codes must be [B, side * side], got {list(codes.shape)}")

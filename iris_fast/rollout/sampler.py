@@ -15,16 +15,9 @@ from iris_kernels import TokenStats, guided_sample, uses_triton
 from torch import Tensor
 
 from iris_fast.config import SamplingConfig
+from iris_fast.models import templates
 from iris_fast.models.attention import rows_and_positions
 from iris_fast.models.janus import Janus
-from iris_fast.models.templates import (
-    TEMPLATES,
-    fill_instruction,
-    image_prompt_ids,
-    join_prompt,
-    load_instruction,
-    unconditional_ids,
-)
 from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.records import Prompt, Rollout, Trace
 from iris_fast.rollout.decode_loop import StepBuffer, run_steps
@@ -71,7 +64,7 @@ class Sampler:
     @functools.cached_property
     def instruction(self) -> str:
         """The chain-of-thought instruction, read once: later edits of its file have no effect."""
-        return load_instruction(self.config.cot_instruction)
+        return templates.load_instruction(self.config.cot_instruction)
 
     @functools.cached_property
     def fused(self) -> FusedDecoder:
@@ -92,24 +85,24 @@ class Sampler:
         """
         if self.uses_static_engine:
             self.fused.refresh()  # weights may have been written since
-        template = TEMPLATES[self.config.template]
+        template = templates.TEMPLATES[self.config.template]
         texts = [prompt.text for prompt in prompts]
         cot_prompt_ids: list[list[int]] = [[] for _ in prompts]
         cot_ids: list[list[int]] = [[] for _ in prompts]
         cot_texts, truncated = [""] * len(prompts), [False] * len(prompts)
         text_trace = empty_trace(len(prompts))
         if self.config.cot:
-            filled = (fill_instruction(self.instruction, text) for text in texts)
+            filled = (templates.fill_instruction(self.instruction, text) for text in texts)
             cot_prompt_ids = [self.tokenizer.encode(template.cot_prompt(text)) for text in filled]
             cot_ids, text_trace = self._sample_text(cot_prompt_ids, sample_numbers)
             truncated = [ids[-1] != self.tokenizer.eos_id for ids in cot_ids]
             decoded = (self.tokenizer.decode(ids) for ids in cot_ids)
             cot_texts = [self.tokenizer.strip_special(text).strip() for text in decoded]
-            texts = [join_prompt(*pair) for pair in zip(texts, cot_texts, strict=True)]
-        prompt_ids = [image_prompt_ids(self.tokenizer, template, text) for text in texts]
+            texts = [templates.join_prompt(*pair) for pair in zip(texts, cot_texts, strict=True)]
+        prompt_ids = [templates.image_prompt_ids(self.tokenizer, template, text) for text in texts]
         unconditional: list[list[int]] = []
         if self.config.guided:
-            unconditional = [unconditional_ids(ids, self.tokenizer) for ids in prompt_ids]
+            unconditional = [templates.unconditional_ids(ids, self.tokenizer) for ids in prompt_ids]
         codes_NI, image_trace = self.sample_image(
             prompt_ids, unconditional, sample_numbers, callback
         )

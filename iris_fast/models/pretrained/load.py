@@ -1,7 +1,4 @@
-"""Open a Janus model, in the original or in the transformers layout.
-
-`iris_fast.models.pretrained.save` writes one.
-"""
+"""Open a Janus model folder, in the original or in the transformers layout."""
 
 import json
 from collections.abc import Mapping
