@@ -31,11 +31,6 @@ class VisionConfig:
     patch_size: int
     num_positions: int
 
-    @property
-    def mlp_ratio(self) -> float:
-        """`mlp_size` as transformers' config states it."""
-        return self.mlp_size / self.hidden_size
-
 
 @dataclass(frozen=True)
 class JanusConfig:

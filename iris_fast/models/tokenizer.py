@@ -71,9 +71,7 @@ class JanusTokenizer:
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise UserError(
-                f"no tokenizer.json in {folder}; copy it from the model that this one came from"
-            )
+            raise UserError(f"no tokenizer.json in {folder}; copy it from the base model")
         specials = _special_strings(folder / "tokenizer_config.json")
         specials |= _special_strings(folder / "special_tokens_map.json")
         try:

@@ -2,7 +2,7 @@
 
 `layouts/LAYOUT/` holds the files that are not weights. A JSON string "$path" there stands for a
 value: an attribute of the `JanusConfig` (`$config.decoder.hidden_size`), of the `JanusTokenizer`
-(`$tokenizer.bos_id`), `$dtype` or `$vision_model_name`. Three choices are deliberate:
+(`$tokenizer.bos_id`), `$dtype`, `$mlp_ratio` or `$vision_model_name`. Three choices are deliberate:
 
 - `tie_word_embeddings` is false: transformers' default would overwrite one weight with another.
 - `generation_kwargs.boi_token_id` is where transformers' image generation reads it, or fails.
@@ -16,6 +16,7 @@ import shutil
 import string
 import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ from iris_fast.models.pretrained.config_json import read_config
 from iris_fast.models.pretrained.load import VQ_PREFIX, LoadedJanus
 from iris_fast.models.pretrained.names import ORIGINAL_ONLY, to_original
 from iris_fast.models.pretrained.weights import write_tensors
-from iris_fast.models.tokenizer import JanusTokenizer
 
 TEMPLATES = Path(__file__).with_name("layouts")
 LAYOUTS = ("transformers", "original")
@@ -118,17 +118,14 @@ def _texts(loaded: LoadedJanus, layout: str, dtype: torch.dtype) -> dict[str, st
 
 
 def layout_json(
-    layout: str,
-    name: str,
-    config: JanusConfig,
-    dtype: torch.dtype,
-    tokenizer: JanusTokenizer | None = None,
+    layout: str, name: str, config: JanusConfig, dtype: torch.dtype, tokenizer: Any = None
 ) -> dict:
     """The JSON file `name` of `layout`; the original config.json needs no tokenizer."""
     values = {
         "config": config,
         "tokenizer": tokenizer,
         "dtype": str(dtype).removeprefix("torch."),
+        "mlp_ratio": config.vision.mlp_size / config.vision.hidden_size,
         "vision_model_name": f"siglip_large_patch{config.vision.patch_size}_{config.image_size}",
     }
 

@@ -118,9 +118,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     try:
         save_torch_state_dict(written, folder, max_shard_size=MAX_SHARD_SIZE)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write weights into {folder} ({error}); check the space on the disk"
-        ) from error
+        raise UserError(f"cannot write weights to {folder} ({error}); check disk space") from error
     back = read_tensors(folder)
     for name, tensor in written.items():
         if name not in back or not _same_bits(tensor, back[name]):
