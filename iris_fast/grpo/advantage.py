@@ -1,7 +1,5 @@
 """Rewards -> advantages. A pure function."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor

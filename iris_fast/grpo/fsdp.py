@@ -1,7 +1,5 @@
 """FSDP2: sharding a model over the ranks, and reading sharded tensors."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import (

@@ -3,8 +3,6 @@
 M tokens of N samples, text and image tokens alike, in any order; `sample_M` is the sample of each.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """AdamW over the trained parameters, its moments in 32, 16 or 8 bits, and its schedule."""
 
-from __future__ import annotations
-
 import math
 
 import torch

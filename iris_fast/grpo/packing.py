@@ -1,7 +1,5 @@
 """Rollout -> PackedBatch: the training sequences laid end to end, and the sample of each token."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The model in its three roles: the trained policy, the sampler's copy, the frozen reference."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

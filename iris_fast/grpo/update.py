@@ -1,7 +1,5 @@
 """Micro-batches -> one optimizer step: forward, loss, backward, clipping, AdamW."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable

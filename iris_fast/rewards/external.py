@@ -7,8 +7,6 @@ each. A parameter named like a field of the prompt file (or **kwargs) receives t
 field as a list, with None for lines without it.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import math

@@ -6,8 +6,6 @@ With U uniform over the V classes and p the distribution of a token:
     entropy  log V - KL(p || U), the ablation with the backward KL divergence
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -5,8 +5,6 @@ them. This module imports nothing of the project, so that the command line can r
 is imported.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
