@@ -11,10 +11,9 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import docstring_parser
 import jsonargparse
-import yaml
 
 from iris_fast.config import PRESETS, SamplingConfig, TrainConfig, defaults, sections
-from iris_fast.errors import UserError, report_error
+from iris_fast.errors import UserError, read_yaml, report_error
 
 Config = TypeVar("Config", bound=SamplingConfig)
 
@@ -112,16 +111,8 @@ def settings_of_file(path: str, config_class: type[Config]) -> dict[str, Any]:
     Other commands also take the config.yaml of a training run. They use the settings that they
     share with training, except for the run's folder.
     """
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config: {path} cannot be read ({error.strerror}); give a file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        remedy = "fix the file, or start from --print_config"
-        raise UserError(f"config: {path} is not YAML ({error}); {remedy}") from None
-    if not isinstance(settings, dict):
-        remedy = "write lines such as `max_steps: 100`, or start from --print_config"
-        raise UserError(f"config: {path} has no settings in it; {remedy}")
+    remedy = "give a YAML file with lines such as `max_steps: 100`, or start from --print_config"
+    settings = read_yaml("config", Path(path), remedy)
     for name, value in settings.items():
         if isinstance(value, date):  # YAML reads a name such as 2026-01-31 as a date
             settings[name] = str(value)

@@ -19,9 +19,7 @@ from iris_fast.rewards.table import DIFFERENTIABLE, REWARDS
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FP8_SETTINGS = ("kv_cache_dtype", "rollout_weight_dtype")
 
-PRESETS: dict[str, dict[str, Any]] = yaml.safe_load(
-    Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8")
-)
+PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 # The sections of --help and docs/settings.md: each starts at the setting named here and ends where
 # the next one starts. A title may occur more than once.

@@ -55,9 +55,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
-        shared = torch.tensor([float(flag)])
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return bool(shared.item())
+        return self.total(float(flag)) > 0
 
     def total(self, value: float) -> float:
         """Sum over the ranks."""

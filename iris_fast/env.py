@@ -17,7 +17,6 @@ SETTINGS = ("IRIS_KERNELS_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA
 
 def report() -> str:
     """The report, one line per package and device."""
-
     lines = [
         f"iris-fast: {__version__}",
         f"python: {platform.python_version()} on {platform.platform()}",

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 EXIT_CODE = 2
 OTHER_RANKS_WAIT_S = 1.0
 
@@ -26,6 +28,21 @@ def require(holds: bool, name: str, value: Any, remedy: str) -> None:
     """Raise UserError unless `holds`."""
     if not holds:
         raise UserError(f"{name}: {value} is not valid; {remedy}")
+
+
+def read_yaml(setting: str, path: Path, remedy: str) -> dict[str, Any]:
+    """The mapping in a YAML file that `setting` names; UserError, with `remedy`, without one."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror})"
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fault = f"is not YAML ({error})"
+    else:
+        if isinstance(content, dict):
+            return content
+        fault = "has no settings in it"
+    raise UserError(f"{setting}: {path} {fault}; {remedy}")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@
 `--layout original` with the original Janus code; both open with `--model TARGET` here.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,21 +13,8 @@ from iris_fast.errors import UserError, report_error
 PROGRAM = "iris_fast.export"
 
 
-def arguments() -> argparse.Namespace:
-    """The parsed command line; UserError if it is not valid."""
-    parser = CommandParser(prog=PROGRAM, description="Write a run's trained model to a folder.")
-    parser.add_argument("run_folder", type=Path, help="the --output_dir of a training run")
-    parser.add_argument("target", type=Path, help="folder to write; must not exist, or be empty")
-    parser.add_argument("--layout", choices=("transformers", "original"), default="transformers")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16"
-    )
-    return parser.parse_args()
-
-
 def export(run_folder: Path, target: Path, layout: str, dtype_name: str) -> Path:
-    """Write the newest complete checkpoint of `run_folder` to `target`; UserError if there is none
-    or the target cannot be written."""
+    """Write the newest complete checkpoint of `run_folder` to `target`; UserError if that fails."""
     import torch
 
     from iris_fast.models.pretrained.save import save_janus
@@ -42,8 +28,15 @@ def export(run_folder: Path, target: Path, layout: str, dtype_name: str) -> Path
 
 def main() -> int:
     """The command; its exit code."""
+    parser = CommandParser(prog=PROGRAM, description="Write a run's trained model to a folder.")
+    parser.add_argument("run_folder", type=Path, help="the --output_dir of a training run")
+    parser.add_argument("target", type=Path, help="folder to write; must not exist, or be empty")
+    parser.add_argument("--layout", choices=("transformers", "original"), default="transformers")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16"
+    )
     try:
-        asked = arguments()
+        asked = parser.parse_args()
         export(asked.run_folder, asked.target, asked.layout, asked.dtype)
     except UserError as error:
         return report_error(PROGRAM, error)

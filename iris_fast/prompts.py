@@ -3,7 +3,6 @@
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +92,9 @@ def _read_dataset(source: str) -> list[Prompt]:
     huggingface_hub.logging.set_verbosity_error()
     if not Path(source).is_dir() and not hub_is_reachable():
         datasets.config.HF_HUB_OFFLINE = True  # use its cache, and do not retry for minutes
-    saved = ("state.json", "dataset_dict.json")
+    saved = any((Path(source) / n).is_file() for n in ("state.json", "dataset_dict.json"))
     try:
-        if any((Path(source) / name).is_file() for name in saved):
-            loaded = datasets.load_from_disk(source)
-        else:
-            loaded = datasets.load_dataset(source)
+        loaded = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"prompts: {source} cannot be read as a Hugging Face dataset ({error}); give a .txt or "
@@ -130,11 +126,11 @@ def _prompt_of(fields: Any, where: str) -> Prompt:
 
 
 def check_against(
-    tokenizer: JanusTokenizer, prompts: Iterable[Prompt], max_prompt_length: int, source: str
+    tokenizer: JanusTokenizer, prompts: list[Prompt], max_prompt_length: int, source: str
 ) -> Prompt:
     """The prompt with the most tokens; UserError for one that the model cannot use: longer than
     `max_prompt_length` tokens, or with a special token in it, which would end the prompt early."""
-    longest, most_tokens = None, -1
+    lengths = []
     for number, prompt in enumerate(prompts, start=1):
         where = f"prompts: {source} prompt {number} ({prompt.text[:40]!r})"
         for special in tokenizer.special_strings:
@@ -146,10 +142,8 @@ def check_against(
                 f"{where}: {length} tokens ({len(prompt.text)} characters) are more than "
                 f"max_prompt_length {max_prompt_length}; shorten it or raise --max_prompt_length"
             )
-        if length > most_tokens:
-            longest, most_tokens = prompt, length
-    assert longest is not None, "read_prompts returns at least one prompt"
-    return longest
+        lengths.append(length)
+    return prompts[lengths.index(max(lengths))]
 
 
 class PromptSource:
@@ -169,8 +163,7 @@ class PromptSource:
         return hashlib.sha256(json.dumps([p.text for p in self.prompts]).encode()).hexdigest()
 
     def take(self, count: int, rank: int, world_size: int) -> tuple[list[Prompt], list[int]]:
-        """This rank's next `count` prompts and their global numbers; advances the cursor of all
-        ranks."""
+        """This rank's next `count` prompts and their global numbers; advances the cursor."""
         first = self.cursor + rank * count
         numbers = list(range(first, first + count))
         self.cursor += count * world_size

@@ -35,11 +35,6 @@ class Guidance:
     cfg_weight: float = 1.0
     temperature: float = 1.0
 
-    @property
-    def needs_unconditional(self) -> bool:
-        """Whether unconditional rows take part."""
-        return self.cfg_weight != 1
-
 
 CONDITIONAL = Guidance()
 

@@ -99,9 +99,9 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(trained, here):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["absent", "out"], "absent has no config.yaml"),
+        (["absent", "out"], "absent/config.yaml cannot be read (No such file"),
         (["empty", "out"], "empty has no valid checkpoint"),
-        (["odd", "out"], "odd/config.yaml is damaged"),
+        (["odd", "out"], "odd/config.yaml has no settings in it"),
         (["run", "full"], "full exists already"),
         (["run", "file/out"], "cannot write file/out"),
         (["run", "out", "--layout", "hf"], "hf"),

@@ -182,7 +182,7 @@ class TestAgainstTheModel:
     tokenizer = build_random_tiny().tokenizer
 
     def check(self, *prompts: str, longest: int = 512) -> None:
-        check_against(self.tokenizer, map(Prompt, prompts), longest, "p.txt")
+        check_against(self.tokenizer, [*map(Prompt, prompts)], longest, "p.txt")
 
     def test_ten_thousand_characters_are_refused(self):
         with pytest.raises(

@@ -15,7 +15,7 @@ from PIL import Image
 from small_runs import quick
 
 from iris_fast.cli import parse
-from iris_fast.config import PRESETS, TrainConfig
+from iris_fast.config import PRESETS, TrainConfig, to_yaml
 from iris_fast.run.curves import Curve, Point, moving_mean
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.provenance import command
@@ -131,13 +131,18 @@ def test_grids_of_other_prompts_are_left_out(here):
         {"preset": "janus-pro-1b", "prompts": "p.txt", "output_dir": "run", "bf16": False},
     ],
 )
-def test_the_command_of_the_report_gives_the_same_settings(changes):
-    settings = asdict(TrainConfig(**PRESETS[changes.get("preset", "tiny")] | changes))
-    words = shlex.split(command(settings))
-    assert words[:3] == ["torchrun", "-m", "iris_fast.train"]
-    assert asdict(parse(TrainConfig, "t", words[3:])) == settings | {"output_dir": None}
-    if not changes:
-        assert len(words) == 3
+@pytest.mark.parametrize("processes", [None, "3"])
+def test_the_command_of_the_report_gives_the_same_settings(here, changes, processes, monkeypatch):
+    if processes:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    config = TrainConfig(**PRESETS[changes.get("preset", "tiny")] | changes)
+    folder = here / "a run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    words = shlex.split(command(folder))
+    assert words[:5] == ["torchrun", "--nproc-per-node", processes or "1", "-m", "iris_fast.train"]
+    again = asdict(parse(TrainConfig, "t", words[5:]))
+    assert again == asdict(config) | {"output_dir": f"{folder}-again"}
 
 
 def draw(title: str, points: list[Point], dots: list[Point] = ()) -> str:

@@ -180,8 +180,11 @@ def test_a_run_without_a_checkpoint_yet_is_resumed_from_its_start(here):
         ({"seed": 7}, "was run with seed 42, and now seed is 7"),
         ({"num_generations": 4}, "num_generations 2, and now num_generations is 4"),
         ({"reward_funcs": ["random"]}, r"reward_funcs \['image_nsc', 'text_nsc'\]"),
-        ({"output_dir": "absent"}, "absent holds no run"),
-        ({"output_dir": "odd"}, "odd/config.yaml is damaged"),
+        (
+            {"output_dir": "absent"},
+            r"absent/config.yaml cannot be read \(No such file.*\); give the folder of a run",
+        ),
+        ({"output_dir": "odd"}, "odd/config.yaml has no settings in it; .* restore the file"),
     ],
 )
 def test_a_run_is_not_resumed_with_other_settings(here, change, message):

@@ -36,7 +36,7 @@ def pack(rollout: Rollout, guidance: Guidance = CONDITIONAL) -> tuple[PackedBatc
         if rollout.cot_ids[sample]:
             append("text", sample, rollout.cot_prompt_ids[sample], rollout.cot_ids[sample])
         append("image", sample, rollout.image_prompt_ids[sample], codes)
-        if guidance.needs_unconditional:
+        if guidance.cfg_weight != 1:
             append("unconditional", sample, rollout.unconditional_prompt_ids[sample], codes)
     packed = PackedBatch(
         token_ids_T=torch.tensor(ids),

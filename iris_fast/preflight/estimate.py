@@ -54,11 +54,6 @@ class Estimate:
         phases = (self.rollout_bytes, self.training_bytes)
         return sum(self.always_bytes.values()) + max(sum(phase.values()) for phase in phases)
 
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within the usable memory of the GPU."""
-        return self.peak_bytes <= USABLE_SHARE * self.gpu.memory_bytes
-
     def table(self) -> str:
         """The estimate as lines of text."""
         phases = {
@@ -183,9 +178,9 @@ def this_gpu(device: torch.device) -> Gpu:
 
 def check_fits(needs: Estimate, config: TrainConfig) -> None:
     """UserError, with the setting to change, if the peak is more than the GPU's usable memory."""
-    if needs.fits:
-        return
     limit = USABLE_SHARE * needs.gpu.memory_bytes
+    if needs.peak_bytes <= limit:
+        return
     moments = needs.always_bytes[f"moments, {config.optim}"]
     smallest = _moment_bytes(replace(config, optim="adamw_torch_8bit"))
     savings = {

@@ -6,17 +6,12 @@ import torch
 
 from iris_fast.config import FP8_SETTINGS, SamplingConfig
 from iris_fast.errors import UserError
+from iris_fast.models import templates
 from iris_fast.models.attention import resolve_implementation
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.images import check_image_tokens
 from iris_fast.models.janus import Janus
 from iris_fast.models.pretrained.load import LoadedJanus, load_janus
-from iris_fast.models.templates import (
-    TEMPLATES,
-    fill_instruction,
-    image_prompt_ids,
-    load_instruction,
-)
 from iris_fast.prompts import check_against, read_prompts
 from iris_fast.records import Prompt
 from iris_fast.rollout.fused_decoder import FP8_MULTIPLE
@@ -77,11 +72,10 @@ def check_device(config: SamplingConfig, device: torch.device) -> None:
 
 
 def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:
-    """Read the prompts, open the model, and check them against each other. What is read fastest is
-    checked first."""
+    """Read the prompts, open the model and check them against each other, the fastest first."""
     source = config.prompts or str(PROMPTS_FILE)
     prompts = read_prompts(source)
-    instruction = load_instruction(config.cot_instruction) if config.cot else ""
+    instruction = templates.load_instruction(config.cot_instruction) if config.cot else ""
     loaded = open_model(config.model, dtype)
     longest = check_against(loaded.tokenizer, prompts, config.max_prompt_length, source)
     tokens = check_image_tokens(config.image_token_num_per_image, loaded.config.image_tokens)
@@ -108,19 +102,17 @@ def check_fp8_sizes(decoder: DecoderConfig) -> None:
 
 
 def check_positions(
-    config: SamplingConfig,
-    loaded: LoadedJanus,
-    prompt: str,
-    instruction: str,
-    image_tokens: int,
+    config: SamplingConfig, loaded: LoadedJanus, prompt: str, instruction: str, image_tokens: int
 ) -> None:
     """UserError if the longest sequence that `prompt` can lead to has more tokens than the model's
     `max_positions`: it would be sampled at positions that the model was not trained on."""
-    template, tokenizer = TEMPLATES[config.template], loaded.tokenizer
+    template, tokenizer = templates.TEMPLATES[config.template], loaded.tokenizer
     cot_tokens = config.max_completion_length if config.cot else 0
-    needed = len(image_prompt_ids(tokenizer, template, prompt)) + cot_tokens + image_tokens
+    image_prompt = templates.image_prompt_ids(tokenizer, template, prompt)
+    needed = len(image_prompt) + cot_tokens + image_tokens
     if config.cot:
-        cot_prompt = tokenizer.encode(template.cot_prompt(fill_instruction(instruction, prompt)))
+        filled = templates.fill_instruction(instruction, prompt)
+        cot_prompt = tokenizer.encode(template.cot_prompt(filled))
         needed = max(needed, len(cot_prompt) + cot_tokens)
     available = loaded.config.decoder.max_positions
     if needed > available:

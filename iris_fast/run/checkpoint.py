@@ -64,9 +64,6 @@ class Progress:
             self.old_logprobs = [batch.old_logprob_M.cpu() for batch in batches]
 
 
-# --- Saving ---------------------------------------------------------------------------------------
-
-
 def save(
     folder: Path,
     policy: nn.Module,
@@ -91,7 +88,7 @@ def save(
                     partial.mkdir(parents=True)
         reason = ""
         try:
-            _write_state(partial, policy, optimizer, progress, ranks)
+            _write_state(partial, _tensors(policy, optimizer), progress, ranks)
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             reason = _reason(error)
         if ranks.any(bool(reason)):
@@ -116,18 +113,12 @@ def save(
 
 
 def _write_state(
-    partial: Path,
-    policy: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    ranks: Ranks,
+    partial: Path, tensors: dict[str, Tensor], progress: Progress, ranks: Ranks
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        dcp.save(
-            _tensors(policy, optimizer),
-            storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True),
-        )
+        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
     rank_state = {
         "random": random_state(),
         "scored": progress.scored and _to_containers(progress.scored),
@@ -147,16 +138,12 @@ def _write_state(
 
 
 def _delete_old(folder: Path, step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `step`. Later ones are damaged, as the run
-    was resumed before them, and do not count."""
+    """Delete all but the `keep` newest checkpoints up to `step`; later ones are damaged."""
     paths = step_folders(folder)
     complete = [path for path in paths if _step(path) <= step and (path / MANIFEST).is_file()]
     for path in paths:
         if path not in complete[:keep]:
             shutil.rmtree(path, ignore_errors=True)
-
-
-# --- Loading --------------------------------------------------------------------------------------
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -194,21 +181,15 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
             f"(num_iterations), shared by {state['world_size']} ranks; resume with "
             f"{state['world_size']} ranks, not {ranks.world_size}"
         )
+    reader = dcp.HuggingFaceStorageReader(str(path))
     try:
-        dcp.load(
-            _tensors(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path))
-        )
+        dcp.load(_tensors(policy, optimizer), storage_reader=reader)
     except (dcp.CheckpointException, RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"resume_from_checkpoint: {path} does not fit the model ({_reason(error)}); use the "
             "--model of that run"
         ) from None
-    progress = Progress(
-        step=state["step"],
-        cursor=state["cursor"],
-        prompts_sha256=state["prompts_sha256"],
-        lora=state["lora"] and adapters.Lora(**state["lora"]),
-    )
+    progress = Progress(state["step"], state["cursor"], state["prompts_sha256"], lora=state["lora"])
     if same_ranks:
         rank_state = _read_rank_state(path / f"rank_{ranks.rank}.pt")
         set_random_state(rank_state["random"])
@@ -219,11 +200,10 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
 
 
 def load_policy_weights(path: Path, policy: Janus) -> None:
-    """Load the weights alone, adapters merged, into an unsharded model. UserError if they do not
-    fit it."""
+    """Load the weights, adapters merged, into an unsharded model; UserError if they do not fit."""
     lora = _read_state(path)["lora"]
     if lora is not None:
-        adapters.add(policy, adapters.Lora(**lora))
+        adapters.add(policy, lora)
     weights = _policy_tensors(policy.state_dict())
     try:
         with warnings.catch_warnings():
@@ -240,6 +220,7 @@ def load_policy_weights(path: Path, policy: Janus) -> None:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = {"lora": None} | json.loads((path / "state.json").read_text())
+        state["lora"] = state["lora"] and adapters.Lora(**state["lora"])
         return {name: state[name] for name in STATE_FIELDS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -257,9 +238,6 @@ def _read_rank_state(file: Path) -> dict[str, Any]:
             f"run code), and was not opened; delete {file.parent} to resume from the checkpoint "
             "before it"
         ) from None
-
-
-# --- Content --------------------------------------------------------------------------------------
 
 
 def _tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -295,11 +273,8 @@ def _from_containers(fields: dict[str, Any]) -> Scored:
     rollout["prompts"] = [Prompt(**prompt) for prompt in rollout["prompts"]]
     for kind in ("text", "image"):
         trace = rollout[kind]
-        rollout[kind] = Trace(
-            conditional=TokenStats(*trace["conditional"]),
-            guided=TokenStats(*trace["guided"]),
-            mask=trace["mask"],
-        )
+        conditional, guided = TokenStats(*trace["conditional"]), TokenStats(*trace["guided"])
+        rollout[kind] = Trace(conditional, guided, trace["mask"])
     return Scored(**fields | {"rollout": Rollout(**rollout)})
 
 

@@ -79,14 +79,9 @@ class Run:
     def save(self, learner: Learner, progress: Progress) -> None:
         """Write a checkpoint, unless this step has one."""
         if self.saved_at != progress.step:
-            checkpoint.save(
-                self.folder.checkpoints,
-                learner.policy,
-                learner.optimizer,
-                progress,
-                self.ranks,
-                self.config.save_total_limit,
-            )
+            folder, keep = self.folder.checkpoints, self.config.save_total_limit
+            policy, optimizer = learner.policy, learner.optimizer
+            checkpoint.save(folder, policy, optimizer, progress, self.ranks, keep)
             self.saved_at = progress.step
 
     def close(self) -> None:

@@ -7,15 +7,13 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iris_fast.config import TrainConfig, to_yaml
 from iris_fast.distributed import Ranks
-from iris_fast.errors import UserError, atomic_write, writing
+from iris_fast.errors import UserError, atomic_write, read_yaml, writing
 
 LAUNCH = ".launch"
 # Settings that may change when a run is resumed; with others it would be a different run.
@@ -30,32 +28,16 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths of one run; `resumed` tells whether the run existed before."""
 
-    path: Path
-    resumed: bool
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples(self) -> Path:
-        """Sample grids."""
-        return self.path / "samples"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Training state."""
-        return self.path / "checkpoints"
-
-    @property
-    def report(self) -> Path:
-        """The run on one page."""
-        return self.path / "report.html"
+    def __init__(self, path: Path, resumed: bool) -> None:
+        self.path, self.resumed = path, resumed
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
 
 
 def choose(config: TrainConfig, ranks: Ranks) -> RunFolder:
@@ -74,10 +56,6 @@ def _choose(config: TrainConfig) -> RunFolder:
     if _claimed_before_restart(path):
         return RunFolder(path, resumed=True)
     if config.resume_from_checkpoint:
-        if not (path / "config.yaml").is_file():
-            raise UserError(
-                f"resume_from_checkpoint: {path} holds no run (no config.yaml); check --output_dir"
-            )
         _check_settings(path, config)
         return RunFolder(path, resumed=True)
     if path.exists() and not path.is_dir():
@@ -103,7 +81,10 @@ def claimed(folder: RunFolder, config: TrainConfig, ranks: Ranks) -> Iterator[No
                     stack.enter_context(_lock(folder))
                     folder.samples.mkdir(exist_ok=True)
                     folder.checkpoints.mkdir(exist_ok=True)
-                    _write_config(folder, config)
+                    # Without the flag, so that --config config.yaml starts a new run.
+                    settings = to_yaml(replace(config, resume_from_checkpoint=False))
+                    with atomic_write("output_dir", folder.config) as partial:
+                        partial.write_text(settings, encoding="utf-8")
         yield
 
 
@@ -118,7 +99,7 @@ def _lock(folder: RunFolder) -> Iterator[None]:
                 f"output_dir: another process is running in {folder.path}; wait for it, or name "
                 "another folder"
             ) from None
-        if not folder.resumed and (folder.path / "config.yaml").exists():
+        if not folder.resumed and folder.config.exists():
             raise UserError(
                 f"output_dir: another run has just started in {folder.path}; name another folder"
             )
@@ -126,13 +107,6 @@ def _lock(folder: RunFolder) -> Iterator[None]:
         file.write(_launcher_id())
         file.flush()
         yield
-
-
-def _write_config(folder: RunFolder, config: TrainConfig) -> None:
-    # Without the flag, so that --config config.yaml starts a new run.
-    settings = to_yaml(replace(config, resume_from_checkpoint=False))
-    with atomic_write("output_dir", folder.path / "config.yaml") as partial:
-        partial.write_text(settings, encoding="utf-8")
 
 
 def _next_numbered(preset: str) -> Path:
@@ -145,16 +119,14 @@ def _next_numbered(preset: str) -> Path:
 
 
 def _claimed_before_restart(path: Path) -> bool:
-    """Whether this torchrun claimed the folder before it restarted its workers. A folder that it
-    only found and refused belongs to another run."""
+    """Whether this torchrun claimed the folder, and did not only find it, before a restart."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     launch = path / LAUNCH
     return restarted and launch.is_file() and launch.read_text() == _launcher_id()
 
 
 def _launcher_id() -> str:
-    """Identify the process that started this one: equal for all workers of one torchrun, also after
-    it restarted them."""
+    """Identify the process that started this one: equal for all workers and restarts of a run."""
     parent = os.getppid()
     start_time = ""  # process ids are reused
     with contextlib.suppress(OSError, IndexError):
@@ -164,12 +136,8 @@ def _launcher_id() -> str:
 
 def _check_settings(path: Path, config: TrainConfig) -> None:
     """UserError if a setting outside MAY_CHANGE differs from the run's config.yaml."""
-    try:
-        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        before = None
-    if not isinstance(before, dict):
-        raise UserError(f"resume_from_checkpoint: {path / 'config.yaml'} is damaged; restore it")
+    remedy = "give the folder of a run as --output_dir, or restore the file"
+    before = read_yaml("resume_from_checkpoint", path / "config.yaml", remedy)
     before = asdict(TrainConfig()) | before  # settings that were added after the run
     for name, value in asdict(config).items():
         if name not in MAY_CHANGE and _resolved(before[name]) != _resolved(value):

@@ -52,7 +52,9 @@ class Log:
         with writing("output_dir", self._path):
             self._file.write(json.dumps(metrics) + "\n")
         self.history.append(metrics)
-        self.print(console_line(metrics, self._max_steps, self._seconds_left(metrics["step"])))
+        elapsed_s, step = time.perf_counter() - self._opened_at, metrics["step"]
+        left_s = elapsed_s / (step - self._first_step) * (self._max_steps - step)
+        self.print(console_line(metrics, self._max_steps, left_s))
         for name, warning in metrics["warnings"].items():
             if name not in printed:
                 self.print(f"  warning: {warning}")
@@ -80,9 +82,8 @@ class Log:
             sys.stdout.flush()
         except BrokenPipeError:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-            print(
-                f"standard output was closed; the run continues, see {self._path}", file=sys.stderr
-            )
+            message = f"standard output was closed; the run continues, see {self._path}"
+            print(message, file=sys.stderr)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -93,10 +94,6 @@ class Log:
             self._file.close()
         if self.tracker:
             self.tracker.finish()
-
-    def _seconds_left(self, step: int) -> float:
-        elapsed_s = time.perf_counter() - self._opened_at
-        return elapsed_s / (step - self._first_step) * (self._max_steps - step)
 
 
 def open_log(folder: RunFolder, config: TrainConfig, step: int, ranks: Ranks) -> Log:

@@ -41,15 +41,14 @@ TEMPLATES = jinja2.Environment(
 
 
 def write_report(folder: RunFolder) -> None:
-    """Render the run folder's files as `report.html`, replacing the previous one. UserError if it
-    cannot be written."""
+    """Render the run folder's files as `report.html`. UserError if it cannot be written."""
     rows = read_metrics(folder.metrics)
-    config = (folder.path / "config.yaml").read_text(encoding="utf-8")
+    config = folder.config.read_text(encoding="utf-8")
     settings = yaml.safe_load(config)
     page = TEMPLATES.get_template("report.html.jinja").render(
         name=folder.path.name,
         facts=_facts(settings, rows),
-        command=command(settings),
+        command=command(folder.path),
         warnings=_first_warnings(rows),
         grids=_grids(folder.samples),
         data_url=_data_url,
@@ -62,8 +61,7 @@ def write_report(folder: RunFolder) -> None:
 
 
 def _facts(settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    weights = settings.get("reward_weights") or []
-    rewards = zip(settings.get("reward_funcs") or [], weights, strict=False)
+    rewards = zip(settings["reward_funcs"], settings["reward_weights"], strict=True)
     seconds = sum(row["rollout_s"] + row["train_s"] for row in rows if "train_s" in row)
     shown = ("learning_rate", "beta", "num_generations", "cfg_weight", "temperature", "seed")
     attention = {row["attn_implementation"]: None for row in rows if "attn_implementation" in row}
@@ -95,8 +93,8 @@ def _curves(rows: list[dict[str, Any]]) -> list[Curve]:
         points: list[Point] = [(row["step"], row[name]) for row in rows if name in row]
         dots: list[Point] = []
         if name == "reward_std_in_groups":
-            groups = [(row["step"], row.get("reward_std_by_group", [])) for row in rows]
-            dots = [(step, value) for step, values in groups for value in values]
+            stds = "reward_std_by_group"
+            dots = [(row["step"], std) for row in rows for std in row.get(stds, [])]
         if points:
             curves.append(Curve(heading, points, dots))
     return curves

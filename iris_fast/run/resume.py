@@ -22,9 +22,8 @@ def restore(
     fresh = Progress(prompts_sha256=prompts_sha256, lora=Lora.of(config))
     if not folder.resumed:
         return fresh
-    path, faults = ranks.broadcast(
-        checkpoint.newest(folder.checkpoints) if ranks.is_first else None
-    )
+    newest = checkpoint.newest(folder.checkpoints) if ranks.is_first else None
+    path, faults = ranks.broadcast(newest)
     if ranks.is_first:
         for fault in faults:
             print(f"iris_fast.train: warning: {fault}", file=sys.stderr)

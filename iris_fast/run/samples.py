@@ -92,10 +92,8 @@ def samples_of_same_prompts(folder: Path) -> list[tuple[Samples, Path]]:
 
     A resumed run may show another number of prompts than before.
     """
-    paths = [
-        path for path in sorted(folder.glob("step_*.png")) if path.with_suffix(".json").is_file()
-    ]
-    grids = [(read_samples(path), path) for path in paths]
+    paths = sorted(folder.glob("step_*.png"))
+    grids = [(read_samples(path), path) for path in paths if path.with_suffix(".json").is_file()]
     return [(samples, path) for samples, path in grids if samples.prompts == grids[-1][0].prompts]
 
 

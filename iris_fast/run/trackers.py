@@ -52,13 +52,9 @@ class Tracker:
 
         PartialState()  # accelerate's trackers log through it, and fail where nothing created it
         self._name = config.report_to
-        self._tracker: Any
-        if self._name == "tensorboard":
-            self._tracker = tracking.TensorBoardTracker("iris-fast", logging_dir=str(folder))
-        elif self._name == "wandb":
-            self._tracker = tracking.WandBTracker("iris-fast")
-        else:
-            self._tracker = tracking.TrackioTracker("iris-fast")
+        tracker = tracking.LOGGER_TYPE_TO_CLASS[self._name]
+        place = {"logging_dir": str(folder)} if tracker.requires_logging_directory else {}
+        self._tracker = tracker("iris-fast", **place)
         if hasattr(self._tracker, "start"):  # accelerate >= 1.15 opens trackers on demand
             self._tracker.start()
         settings = {k: v for k, v in asdict(config).items() if isinstance(v, int | float | str)}
@@ -73,9 +69,8 @@ class Tracker:
         """Log the image grid at `path` and the chains of thought of its samples."""
         step, columns = samples.step, ["prompt", "chain of thought"]
         prompts = [prompt for prompt in samples.prompts for _ in range(samples.per_prompt)]
-        rows = (
-            [[*row] for row in zip(prompts, samples.cot, strict=True)] if any(samples.cot) else []
-        )
+        has_cot = any(samples.cot)
+        rows = [[*row] for row in zip(prompts, samples.cot, strict=True)] if has_cot else []
         with Image.open(path) as opened:
             image = opened.convert("RGB")
         if self._name == "tensorboard":
