@@ -160,7 +160,7 @@ def only_a_readme(folder: Path) -> None:
     (folder / "README.md").write_text("not here")
 
 
-CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+MODEL_FOLDERS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "no checkpoint": (only_a_readme, ["model", "no config.json", "not a model folder"]),
     "another architecture": (change_config("model_type", to="llama"), ["config.json", "'llama'"]),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
@@ -179,7 +179,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "expected"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+@pytest.mark.parametrize(("damage", "expected"), MODEL_FOLDERS.values(), ids=MODEL_FOLDERS)
 def test_model_folders(here, tiny_folder, damage, expected):
     shutil.copytree(tiny_folder, here / "model")
     damage(here / "model")
