@@ -96,7 +96,9 @@ def split_arguments(
         check_name(name, [*known, "config"])
         if not has_value:
             if not rest or rest[0].startswith("--"):
-                raise UserError(f"{name}: no value given; write {flag} VALUE, a switch {flag} true")
+                raise UserError(
+                    f"{name}: no value given; write {flag} VALUE; booleans: {flag} true"
+                )
             value = rest.pop(0)
         if name == "config":
             files.append(value)

@@ -113,8 +113,9 @@ class SamplingConfig:
     cfg_weight: float = 5.0
     """Classifier-free guidance: logits = uncond + cfg_weight * (cond - uncond); 1: no guidance."""
     temperature: float = number(1.0, ge=0)
-    """Sampling temperature of text and image tokens; 0: greedy. The log-probs that are trained on
-    and the `conditional` statistics are always taken at temperature 1."""
+    """Sampling temperature of text and image tokens; 0: greedy, for generation only. The
+    `conditional` statistics and, unless policy_distribution is guided, the log-probs that are
+    trained on are taken at temperature 1."""
     top_k: int = number(0, ge=0)
     """Sample from the k most likely tokens; 0: all."""
     top_p: float = number(1.0, "; 1 is off", gt=0, le=1)
@@ -200,7 +201,7 @@ class TrainConfig(SamplingConfig):
     """Settings of `torchrun -m iris_fast.train`."""
 
     preset: Literal["tiny", "janus-pro-1b", "janus-pro-7b"] = "tiny"
-    """A named set of defaults: tiny (offline, CPU), or the paper's hyperparameters."""
+    """A named set of defaults: tiny (offline, CPU), or settings for Janus-Pro (docs/janus.md)."""
     output_dir: str | None = None
     """Run folder; default: runs/PRESET-NNN, with the next free number."""
     resume_from_checkpoint: bool = False
@@ -313,7 +314,7 @@ class TrainConfig(SamplingConfig):
         super().__post_init__()
         if self.temperature == 0:
             raise UserError(
-                "temperature: 0 gives equal images, which have no advantage; give a number > 0"
+                "temperature: 0 gives identical images, whose advantages are 0; give a number > 0"
             )
         self._fill_dependent_defaults()
         self._check_rewards()

@@ -37,7 +37,7 @@ def read_yaml(setting: str, path: Path, remedy: str) -> dict[str, Any]:
     except OSError as error:
         fault = f"cannot be read ({error.strerror})"
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        fault = f"is not YAML ({error})"
+        fault = f"is not valid YAML ({error})"
     else:
         if isinstance(content, dict):
             return content

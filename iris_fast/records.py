@@ -1,4 +1,4 @@
-"""The records that pass between the stages, in the order in which they arise.
+"""The records that pass between the stages, in the order in which they are made.
 
     Prompt -> Rollout -> Rewards -> Scored -> PackedBatch (one per micro-batch)
 

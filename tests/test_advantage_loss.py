@@ -323,7 +323,7 @@ def test_bnpo_depends_on_the_cut_and_says_so():
     both = {name: field[:4] for name, field in whole.items()}
     cut = sum(our_loss(part, part["policy"], "bnpo", 1.0, 2).item() for part in halves)
     assert cut != pytest.approx(our_loss(both, both["policy"], "bnpo", 1.0, 1).item(), rel=1e-3)
-    assert "depends on how the batch is cut" in token_weights.__doc__
+    assert "depends on how the batch is split" in token_weights.__doc__
 
 
 def test_a_sample_without_tokens_costs_nothing():

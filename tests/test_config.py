@@ -186,8 +186,8 @@ def test_a_name_without_a_near_match_points_to_help():
         (["--config", "absent.yaml"], "config: .*absent.yaml"),
         (["--config", "list.yaml"], "config: list.yaml has no settings in it"),
         (["--config", "empty.yaml"], "config: empty.yaml has no settings in it"),
-        (["--config", "broken.yaml"], "config: broken.yaml is not YAML .*line 2"),
-        (["--config", "binary.yaml"], "config: binary.yaml is not YAML"),
+        (["--config", "broken.yaml"], "config: broken.yaml is not valid YAML .*line 2"),
+        (["--config", "binary.yaml"], "config: binary.yaml is not valid YAML"),
         (["--config", "preset.yaml"], "preset: .*tiny"),
         (["--config", "null.yaml"], "reward_reduction: no value given; write .*or delete the line"),
         (["--config=null.yaml"], "reward_reduction: no value given; write .*or delete the line"),
@@ -370,7 +370,7 @@ def test_a_typo_is_reported_before_torch_is_imported(here, module):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cot"], "write --cot VALUE, a switch --cot true"),
+        (["--cot"], "write --cot VALUE; booleans: --cot true"),
         (["--cot", "maybe"], "cot: maybe is not valid; give true or false"),
         (
             ["--reward_funcs", "image_nsc"],

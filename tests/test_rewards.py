@@ -220,8 +220,8 @@ def test_any_callable_and_any_iterable_will_do(call):
         ("three", "returned 3 numbers for 4 images; return one per image"),
         ("nan", r"returned nan \(in float32\) for the prompt 'a cube'; return a finite number"),
         ("infinite", r"returned -inf \(in float32\) for the prompt 'a ball'"),
-        ("nothing", "returned no list of numbers"),
-        ("words", "returned no list of numbers.*good"),
+        ("nothing", "did not return a list of numbers"),
+        ("words", "did not return a list of numbers.*good"),
         ("raises", r"raised RuntimeError: no colour \(.*\.py:\d+\); fix the function"),
         ("leaves", r"raised SystemExit: 0 \(.*\.py:\d+\)"),
         ("huge", r"returned inf \(in float32\) for the prompt 'a cube'; return a finite number"),
@@ -270,7 +270,7 @@ def test_a_reward_that_is_not_there_is_told(name, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("image_nsc", r"'image_nsc' is no measure of images; choose from tiny_verifier, .*"),
+        ("image_nsc", r"'image_nsc' is not an image metric; choose from tiny_verifier, .*"),
         ("os.absent:f", "os.absent:f: No module named 'os.absent'"),
         ("tiny_verifier", "tiny_verifier cannot be called .*missing a required argument"),
     ],

@@ -22,7 +22,7 @@ def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         adamw_torch_8bit  8 bits with one scale per 64 values (arXiv 2110.02861), torchao's
 
     Updates are computed in float32 in every case. Vectors, matrices of fewer than 128 rows, and
-    matrices whose row length is no multiple of 64 keep float32 moments instead of 8-bit ones.
+    matrices whose row length is not a multiple of 64 keep float32 moments instead of 8-bit ones.
     UserError without torchao.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]

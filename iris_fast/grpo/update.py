@@ -118,7 +118,7 @@ class Learner:
             )
         if self.pieces >= samples:
             raise UserError(
-                "num_generations: out of memory in the training pass of a single sample; add "
+                "max_completion_length: out of memory in the training pass of a single sample; add "
                 "--gradient_checkpointing true, or use more GPUs"
             )
         self.pieces *= 2

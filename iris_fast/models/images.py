@@ -31,8 +31,8 @@ def check_image_tokens(setting: int | None, model_tokens: int) -> int:
         return model_tokens
     if math.isqrt(setting) ** 2 != setting or setting > model_tokens:
         raise UserError(
-            f"image_token_num_per_image: {setting} is not a square up to the {model_tokens} tokens "
-            "of this model's images; leave it out"
+            f"image_token_num_per_image: {setting} is not a square number up to {model_tokens}, "
+            "the tokens of this model's images; leave it out"
         )
     return setting
 

@@ -71,7 +71,8 @@ def call(
         values = torch.tensor([float(value) for value in returned], dtype=torch.float32)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{setting}: {name} returned no list of numbers ({error}); return one number per image"
+            f"{setting}: {name} did not return a list of numbers ({error}); return one number per "
+            "image"
         ) from None
     if len(values) != len(prompts):
         raise UserError(

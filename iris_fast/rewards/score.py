@@ -103,7 +103,7 @@ def load_metrics(names: list[str], prompts: list[Prompt]) -> ImageFunctions:
     for name in names:
         if name not in OF_IMAGES and ":" not in name:
             raise UserError(
-                f"metric_funcs: {name!r} is no measure of images; choose from "
+                f"metric_funcs: {name!r} is not an image metric; choose from "
                 f"{', '.join(OF_IMAGES)}, or write module:function"
             )
         functions[name] = _load(name, "metric_funcs")

@@ -33,7 +33,7 @@ REWARDS = {
     "constant": Reward("control", "", False, "constant"),
     "random": Reward("control", "", False, "random"),
     "tiny_verifier": Reward(
-        "external", "iris_fast.tiny.verifier:reward", False, "right (verifier)"
+        "external", "iris_fast.tiny.verifier:reward", False, "correct (verifier)"
     ),
     "diversity": Reward("external", "iris_fast.tiny.verifier:diversity_reward", False, "diversity"),
     "richness": Reward("external", "iris_fast.tiny.verifier:richness_reward", False, "richness"),

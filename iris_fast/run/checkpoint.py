@@ -177,7 +177,7 @@ def load(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, ranks:
     same_ranks = state["world_size"] == ranks.world_size
     if state["inside_rollout"] and not same_ranks:
         raise UserError(
-            f"resume_from_checkpoint: {path} lies between two passes over one rollout "
+            f"resume_from_checkpoint: {path} was saved between two optimizer steps on one rollout "
             f"(num_iterations), shared by {state['world_size']} ranks; resume with "
             f"{state['world_size']} ranks, not {ranks.world_size}"
         )

@@ -38,8 +38,8 @@ def restore(
     batches = progress.old_logprobs or []
     if batches and len(batches) != config.gradient_accumulation_steps:
         raise UserError(
-            f"resume_from_checkpoint: {path} lies between two passes over one rollout, split into "
-            f"{len(batches)} micro-batches; resume with --gradient_accumulation_steps "
+            f"resume_from_checkpoint: {path} was saved between two optimizer steps on one rollout, "
+            f"split into {len(batches)} micro-batches; resume with --gradient_accumulation_steps "
             f"{len(batches)}"
         )
     if progress.prompts_sha256 != prompts_sha256:

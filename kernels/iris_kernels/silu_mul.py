@@ -94,7 +94,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     check_contiguous("gate_up", gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(
-            f"gate_up has {gate_up.shape[-1]} columns: pass as many gates as ups, an even number"
+            f"gate_up has {gate_up.shape[-1]} columns: pass gate and up of equal width"
         )
     return _silu_mul_op(gate_up)
 

@@ -290,7 +290,7 @@ def test_a_config_without_the_decoder_s_sizes(folder):
 
 def test_heads_that_do_not_divide(hf):
     edit_json(hf / "config.json", text_config__num_attention_heads=3, text_config__head_dim=None)
-    assert "no multiple of 3 heads" in refused(hf)
+    assert "not a multiple of 3 heads" in refused(hf)
 
 
 @pytest.mark.parametrize(

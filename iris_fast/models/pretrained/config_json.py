@@ -124,12 +124,12 @@ def _decoder_config(section: _Section, shapes: _Shapes) -> DecoderConfig:
     hidden = section.integer("hidden_size", shapes.size(embedding, 1))
     heads = section.integer("num_attention_heads", 32)  # LlamaConfig's default, which 7B relies on
     if "head_dim" not in section.data and hidden % heads:
-        raise UserError(f"{section.where}: hidden_size {hidden} is no multiple of {heads} heads")
+        raise UserError(f"{section.where}: hidden_size {hidden} is not a multiple of {heads} heads")
     head_dim = section.integer("head_dim", max(hidden // heads, 1))
     keys = shapes.size(layer + "self_attn.k_proj.weight", 0)
     kv_heads = section.integer("num_key_value_heads", max(keys // head_dim, 1))
     if heads % kv_heads:
-        raise UserError(f"{section.where}: {heads} heads are no multiple of {kv_heads} kv heads")
+        raise UserError(f"{section.where}: {heads} heads are not a multiple of {kv_heads} kv heads")
     mlp = shapes.size(layer + "mlp.gate_proj.weight", 0)
     return DecoderConfig(
         vocab_size=section.integer("vocab_size", shapes.size(embedding, 0)),

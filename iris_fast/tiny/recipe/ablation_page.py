@@ -34,8 +34,8 @@ PAPER = {
     ("mean", "backward_kl"): "finds: KL(U, p) is a better reward than entropy",
     ("mean", "no_cot"): "uses a chain of thought",
     ("mean", "direct"): "finds: direct optimisation collapses",
-    ("diversity", "sc"): "finds: certain models generate uniform images",
-    ("richness", "sc"): "finds: certain models generate simple images",
+    ("diversity", "sc"): "finds: models rewarded for certainty generate uniform images",
+    ("richness", "sc"): "finds: models rewarded for certainty generate simple images",
 }
 OFF_SCALE = "direct"  # ignored for the axis ranges: its values are far from all others
 COLUMNS, PANEL_WIDTH, LABEL_WIDTH, LINE, HEAD, FOOT = 3, 360, 130, 16, 26, 22
