@@ -2,6 +2,8 @@
 
 import functools
 import runpy
+import shlex
+import sys
 
 COMMANDS = {
     "train": "train a model with GRPO, with checkpoints, metrics and a report in a run folder",
@@ -20,6 +22,10 @@ train, generate, export, env = (functools.partial(start, command) for command in
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["-h"], ["--help"]):
+        arguments = shlex.join(sys.argv[1:])
+        print(f"iris_fast: error: {arguments}: use python -m iris_fast.COMMAND", file=sys.stderr)
+        sys.exit(2)
     for name, summary in COMMANDS.items():
         print(f"python -m iris_fast.{name:<9} {summary}")
     print("Add --help for the settings of a command. For several GPUs: torchrun -m iris_fast.train")

@@ -3,11 +3,15 @@
 import importlib.metadata
 import os
 import platform
+import sys
 
 import torch
 
 from iris_fast import __version__
+from iris_fast.cli import CommandParser
+from iris_fast.errors import UserError, report_error
 
+PROGRAM = "iris_fast.env"
 PACKAGES = (
     "torch", "triton", "transformers", "tokenizers", "safetensors", "jsonargparse", "accelerate",
     "numpy", "pillow", "datasets", "flash-attn", "xformers",
@@ -38,5 +42,15 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Run the command and return its exit code."""
+    try:
+        CommandParser(prog=PROGRAM, description=__doc__.splitlines()[0]).parse_args()
+    except UserError as error:
+        return report_error(PROGRAM, error)
     print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
