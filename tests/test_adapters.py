@@ -1,4 +1,4 @@
-"""LoRA: what is trained, what the reference is, what is drawn from and written down."""
+"""LoRA: what is trained, what the reference is, what is sampled from and saved."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def disturb(policy) -> None:
         local.copy_(0.1 * torch.randn(local.shape, generator=generator))
 
 
-def test_merged_weights_draw_as_the_adapted_policy_and_without_it_is_the_start():
+def test_merged_weights_equal_the_adapted_policy_and_the_base_the_initial_one():
     config = quick("unused", **LORA)
     with distributed.start("cpu", 60.0) as ranks:
         models, prompts = open_run(config, ranks)
@@ -57,7 +57,7 @@ def test_merged_weights_draw_as_the_adapted_policy_and_without_it_is_the_start()
         del models
 
 
-def test_a_run_trains_the_adapters_and_resumes_bit_by_bit(here):
+def test_a_run_trains_the_adapters_and_resumes_bitwise(here):
     settings = {**LORA, "save_steps": 2, "max_steps": 4}
     train(quick("whole", **settings))
     rows = metrics("whole")
@@ -117,12 +117,12 @@ def test_what_cannot_be_made_is_refused(settings, message):
 
 
 @pytest.mark.parametrize("setting", [{"lora_r": 4}, {"lora_target_modules": ["q_proj"]}])
-def test_adapters_that_were_not_asked_for_are_not_left_out_silently(setting):
+def test_adapters_that_were_not_asked_for_are_not_ignored_silently(setting):
     with pytest.raises(UserError, match="add --use_peft true"):
         TrainConfig(**setting)
 
 
-def test_without_peft_it_says_what_to_do(monkeypatch):
+def test_without_peft_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"use_peft: true needs peft.*pip install peft"):
         adapters.add(build_tiny().model, adapters.Lora(4, 8, ["q_proj"], 0))

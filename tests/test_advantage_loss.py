@@ -47,7 +47,7 @@ def test_advantage_unscaled_is_the_deviation():
 def test_equal_rewards_give_exactly_no_advantage(scale_rewards, reward):
     """Also where the mean of eight equal numbers is another number, as that of -81.7 is."""
     rewards = torch.full((16,), reward)
-    rewards[8:] += torch.arange(8)  # beside a group that has a spread
+    rewards[8:] += torch.arange(8)  # the other group has a spread
     found = group_advantages(rewards, 8, scale_rewards)
     assert found[:8].tolist() == [0] * 8
     assert (found[8:] != 0).all()
@@ -299,7 +299,7 @@ def test_loss_and_gradient_are_trls(loss_type, accumulation):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-def test_how_a_step_is_cut_changes_nothing(loss_type, accumulation, ranks):
+def test_how_a_step_is_split_changes_nothing(loss_type, accumulation, ranks):
     """All but bnpo, whose very definition is per micro-batch."""
     whole = batch()
     expected = trl_loss(whole, whole["policy"], loss_type, float(sum(LENGTHS))).item()
@@ -317,7 +317,7 @@ def test_how_a_step_is_cut_changes_nothing(loss_type, accumulation, ranks):
     assert sum(per_rank) / ranks == pytest.approx(expected, rel=1e-5)
 
 
-def test_bnpo_depends_on_the_cut_and_says_so():
+def test_bnpo_depends_on_the_split_and_says_so():
     whole = batch()
     halves = [{name: field[rows] for name, field in whole.items()} for rows in ([0, 1], [2, 3])]
     both = {name: field[:4] for name, field in whole.items()}

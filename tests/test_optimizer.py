@@ -1,4 +1,4 @@
-"""AdamW with moments of 32, 16 and 8 bits: near enough to the exact one, small, and put back."""
+"""AdamW with moments of 32, 16 and 8 bits: accuracy, memory, saving and loading."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_moments_take_less_and_lead_to_the_same_weights(optim, bytes_per_value, 
     exact, _ = train("adamw_torch")
     layer, optimizer = train(optim)
     values = layer.weight.numel()
-    # Beside the values: the bias; scales; two tables of 256 values.
-    beside = 8 * layer.bias.numel() + 2 * (4 * values // 64 + 4 * 256)
-    assert state_bytes(optimizer) <= bytes_per_value * values + beside
+    # Besides the values: the bias; scales; two tables of 256 values.
+    overhead = 8 * layer.bias.numel() + 2 * (4 * values // 64 + 4 * 256)
+    assert state_bytes(optimizer) <= bytes_per_value * values + overhead
     start = nn.Linear(128, 256)
     generator = torch.Generator().manual_seed(0)
     start.weight.data = torch.randn(start.weight.shape, generator=generator)
@@ -77,7 +77,7 @@ def test_which_moments_have_8_bits_does_not_depend_on_the_ranks():
     assert not fits_blocks(torch.Size([4096]))
 
 
-def test_a_moment_written_down_and_put_back_is_the_same():
+def test_a_saved_and_loaded_moment_is_the_same():
     _, optimizer = train("adamw_torch_8bit")
     _, other = train("adamw_torch_8bit")
     for name in ("exp_avg", "exp_avg_sq"):

@@ -78,7 +78,7 @@ def test_advantages_are_taken_within_each_prompts_group(rollout, ranks):
         torch.testing.assert_close(advantages, expected)
 
 
-def test_a_negative_weight_turns_the_advantage_round(rollout, ranks):
+def test_a_negative_weight_negates_the_advantage(rollout, ranks):
     plus = scored(rollout, ranks, ["image_nsc"], reward_weights=[1.0])
     minus = scored(rollout, ranks, ["image_nsc"], reward_weights=[-1.0])
     torch.testing.assert_close(plus.advantage_N, -minus.advantage_N)
@@ -90,7 +90,7 @@ def test_the_constant_reward_gives_no_advantage(rollout, ranks):
     assert found.advantage_N.tolist() == [0] * 4
 
 
-def test_the_random_reward_depends_on_seed_and_sample_alone(rollout):
+def test_the_random_reward_depends_only_on_seed_and_sample(rollout):
     def function(rollout: Rollout, *reads) -> torch.Tensor:
         return intrinsic_reward("random", rollout, *reads)
 
@@ -103,7 +103,7 @@ def test_the_random_reward_depends_on_seed_and_sample_alone(rollout):
     assert (function(other, "conditional", "sum") != values).all()
 
 
-# --- Functions of the user's ----------------------------------------------------------------------
+# --- External functions ----------------------------------------------------------------------
 
 MODULE = """
 calls = []
@@ -230,12 +230,12 @@ def test_any_callable_and_any_iterable_will_do(call):
         ("constant", "has no function 'constant'"),
     ],
 )
-def test_what_is_no_reward_is_told_by_name(call, my_rewards, function, message):
+def test_an_unusable_function_is_reported_by_name(call, my_rewards, function, message):
     with pytest.raises(UserError, match=f"^reward_funcs: {my_rewards}:{function}.*{message}"):
         call(function)
 
 
-def test_a_function_that_empties_its_list_takes_nothing_from_the_next(my_rewards, rollout, ranks):
+def test_a_function_that_empties_its_list_does_not_affect_the_next(my_rewards, rollout, ranks):
     images = [Image.new("RGB", (2, 2), (shade, 0, 0)) for shade in range(4)]
     names = [f"{my_rewards}:empties", f"{my_rewards}:size"]
     scored(rollout, ranks, names, lambda codes_NI: images)
@@ -243,7 +243,7 @@ def test_a_function_that_empties_its_list_takes_nothing_from_the_next(my_rewards
 
 
 @pytest.mark.parametrize("line", ["undefined_name", "raise SystemExit(0)", "1 / 0"])
-def test_a_module_that_cannot_be_imported_is_told(here, monkeypatch, line):
+def test_a_module_that_cannot_be_imported_is_reported(here, monkeypatch, line):
     name = f"broken_{abs(hash(line))}"
     (here / f"{name}.py").write_text(f"import os\n{line}\n")
     monkeypatch.syspath_prepend(here)
@@ -262,7 +262,7 @@ def test_a_module_that_cannot_be_imported_is_told(here, monkeypatch, line):
         ("a b:c", "is not of the form module:function"),
     ],
 )
-def test_a_reward_that_is_not_there_is_told(name, message):
+def test_an_unknown_reward_is_reported(name, message):
     with pytest.raises(UserError, match=f"^reward_funcs: .*{message}"):
         load_rewards([name])
 
@@ -275,12 +275,12 @@ def test_a_reward_that_is_not_there_is_told(name, message):
         ("tiny_verifier", "tiny_verifier cannot be called .*missing a required argument"),
     ],
 )
-def test_a_metric_that_cannot_be_taken_is_told(name, message):
+def test_an_unusable_metric_is_reported(name, message):
     with pytest.raises(UserError, match=f"^metric_funcs: {message}"):
         load_metrics([name], [Prompt("a cube")])
 
 
-def test_metrics_stand_beside_the_rewards(my_rewards, rollout, ranks):
+def test_metrics_do_not_change_the_rewards(my_rewards, rollout, ranks):
     images = [Image.new("RGB", (32, 32), (grey, 0, 0)) for grey in (0, 0, 0, 255)]
     alone = scored(rollout, ranks, ["image_nsc"])
     decode = {"decode": lambda codes_NI: images, "metric_funcs": ["diversity"]}
@@ -290,7 +290,7 @@ def test_metrics_stand_beside_the_rewards(my_rewards, rollout, ranks):
     assert alone.metrics == {}
 
 
-def test_pictures_are_decoded_once_and_only_for_functions_that_look(my_rewards, rollout, ranks):
+def test_images_are_decoded_once_and_only_for_functions_of_images(my_rewards, rollout, ranks):
     decoded = []
 
     def images(codes_NI: torch.Tensor) -> list[Image.Image]:

@@ -1,4 +1,4 @@
-"""The shape of the project: which way data and imports go, and that what is promised is there."""
+"""The structure of the project: import order, file sizes, installed files, lint."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_what_parses_a_command_line_does_not_import_torch(module):
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_files_stay_readable_at_one_sitting():
+def test_files_are_short():
     long = {
         str(path.relative_to(ROOT)): lines
         for folder in ("iris_fast", "kernels", "bench")
@@ -147,8 +147,8 @@ def test_files_stay_readable_at_one_sitting():
     assert not long
 
 
-def test_ruff_is_content():
-    """Docstrings of everything public among it."""
+def test_ruff_passes():
+    """Includes docstrings of all public names."""
     ruff = shutil.which("ruff") or pytest.skip("needs ruff")
     for words in (["check"], ["format", "--check"]):
         found = subprocess.run(

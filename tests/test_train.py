@@ -27,7 +27,7 @@ def test_a_run_folder_is_complete(finished_run):
     assert not list(finished_run.rglob("*partial*"))
 
 
-def test_metrics_hold_one_object_a_step(finished_run):
+def test_metrics_hold_one_object_per_step(finished_run):
     lines = (finished_run / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # no NaN, no Infinity
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
@@ -47,23 +47,23 @@ def test_metrics_hold_one_object_a_step(finished_run):
         assert row["images_per_s"] > 0
 
 
-def test_config_yaml_starts_the_same_run_anew(finished_run, here):
+def test_config_yaml_starts_the_same_run_again(finished_run, here):
     arguments = ["--config", str(finished_run / "config.yaml"), "--output_dir", "again"]
     again = parse(TrainConfig, "t", [*arguments, "--max_steps", "2"])
     train(again)
     assert metrics("again") == metrics(finished_run)[:2]
 
 
-def test_picture_grids_show_the_same_prompts_and_seeds(finished_run, here):
+def test_sample_grids_show_the_same_prompts_and_seeds(finished_run, here):
     names = sorted(path.name for path in (finished_run / "samples").glob("*.png"))
     assert names == ["step_00000.png", "step_00002.png", "step_00004.png", "step_00005.png"]
     grids = {name: Image.open(finished_run / "samples" / name) for name in names}
     sizes = {grid.size for grid in grids.values()}
     ((width, height),) = sizes
-    side = 16  # of one picture: 4 tokens of 8 x 8 pixels
+    side = 16  # of one image: 4 tokens of 8 x 8 pixels
     assert width > 4 * side
     assert height > 3 * side
-    # Drawn before anything was trained: the same in any run of these weights, whatever its steps.
+    # Sampled before any training: the same in every run of these weights.
     train(quick("other", max_steps=1, sample_steps=1, num_sample_prompts=3, learning_rate=1e-9))
     before = Image.open("other/samples/step_00000.png")
     assert before.tobytes() == grids["step_00000.png"].tobytes()
@@ -96,7 +96,7 @@ def test_policy_reference_and_sampler_use_the_attention_that_was_chosen(here, mo
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
-def test_what_was_drawn_and_measured_stands_beside_each_grid(finished_run, here):
+def test_each_grid_has_a_file_with_its_cots_and_metrics(finished_run, here):
     for step in (0, 2, 4, 5):
         samples = read_samples(finished_run / "samples" / f"step_{step:05d}.png")
         assert samples.step == step
@@ -122,22 +122,22 @@ def test_metrics_of_images_are_logged_and_change_nothing_else(here):
     assert samples.metrics.keys() == {"image_nsc", "text_nsc", *names}
 
 
-def test_picture_grids_share_no_random_numbers_with_training(here, monkeypatch):
-    drawn: dict[str, set[int]] = {"grid": set(), "training": set()}
+def test_sample_grids_share_no_random_numbers_with_training(here, monkeypatch):
+    sampled: dict[str, set[int]] = {"grid": set(), "training": set()}
     rollout = Sampler.rollout
 
     def spy(sampler, prompts, sample_numbers, *pause):
-        drawn["training" if pause else "grid"].update(sample_numbers)
+        sampled["training" if pause else "grid"].update(sample_numbers)
         return rollout(sampler, prompts, sample_numbers, *pause)
 
     monkeypatch.setattr(Sampler, "rollout", spy)
     train(quick("run", max_steps=3, sample_steps=1))
-    assert len(drawn["grid"]) >= 4
-    assert len(drawn["training"]) == 3 * 2  # a prompt's 2 images, fresh ones in every step
-    assert not drawn["grid"] & drawn["training"]
+    assert len(sampled["grid"]) >= 4
+    assert len(sampled["training"]) == 3 * 2  # a prompt's 2 images, fresh ones in every step
+    assert not sampled["grid"] & sampled["training"]
 
 
-def test_sample_steps_0_draws_none(here):
+def test_sample_steps_0_gives_no_grid(here):
     train(quick("run", sample_steps=0))
     assert list(Path("run/samples").iterdir()) == []
 
@@ -171,7 +171,7 @@ def test_what_is_not_trained_on_changes_no_number(here):
     assert_same_run("plain", "more", 2)
 
 
-def test_a_seed_is_a_run_of_its_own(here):
+def test_another_seed_gives_another_run(here):
     train(quick("a", max_steps=1))
     train(quick("b", max_steps=1, seed=7))
     assert metrics("a")[0]["image_entropy"] != metrics("b")[0]["image_entropy"]

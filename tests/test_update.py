@@ -50,7 +50,7 @@ class Step:
         return self.learner.update(batches, step=0)
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Of an update that does not take place."""
+        """Those of an update whose optimizer step is skipped."""
         self.optimizer.step = lambda: None
         self.optimizer.zero_grad = lambda set_to_none: None
         self.update(self.batches())
@@ -104,11 +104,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(loss_type):
 # --- Out of memory --------------------------------------------------------------------------------
 
 
-GOES_ON = hasattr(FSDPModule, "reset_iter_state")
+CAN_RESTART = hasattr(FSDPModule, "reset_iter_state")
 
 
 class RunsOutOnce(torch.autograd.Function):
-    """Nothing to do forward; the first backward pass ends here, after the blocks behind."""
+    """Identity in the forward pass; the first backward pass fails here, after later blocks."""
 
     armed = True
 
@@ -141,7 +141,7 @@ def run_out_above(limit: int, step: Step, monkeypatch) -> tuple[dict, list[int]]
         return step.update(batches), tried
 
 
-@pytest.mark.skipif(not GOES_ON, reason="going on after out of memory needs torch 2.13")
+@pytest.mark.skipif(not CAN_RESTART, reason="restarting after out of memory needs torch 2.13")
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkeypatch, loss_type):
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
@@ -164,8 +164,8 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(monkeypatch, l
         assert differs.float().mean() < 0.01, name
 
 
-@pytest.mark.skipif(not GOES_ON, reason="going on after out of memory needs torch 2.13")
-def test_gradients_of_a_backward_pass_that_ran_out_do_not_count():
+@pytest.mark.skipif(not CAN_RESTART, reason="restarting after out of memory needs torch 2.13")
+def test_gradients_of_a_backward_pass_that_ran_out_of_memory_are_discarded():
     whole = gradients()
     with one_step() as step:
         block = step.models.policy.model.language_model.layers[1]
@@ -177,8 +177,8 @@ def test_gradients_of_a_backward_pass_that_ran_out_do_not_count():
     assert_same_gradients(found, whole)
 
 
-@pytest.mark.skipif(not GOES_ON, reason="going on after out of memory needs torch 2.13")
-def test_a_single_sample_that_does_not_fit_is_told(monkeypatch):
+@pytest.mark.skipif(not CAN_RESTART, reason="restarting after out of memory needs torch 2.13")
+def test_a_single_sample_that_does_not_fit_is_reported(monkeypatch):
     with one_step() as step:
         before = step.weights()
         with pytest.raises(UserError, match="single sample; add --gradient_checkpointing true"):
@@ -325,7 +325,7 @@ def test_the_samplers_log_probs_are_the_policys():
         assert step.update(step.batches())["logprob_mismatch"] < 1e-4
 
 
-def test_tis_corrects_a_sampler_that_underrates_its_tokens():
+def test_tis_corrects_a_sampler_that_underestimates_its_tokens():
     def gradients_with(gap: float, **settings: Any) -> dict[str, torch.Tensor]:
         with one_step(beta=0.0, **settings) as step:
             trace = step.scored.rollout
