@@ -26,6 +26,7 @@ from iris_fast.config import (
     to_yaml,
 )
 from iris_fast.errors import UserError
+from iris_fast.rewards.table import REWARDS
 
 ROOT = Path(__file__).parent.parent
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
@@ -414,3 +415,8 @@ def test_console_scripts_start_the_commands(here):
     )
     assert (finished.returncode, finished.stdout) == (2, "")
     assert finished.stderr.startswith("iris_fast.train: error: sead: there is no such setting")
+
+
+def test_the_help_names_every_built_in_reward():
+    shown = " ".join(make_parser(TrainConfig, "t").format_help().split())
+    assert all(name in shown for name in REWARDS)

@@ -55,11 +55,6 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def relative_imports(path: Path) -> int:
-    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return sum(isinstance(node, ast.ImportFrom) and node.level > 0 for node in tree)
-
-
 def part_of(path: Path) -> str:
     """The entry of FLOW or COMMANDS that a file of iris_fast belongs to."""
     return part(".".join(path.relative_to(ROOT).with_suffix("").parts))
