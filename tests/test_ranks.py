@@ -86,7 +86,7 @@ def test_another_number_of_ranks_within_a_rollout_is_refused(prompts):
         "iris_fast.train", *command, "--resume_from_checkpoint", "true", cwd=Path.cwd(), ranks=2
     )
     assert set(finished.codes) == {2}
-    assert "between two passes over one rollout" in finished.err
+    assert "between two optimizer steps on one rollout" in finished.err
     assert "resume with 1 ranks, not 2" in finished.err
     assert tree(Path.cwd()) == before
 

@@ -179,7 +179,7 @@ def build_untrained(vq: VQModel, seed: int) -> LoadedJanus:
     loaded.vq.load_state_dict(vq.state_dict())
     janus: Janus = loaded.model
     aligner = set(janus.model.generation_aligner.modules())
-    rows = vq.quantize.lookup(torch.arange(CONFIG.codebook_size))
+    rows = vq.quantize.lookup(torch.arange(CONFIG.vq.codebook_size))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in janus.modules():
@@ -188,7 +188,7 @@ def build_untrained(vq: VQModel, seed: int) -> LoadedJanus:
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=WEIGHT_STD)
-        janus.model.generation_embeddings.weight.copy_(rows * CONFIG.codebook_dim**0.5)
+        janus.model.generation_embeddings.weight.copy_(rows * CONFIG.vq.codebook_dim**0.5)
     return loaded
 
 
