@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,12 +15,14 @@ import pytest
 import torch
 from commands import run
 from disks import mount, small_disk
+from iris_kernels import TokenStats
 from small_runs import checkpoints, flags, metrics, quick, tensors, tree
 
 from iris_fast.errors import UserError
 from iris_fast.models.pretrained.save import save_janus
+from iris_fast.records import Scored, Trace
 from iris_fast.run import checkpoint
-from iris_fast.run.checkpoint import newest
+from iris_fast.run.checkpoint import Progress, newest
 from iris_fast.run.manifest import find_fault
 from iris_fast.tiny import build_tiny
 from iris_fast.train import train
@@ -276,3 +279,18 @@ def test_a_checkpoint_of_another_model_is_an_error(shared, here):
     with pytest.raises(UserError, match=r"step_00001 does not fit the model .*--model"):
         train(quick("run", **settings, resume_from_checkpoint=True))
     assert tree(here) == before
+
+
+def test_statistics_that_share_memory_are_stored_once(rollout, ranks, tmp_path):
+    """A trace's fields are views of one tensor; stored apart, each would bring all of it along."""
+    stats = torch.rand(2, 4, 4, 1000)
+    trace = Trace(TokenStats(*stats[0]), TokenStats(*stats[1]), torch.ones(4, 1000).bool())
+    rollout = dataclasses.replace(rollout, image=trace)
+    scored = Scored(rollout, {}, torch.zeros(4), torch.zeros(4))
+    progress = Progress(step=1, scored=scored)
+    policy = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    path = checkpoint.save(tmp_path, policy, optimizer, progress, ranks, keep=1)
+    assert (path / "rank_0.pt").stat().st_size < 1.5 * stats.nbytes
+    loaded = checkpoint.load(path, policy, optimizer, ranks).scored
+    assert torch.equal(loaded.rollout.image.guided.entropy, trace.guided.entropy)

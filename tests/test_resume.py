@@ -201,7 +201,9 @@ def test_another_accumulation_inside_a_rollout_is_an_error(here):
     settings = {"num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
     train(quick("run", **settings))
     before = tree(here)
-    with pytest.raises(UserError, match=r"between two optimizer steps.*--gradient_accumulation_steps 2"):
+    with pytest.raises(
+        UserError, match=r"between two optimizer steps.*--gradient_accumulation_steps 2"
+    ):
         train(
             quick(
                 "run",

@@ -257,15 +257,18 @@ def _policy_tensors(model_state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _to_containers(scored: Scored) -> dict[str, Any]:
-    """Records as dicts and named tuples as lists, which `weights_only=True` can read."""
-    fields = dataclasses.asdict(scored)
-    rollout = fields["rollout"]
+    """Records as dicts and named tuples as lists, which `weights_only=True` can read.
+
+    Tensors are not copied: those that share memory would be stored separately.
+    """
+    rollout = dict(vars(scored.rollout))
     # The other fields of a prompt are for the rewards, which are known.
     rollout["prompts"] = [{"text": prompt.text} for prompt in scored.rollout.prompts]
     for kind in ("text", "image"):
-        for distribution in ("conditional", "guided"):
-            rollout[kind][distribution] = list(rollout[kind][distribution])
-    return fields
+        trace = rollout[kind]
+        conditional, guided = list(trace.conditional), list(trace.guided)
+        rollout[kind] = {"conditional": conditional, "guided": guided, "mask": trace.mask}
+    return {**vars(scored), "rollout": rollout}
 
 
 def _from_containers(fields: dict[str, Any]) -> Scored:

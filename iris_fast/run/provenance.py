@@ -23,7 +23,8 @@ def commit() -> str:
     # A package installed below another project's checkout does not belong to that commit.
     if not git("ls-files", "--error-unmatch", Path(__file__).name):
         return "unknown"
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    code = (":/iris_fast", ":/kernels", ":/bench")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     return f"{git('rev-parse', 'HEAD')}{', with uncommitted changes' if changed else ''}"
 
 

@@ -1,6 +1,7 @@
 """Both layouts: opened, saved, opened again, and opened by transformers."""
 
 import functools
+import http.client
 import io
 import itertools
 import json
@@ -335,8 +336,10 @@ def test_offline_the_hub_is_not_asked(monkeypatch, tmp_path):
         (urllib.error.URLError(ssl.SSLCertVerificationError()), True),
         (urllib.error.URLError(OSError("name not known")), False),
         (TimeoutError(), False),
+        (http.client.BadStatusLine("proxy"), True),
+        (ValueError("unknown url type"), True),
     ],
-    ids=["answers", "busy", "certificate", "name not known", "timeout"],
+    ids=["answers", "busy", "certificate", "name not known", "timeout", "proxy", "endpoint"],
 )
 def test_reachability_is_one_request(monkeypatch, answer, reachable):
     requests = []

@@ -1,5 +1,6 @@
 """Resolve a model name: a local folder, or a Hugging Face hub id."""
 
+import http.client
 import re
 import ssl
 import urllib.error
@@ -24,14 +25,16 @@ def hub_is_reachable() -> bool:
     """
     if constants.HF_HUB_OFFLINE:
         return False
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         urllib.request.urlopen(request, timeout=REACHABLE_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         return True  # it answered
     except OSError as error:
         # It answered, with a certificate that Python's own store may know less well than requests.
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    except (http.client.HTTPException, ValueError):
+        return True  # left to the hub's library, which reports what is wrong
     return True
 
 
