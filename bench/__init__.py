@@ -17,6 +17,10 @@ and optionally, to profile whole calls,
 
     def profiles(bench)                      calls `bench.profile("SUITE/what", call)` for each
 
+and, for an op with a Triton kernel, what `kernels/compile_gates.py` compiles:
+
+    def gate_cases(vocabularies) -> Iterator[GateCase]
+
 `run.py` finds these files by itself. `harness/` holds what they share.
 """
 

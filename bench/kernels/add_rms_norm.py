@@ -5,18 +5,19 @@ written, the weight once. At these sizes the launch takes longer than moving the
 timed inside a CUDA graph, as in a decoding loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from iris_kernels import add_rms_norm
-from iris_kernels.add_rms_norm import add_rms_norm_reference
+from iris_kernels.add_rms_norm import add_rms_norm_reference, add_rms_norm_triton
 from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
+from bench.harness.gates import DTYPES, WIDTHS, GateCase, meta
 
 SUITE = "kernels"
 EPS = 1e-6
@@ -103,3 +104,11 @@ def check(inputs: Inputs, result: tuple[Tensor, Tensor]) -> None:
     residual, delta, weight = (t.double() for t in inputs)
     check_close("sum", total, residual + delta)
     check_close("norm", norm, add_rms_norm_reference(residual, weight, EPS, delta))
+
+
+def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
+    for dtype_name, dtype in DTYPES.items():
+        for hidden, _ in WIDTHS:
+            stream, delta = (meta(64, hidden, dtype=dtype) for _ in range(2))
+            launch = partial(add_rms_norm_triton, stream, delta, meta(hidden, dtype=dtype), 1e-6)
+            yield GateCase(f"add_rms_norm D={hidden} {dtype_name}", launch)

@@ -5,19 +5,28 @@ Shapes of Janus-Pro-1B (16 heads) and 7B (32 heads) at head width 128, about 400
 them on the device reads more. On a GPU timed inside a CUDA graph, as in a decoding loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from iris_kernels import decode_attention
-from iris_kernels.decode_attention import decode_attention_reference
+from iris_kernels.decode_attention import decode_attention_reference, decode_triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
+from bench.harness.gates import (
+    DTYPES,
+    FIRST_FP8_ARCHITECTURE,
+    FP8,
+    HEAD_WIDTHS,
+    GateCase,
+    meta,
+    vectors,
+)
 
 SUITE = "kernels"
 SLOTS, WIDTH = 704, 128
@@ -174,3 +183,23 @@ def check(inputs: Inputs, context: Tensor) -> None:
         query, keys, values = (t[one].double() for t in inputs[:3])
         reference = decode_attention_reference(query, keys, values, inputs.lengths[one])
         check_close(f"context of sequence {b}", context[one], reference)
+
+
+def _gate(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """64 sequences of 16 heads, with a shared prefix."""
+    own, shared = (
+        [meta(count, 16, length, width, dtype=cache_dtype) for _ in range(2)]
+        for count, length in ((64, 576), (9, 64))
+    )
+    lengths, index = vectors(2, 64, torch.int32)
+    query = meta(64, 16, width, dtype=dtype)
+    decode_triton(query, *own, lengths, (*shared, lengths, index), width**-0.5)
+
+
+def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
+    for width in HEAD_WIDTHS:
+        for dtype_name, dtype in DTYPES.items():
+            name = f"decode_attention Dh={width} {dtype_name}"
+            yield GateCase(name, partial(_gate, width, dtype, dtype))
+        name, launch = f"decode_attention Dh={width} fp8 cache", partial(_gate, width)
+        yield GateCase(name, partial(launch, torch.bfloat16, FP8), FIRST_FP8_ARCHITECTURE)

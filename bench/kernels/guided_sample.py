@@ -3,18 +3,20 @@
 Minimum bytes: both logits once. On a GPU timed inside a CUDA graph, as in a decoding loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from iris_kernels import guided_sample
+from iris_kernels.guided_sample import sample_triton
 from iris_kernels.token_stats import token_stats_reference
 from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, WrongResult, check_close
+from bench.harness.gates import DTYPES, GateCase, meta
 from bench.kernels import token_stats
 
 SUITE = "kernels"
@@ -115,3 +117,13 @@ def check(inputs: Inputs, result: Result) -> None:
         for name in token_stats.OUTPUTS:
             value = getattr(result, which)[name]
             check_close(f"{which} {name}", value, getattr(reference, name))
+
+
+def _gate(vocab_size: int, dtype: torch.dtype) -> None:
+    pair = (meta(64, vocab_size, dtype=dtype) for _ in range(2))
+    sample_triton(*pair, meta(64), None, 5.0, 1.0, False, vocab_size)
+
+
+def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
+    for (dtype_name, dtype), V in product(DTYPES.items(), vocabularies):
+        yield GateCase(f"guided_sample V={V} {dtype_name}", partial(_gate, V, dtype))

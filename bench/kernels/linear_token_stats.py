@@ -6,7 +6,7 @@ for the weight if it is trained. Minimum bytes: the inputs once, and each gradie
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from iris_kernels import linear_token_stats
 from iris_kernels.linear_token_stats import linear_token_stats_reference
+from iris_kernels.token_stats import Columns, backward_triton, forward_triton
 from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
+from bench.harness.gates import DTYPES, GateCase, meta, vectors
 from bench.kernels import token_stats
 from bench.kernels.token_stats import OUTPUTS
 
@@ -198,3 +200,18 @@ def check_backward(inputs: Inputs, result: tuple[list[str], tuple[Tensor, ...]] 
         ("d hidden", "d weight"), gradients, torch.autograd.grad(total, trained), strict=False
     ):
         check_close(name, gradient, expected)
+
+
+def _gate_tile(vocab_size: int, dtype: torch.dtype) -> None:
+    """A tile in the middle of a row, with a bias; fp32 logits, gradients in `dtype`."""
+    ids, bias, state = meta(2048, dtype=torch.int64), meta(2048, dtype=dtype), meta(5, 2048)
+    tile = Columns(2048, 2048, vocab_size, bias, state, is_first=False, is_last=False)
+    logits, grad = meta(2048, 2048), meta(2048, 2048, dtype=dtype)
+    forward_triton(logits, ids, None, 1.0, tile, vectors(6, 2048))
+    backward_triton(logits, grad, ids, None, vectors(3, 2048), vectors(4, 2048), 1.0, tile)
+
+
+def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
+    for (dtype_name, dtype), V in product(DTYPES.items(), vocabularies):
+        name = f"linear_token_stats tile V={V} {dtype_name}"
+        yield GateCase(name, partial(_gate_tile, V, dtype))

@@ -5,17 +5,18 @@ output and scales once. At these sizes the launch takes longer than moving the b
 inside a CUDA graph, as in a decoding loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 
 import torch
 from iris_kernels import quantize_rows
-from iris_kernels.quantize_rows import quantize_rows_reference
+from iris_kernels.quantize_rows import quantize_rows_reference, quantize_rows_triton
 from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
+from bench.harness.gates import FIRST_FP8_ARCHITECTURE, WIDTHS, GateCase, meta
 
 SUITE = "kernels"
 ALLOWED = 2.0**-4  # half a unit in the last place of 3 mantissa bits
@@ -64,3 +65,10 @@ def check(inputs: Tensor, result: tuple[Tensor, Tensor]) -> None:
     values, scales = result
     check_close("scales", scales, quantize_rows_reference(inputs.double()).scales)
     check_close("rows", values.double() * scales.double(), inputs, ALLOWED)
+
+
+def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
+    for widths in WIDTHS:
+        for width in widths:
+            launch = partial(quantize_rows_triton, meta(64, width, dtype=torch.bfloat16))
+            yield GateCase(f"quantize_rows D={width}", launch, FIRST_FP8_ARCHITECTURE)

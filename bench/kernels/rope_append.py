@@ -6,18 +6,19 @@ At these sizes the launch takes longer than moving the bytes; on a GPU timed ins
 in a decoding loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from iris_kernels import rope_append
-from iris_kernels.rope_append import rope_append_reference
+from iris_kernels.rope_append import rope_append_reference, rope_append_triton
 from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
+from bench.harness.gates import DTYPES, FIRST_FP8_ARCHITECTURE, FP8, HEAD_WIDTHS, GateCase, meta
 
 SUITE = "kernels"
 SLOTS, WIDTH = 8, 128  # few slots: only one is touched, and the inputs must exceed the cache
@@ -119,3 +120,19 @@ def check(inputs: Inputs, result: tuple[Tensor, Callable[[], Result]]) -> None:
     check_close("query", found.query, rope_append_reference(query, cos, sin))
     check_close("key", found.key, rope_append_reference(key, cos, sin))
     check_close("value", found.value, value)
+
+
+def _gate(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    """Query, key and value of 64 sequences from one projection."""
+    fused, tables = meta(64, 48, width, dtype=dtype), [meta(64, width // 2) for _ in range(2)]
+    caches = [meta(64, 16, 576, width, dtype=cache_dtype) for _ in range(2)]
+    rope_append_triton(*fused.split(16, dim=1), *tables, *caches, meta(64, dtype=torch.int64))
+
+
+def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
+    for width in HEAD_WIDTHS:
+        for dtype_name, dtype in DTYPES.items():
+            name = f"rope_append Dh={width} {dtype_name}"
+            yield GateCase(name, partial(_gate, width, dtype, dtype))
+        name, launch = f"rope_append Dh={width} fp8 cache", partial(_gate, width)
+        yield GateCase(name, partial(launch, torch.bfloat16, FP8), FIRST_FP8_ARCHITECTURE)

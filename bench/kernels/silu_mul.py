@@ -5,17 +5,18 @@ sizes the launch takes longer than moving the bytes; on a GPU timed inside a CUD
 decoding loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 
 import torch
 from iris_kernels import silu_mul
-from iris_kernels.silu_mul import silu_mul_reference
+from iris_kernels.silu_mul import silu_mul_reference, silu_mul_triton
 from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
+from bench.harness.gates import DTYPES, WIDTHS, GateCase, meta
 
 SUITE = "kernels"
 GPU_GRID = ((64, 256), (5632, 11008), torch.bfloat16)
@@ -75,3 +76,10 @@ CANDIDATES = {
 
 def check(inputs: Tensor, result: Tensor) -> None:
     check_close("product", result, silu_mul_reference(inputs.double()))
+
+
+def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
+    for dtype_name, dtype in DTYPES.items():
+        for _, inner in WIDTHS:
+            launch = partial(silu_mul_triton, meta(64, 2 * inner, dtype=dtype))
+            yield GateCase(f"silu_mul I={inner} {dtype_name}", launch)

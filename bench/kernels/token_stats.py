@@ -6,18 +6,24 @@ say which.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from iris_kernels import token_stats
-from iris_kernels.token_stats import token_stats_reference
+from iris_kernels.token_stats import (
+    Columns,
+    backward_triton,
+    forward_triton,
+    token_stats_reference,
+)
 from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, WrongResult, check_close
+from bench.harness.gates import DTYPES, GateCase, meta, vectors
 
 SUITE = "kernels"
 SAMPLED_ROWS = 16  # checked in float64
@@ -225,3 +231,20 @@ def check_backward(inputs: Inputs, result: tuple[list[str], Tensor]) -> None:
     if gradient.shape != inputs.logits.shape:
         raise WrongResult(f"gradient of shape {tuple(gradient.shape)}")
     check_close("gradient", gradient[rows], torch.autograd.grad(total, logits)[0])
+
+
+def _gate_forward(vocab_size: int, dtype: torch.dtype) -> None:
+    logits, ids = meta(4608, vocab_size, dtype=dtype), meta(4608, dtype=torch.int64)
+    forward_triton(logits, ids, None, 1.0, Columns(vocab_size), vectors(6, 4608))
+
+
+def _gate_backward(vocab_size: int, dtype: torch.dtype) -> None:
+    logits, grad = (meta(4608, vocab_size, dtype=dtype) for _ in range(2))
+    ids, stats, upstream = meta(4608, dtype=torch.int64), vectors(3, 4608), vectors(4, 4608)
+    backward_triton(logits, grad, ids, None, stats, upstream, 1.0, Columns(vocab_size))
+
+
+def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
+    for (dtype_name, dtype), V in product(DTYPES.items(), vocabularies):
+        for name, launch in (("forward", _gate_forward), ("backward", _gate_backward)):
+            yield GateCase(f"token_stats {name} V={V} {dtype_name}", partial(launch, V, dtype))

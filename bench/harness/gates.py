@@ -1,0 +1,31 @@
+"""What the ops' gate cases share: see `bench/kernels/compile_gates.py`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HEAD_WIDTHS = (64, 128)
+WIDTHS = ((2048, 5632), (4096, 11008))  # hidden and intermediate, of Janus-Pro-1B and 7B
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+FP8 = torch.float8_e4m3fn
+FIRST_FP8_ARCHITECTURE = 89  # older GPUs have no e4m3
+
+
+class GateCase(NamedTuple):
+    """A launch of one op, as its public function makes it, on tensors without storage."""
+
+    name: str
+    launch: Callable[[], object]
+    min_architecture: int = 0
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without storage."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def vectors(count: int, length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """`count` vectors without storage."""
+    return [meta(length, dtype=dtype) for _ in range(count)]
