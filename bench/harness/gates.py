@@ -1,6 +1,7 @@
 """What the ops' gate cases share: see `bench/kernels/compile_gates.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,3 +30,23 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def vectors(count: int, length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """`count` vectors without storage."""
     return [meta(length, dtype=dtype) for _ in range(count)]
+
+
+def vocabulary_cases(
+    name: str, launch: Callable[[int, torch.dtype], None], vocabularies: Sequence[int]
+) -> Iterator[GateCase]:
+    """An op over logits, `launch(vocab_size, dtype)`, for every dtype and vocabulary."""
+    for dtype_name, dtype in DTYPES.items():
+        for V in vocabularies:
+            yield GateCase(f"{name} V={V} {dtype_name}", partial(launch, V, dtype))
+
+
+def cache_cases(
+    name: str, launch: Callable[[int, torch.dtype, torch.dtype], None]
+) -> Iterator[GateCase]:
+    """An op on a key-value cache, `launch(head_dim, dtype, cache_dtype)`, fp8 caches included."""
+    for width in HEAD_WIDTHS:
+        for dtype_name, dtype in DTYPES.items():
+            yield GateCase(f"{name} Dh={width} {dtype_name}", partial(launch, width, dtype, dtype))
+        fp8 = partial(launch, width, torch.bfloat16, FP8)
+        yield GateCase(f"{name} Dh={width} fp8 cache", fp8, FIRST_FP8_ARCHITECTURE)

@@ -18,15 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import (
-    DTYPES,
-    FIRST_FP8_ARCHITECTURE,
-    FP8,
-    HEAD_WIDTHS,
-    GateCase,
-    meta,
-    vectors,
-)
+from bench.harness.gates import GateCase, cache_cases, meta, vectors
 
 SUITE = "kernels"
 SLOTS, WIDTH = 704, 128
@@ -197,9 +189,4 @@ def _gate(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    for width in HEAD_WIDTHS:
-        for dtype_name, dtype in DTYPES.items():
-            name = f"decode_attention Dh={width} {dtype_name}"
-            yield GateCase(name, partial(_gate, width, dtype, dtype))
-        name, launch = f"decode_attention Dh={width} fp8 cache", partial(_gate, width)
-        yield GateCase(name, partial(launch, torch.bfloat16, FP8), FIRST_FP8_ARCHITECTURE)
+    return cache_cases("decode_attention", _gate)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, WrongResult, check_close
-from bench.harness.gates import DTYPES, GateCase, meta
+from bench.harness.gates import GateCase, meta, vocabulary_cases
 from bench.kernels import token_stats
 
 SUITE = "kernels"
@@ -125,5 +125,4 @@ def _gate(vocab_size: int, dtype: torch.dtype) -> None:
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    for (dtype_name, dtype), V in product(DTYPES.items(), vocabularies):
-        yield GateCase(f"guided_sample V={V} {dtype_name}", partial(_gate, V, dtype))
+    return vocabulary_cases("guided_sample", _gate, vocabularies)

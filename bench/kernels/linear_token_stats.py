@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import DTYPES, GateCase, meta, vectors
+from bench.harness.gates import GateCase, meta, vectors, vocabulary_cases
 from bench.kernels import token_stats
 from bench.kernels.token_stats import OUTPUTS
 
@@ -212,6 +212,4 @@ def _gate_tile(vocab_size: int, dtype: torch.dtype) -> None:
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    for (dtype_name, dtype), V in product(DTYPES.items(), vocabularies):
-        name = f"linear_token_stats tile V={V} {dtype_name}"
-        yield GateCase(name, partial(_gate_tile, V, dtype))
+    return vocabulary_cases("linear_token_stats tile", _gate_tile, vocabularies)

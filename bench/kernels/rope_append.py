@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import DTYPES, FIRST_FP8_ARCHITECTURE, FP8, HEAD_WIDTHS, GateCase, meta
+from bench.harness.gates import GateCase, cache_cases, meta
 
 SUITE = "kernels"
 SLOTS, WIDTH = 8, 128  # few slots: only one is touched, and the inputs must exceed the cache
@@ -130,9 +130,4 @@ def _gate(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    for width in HEAD_WIDTHS:
-        for dtype_name, dtype in DTYPES.items():
-            name = f"rope_append Dh={width} {dtype_name}"
-            yield GateCase(name, partial(_gate, width, dtype, dtype))
-        name, launch = f"rope_append Dh={width} fp8 cache", partial(_gate, width)
-        yield GateCase(name, partial(launch, torch.bfloat16, FP8), FIRST_FP8_ARCHITECTURE)
+    return cache_cases("rope_append", _gate)

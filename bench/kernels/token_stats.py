@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, WrongResult, check_close
-from bench.harness.gates import DTYPES, GateCase, meta, vectors
+from bench.harness.gates import GateCase, meta, vectors, vocabulary_cases
 
 SUITE = "kernels"
 SAMPLED_ROWS = 16  # checked in float64
@@ -245,6 +245,5 @@ def _gate_backward(vocab_size: int, dtype: torch.dtype) -> None:
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    for (dtype_name, dtype), V in product(DTYPES.items(), vocabularies):
-        for name, launch in (("forward", _gate_forward), ("backward", _gate_backward)):
-            yield GateCase(f"token_stats {name} V={V} {dtype_name}", partial(launch, V, dtype))
+    yield from vocabulary_cases("token_stats forward", _gate_forward, vocabularies)
+    yield from vocabulary_cases("token_stats backward", _gate_backward, vocabularies)
