@@ -1,9 +1,10 @@
 """Fused kernels for the statistics that sampling and training a token model need.
 
-One file per op; the function's docstring has its equation, shapes, dtypes and errors, and the file
-also has `<op>_reference`, the same in eager torch. Every op has a Triton path for GPUs and a torch
-path for all other devices; the environment variable `IRIS_KERNELS_BACKEND` (triton, torch, auto)
-chooses. `integrations` puts the ops into TRL and verl. The package imports torch and triton only.
+One file per op, or a folder; the function's docstring has its equation, shapes, dtypes and errors,
+and next to it is `<op>_reference`, the same in eager torch. Every op has a Triton path for GPUs and
+a torch path for all other devices; the environment variable `IRIS_KERNELS_BACKEND` (triton, torch,
+auto) chooses. `integrations` puts the ops into TRL and verl. The package imports torch and triton
+only.
 """
 
 from . import integrations as integrations

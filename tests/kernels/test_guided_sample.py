@@ -279,7 +279,7 @@ def test_chunks_change_nothing(device, monkeypatch):
     import importlib
 
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
-    module = importlib.import_module("iris_kernels.guided_sample")
+    module = importlib.import_module("iris_kernels.guided_sample.torch_path")
     cond, uncond, uniform = case(30, 45000, torch.float32, device, "guided")
     whole = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
     monkeypatch.setattr(module, "SAMPLE_CHUNK_ELEMENTS", 2 * 45000)
