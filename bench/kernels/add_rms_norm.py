@@ -112,3 +112,6 @@ def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
             stream, delta = (meta(64, hidden, dtype=dtype) for _ in range(2))
             launch = partial(add_rms_norm_triton, stream, delta, meta(hidden, dtype=dtype), 1e-6)
             yield GateCase(f"add_rms_norm D={hidden} {dtype_name}", launch)
+    stream, norm = (meta(*shape, dtype=torch.bfloat16) for shape in ((64, 2048), (2048,)))
+    launch = partial(add_rms_norm_triton, stream, meta(4, 64, 2048), norm, 1e-6)
+    yield GateCase("add_rms_norm D=2048 partial sums bfloat16", launch)

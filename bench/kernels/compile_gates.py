@@ -5,7 +5,8 @@
 For sm_80, sm_90 and sm_100 and for real vocabularies: registers, shared memory, spills, and the
 widths of global loads and stores. Each op's benchmark gives the cases (`gate_cases`). The launchers
 themselves run, on tensors without storage; only the kernel launch is replaced by a compilation. The
-exit status is 1 if a kernel spills or has no 16-byte load.
+exit status is 1 if a kernel spills, has no 16-byte load, or may start before the previous kernel
+ends and accesses memory without waiting for it.
 """
 
 import argparse
@@ -47,6 +48,8 @@ class Gate:
     spill_bytes: int
     load_bits: dict[int, int]  # width in bits -> number of global load instructions
     store_bits: dict[int, int]
+    overlaps: bool  # with the end of the previous kernel: programmatic dependent launch
+    waits_first: bool  # for the previous kernel, before any load or store
 
 
 class _CompileOnlyDriver:
@@ -102,8 +105,10 @@ def inspect(compiled, case: str, arch: int) -> Gate:
         registers=registers,
         shared_bytes=compiled.metadata.shared,
         spill_bytes=stack + local,
-        load_bits=_widths(sass, "LDG"),
+        load_bits=_widths(sass, "LDG(?:STS)?"),  # to registers or to shared memory
         store_bits=_widths(sass, "STG"),
+        overlaps=bool(compiled.metadata.launch_pdl),
+        waits_first=_waits_first(sass),
     )
 
 
@@ -119,6 +124,12 @@ def _widths(sass: str, instruction: str) -> dict[int, int]:
         found = re.search(r"\.(?:[US])?(8|16|64|128|256)\b", suffix)
         widths[int(found[1]) if found else 32] += 1
     return dict(sorted(widths.items()))
+
+
+def _waits_first(sass: str) -> bool:
+    """Whether griddepcontrol.wait, ACQBULK in SASS, comes before all loads and stores."""
+    found = re.search(r"\b(ACQBULK|LDG(?:STS)?|STG|LD|ST|ATOMG?|REDG?)\b", sass)
+    return found is not None and found[1] == "ACQBULK"
 
 
 def cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
@@ -148,6 +159,8 @@ def failures(gate: Gate) -> list[str]:
         wrong.append(f"{gate.spill_bytes} bytes of local memory")
     if 128 not in gate.load_bits:
         wrong.append("no 16-byte load")
+    if gate.overlaps and not gate.waits_first:
+        wrong.append("accesses memory before it waits for the previous kernel")
     return wrong
 
 

@@ -13,6 +13,8 @@ from ._backend import uses_triton as uses_triton
 # The ops, one line each (and one for the type of a result).
 from .add_rms_norm import add_rms_norm as add_rms_norm
 from .decode_attention import decode_attention as decode_attention
+from .decode_linear import decode_linear as decode_linear
+from .decode_linear import decode_linear_partials as decode_linear_partials
 from .guided_sample import GuidedSample as GuidedSample
 from .guided_sample import guided_sample as guided_sample
 from .linear_token_stats import linear_token_stats as linear_token_stats

@@ -163,10 +163,14 @@ def check_truncation(top_k: int, top_p: float, min_p: float) -> None:
 
 
 def check_contiguous(
-    name: str, tensor: Tensor, shape: torch.Size | None = None, like: Tensor | None = None
+    name: str,
+    tensor: Tensor,
+    shape: torch.Size | None = None,
+    like: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Raise ValueError unless `tensor` is (..., D), contiguous, in a dtype that decoding ops take;
-    and, if `like` is given, of `shape` and the dtype and device of `like`."""
+    and, if `like` is given, of `shape`, the device of `like`, and `dtype` or that of `like`."""
     if tensor.dtype not in DECODING_DTYPES or tensor.dim() == 0 or not tensor.is_contiguous():
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, dtype {tensor.dtype}, strides "
@@ -174,8 +178,9 @@ def check_contiguous(
         )
     if like is None:
         return
-    if (tensor.shape, tensor.dtype, tensor.device) != (shape, like.dtype, like.device):
+    dtype = like.dtype if dtype is None else dtype
+    if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, like.device):
         raise ValueError(
             f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}: pass "
-            f"{like.dtype} of shape {tuple(shape)} on {like.device}"
+            f"{dtype} of shape {tuple(shape)} on {like.device}"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ._backend import jit, tl, triton, uses_triton
 from ._checks import check_contiguous
 from ._ops import add_op_namespace_prefix
+from ._overlap import overlap_options, wait_for_previous_kernel
 
 MAX_CHANNELS = 32768  # one program holds a row
 
@@ -28,16 +29,22 @@ MAX_CHANNELS = 32768  # one program holds a row
 @jit
 def _add_rms_norm_kernel(
     # residual [R, D], overwritten unless delta [R, D] is None; weight [D]; out [R, D]
+    # or delta is PARTS fp32 partial sums [PARTS, R, D], `part` elements apart, if PARTS is not 0
     residual, delta, weight, out,
-    eps, D,
-    BLOCK: tl.constexpr,
+    eps, D, part,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK)
     inside = d < D
+    wait_for_previous_kernel(OVERLAP)  # it wrote `residual` and `delta`, and may have read `out`
     row = tl.program_id(0).to(tl.int64) * D
     x = tl.load(residual + row + d, mask=inside, other=0.0)
     if delta is not None:
         added = tl.load(delta + row + d, mask=inside, other=0.0).to(tl.float32)
+        for p in tl.static_range(1, PARTS):
+            added += tl.load(delta + p * part + row + d, mask=inside, other=0.0)
+        if PARTS:
+            added = added.to(x.dtype).to(tl.float32)  # as a product is rounded
         x = (x.to(tl.float32) + added).to(x.dtype)
         tl.store(residual + row + d, x, mask=inside)
     wide = x.to(tl.float32)
@@ -56,11 +63,18 @@ def add_rms_norm_triton(
     D = residual.shape[-1]
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(D)
+    parts = len(delta) if _is_partial(residual, delta) else 0
     _add_rms_norm_kernel[(out.numel() // D,)](
-        residual, delta, weight, out, eps, D,
-        BLOCK=block, num_warps=min(max(block // 256, 1), 16), enable_fp_fusion=True,
+        residual, delta, weight, out, eps, D, out.numel(),
+        BLOCK=block, PARTS=parts, num_warps=min(max(block // 256, 1), 16), enable_fp_fusion=True,
+        **overlap_options(),
     )  # fmt: skip
     return out
+
+
+def _is_partial(residual: Tensor, delta: Tensor | None) -> bool:
+    """Whether `delta` holds partial sums."""
+    return delta is not None and delta.dim() > residual.dim()
 
 
 # --- The torch path -------------------------------------------------------------------------------
@@ -70,6 +84,8 @@ def add_rms_norm_torch(
     residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float
 ) -> Tensor:
     """The same in torch."""
+    if _is_partial(residual, delta):
+        delta = sum(delta[1:], delta[0]).to(residual.dtype)  # in their order
     if delta is not None:
         residual += delta
     wide = residual.float()
@@ -110,7 +126,9 @@ def add_rms_norm(
             the sum if `delta` is given.
         weight: (D) of the same dtype.
         eps: added to the mean square.
-        delta: what to add, of the same shape and dtype; None adds nothing.
+        delta: what to add, of the same shape and dtype; or (S, ..., D) float32, partial sums as
+            those of `decode_linear_partials`, which are added in their order and rounded to the
+            dtype of `residual` first; None adds nothing.
 
     Returns:
         The norm, in the shape and dtype of `residual`.
@@ -124,7 +142,10 @@ def add_rms_norm(
             f"residual has {residual.shape[-1]} channels: pass {MAX_CHANNELS} or fewer"
         )
     check_contiguous("weight", weight, residual.shape[-1:], residual)
-    if delta is not None:
+    if _is_partial(residual, delta):
+        shape = (max(len(delta), 1), *residual.shape)
+        check_contiguous("delta", delta, torch.Size(shape), residual, torch.float32)
+    elif delta is not None:
         check_contiguous("delta", delta, residual.shape, residual)
     return _add_rms_norm_op(residual, delta, weight, float(eps))
 

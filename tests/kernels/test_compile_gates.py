@@ -31,6 +31,13 @@ def test_compile_gates(tmp_path):
     assert kernels >= {"_forward_kernel", "_backward_kernel", "_sample_kernel"}
     assert [row["case"] for row in table if row["spill_bytes"]] == []
     assert [row["case"] for row in table if "128" not in row["load_bits"]] == []
+    # The kernels of a decoding step overlap from sm_90 on, and only read what is complete.
+    overlapping = {row["kernel"] for row in table if row["overlaps"]}
+    assert overlapping >= {"_linear_kernel", "_add_rms_norm_kernel"}
+    assert all(
+        row["overlaps"] == (row["arch"] >= 90) for row in table if row["kernel"] in overlapping
+    )
+    assert [row["case"] for row in table if row["overlaps"] and not row["waits_first"]] == []
     backward = [row for row in table if row["kernel"] == "_backward_kernel"]
     assert [row["case"] for row in backward if set(row["store_bits"]) != {"128"}] == []
     # At 80 registers three programs of 256 threads share a multiprocessor, each with four 16-byte

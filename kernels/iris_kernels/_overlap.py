@@ -1,0 +1,50 @@
+"""Programmatic dependent launch: a kernel starts while the previous one in the stream still runs.
+
+From sm_90 on. The hardware starts the programs of a kernel as soon as all programs of the previous
+one have called `let_next_kernel_start` or ended. `wait_for_previous_kernel` then blocks until that
+kernel is complete and its writes are visible. Three rules make this safe after and before any other
+kernel, whoever launched it:
+
+- Every program waits, without a condition, before its first access to memory. The previous kernel
+  did the same, so all earlier kernels are complete as well, and memory that they have freed may
+  be written.
+- Before the wait a program may only `prefetch_to_l2`: the L2 cache is where memory is coherent, so
+  that a line which the previous kernel writes later is updated there.
+- A kernel that does not call `let_next_kernel_start` counts as if it did so at its end.
+"""
+
+from ._backend import interpreted, jit, tl, triton
+
+FIRST_ARCHITECTURE = 90
+LINE_BYTES = 128  # of the L2 cache
+
+
+def overlap_options() -> dict[str, bool]:
+    """Options of a launch: OVERLAP for the kernel, and `launch_pdl` where the GPU supports it."""
+    if interpreted():
+        return {"OVERLAP": False}
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda" or target.arch < FIRST_ARCHITECTURE:
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
+
+
+@jit
+def wait_for_previous_kernel(OVERLAP: tl.constexpr):
+    """Block until the previous kernel is complete, then let the next one start.
+
+    The next kernel could be allowed to start before the wait. Its programs would then hold shared
+    memory while two other kernels run, and gain nothing: they wait for this one.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
+def prefetch_to_l2(pointers, OVERLAP: tl.constexpr):
+    """Start to read the cache lines of `pointers` into L2; they must be valid addresses."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [pointers], tl.int32, is_pure=False, pack=1
+        )
