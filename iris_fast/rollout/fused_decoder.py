@@ -1,8 +1,9 @@
 """A decoding step of few kernel launches: `Decoder.forward` for one new token per sequence, fused.
 
 A layer takes nine launches, four of them matrix products, where its modules take over forty; with
-one token per sequence, launches dominate the time. Arithmetic and rounding are those of the
-modules.
+one token per sequence, launches dominate the time. For few sequences on a GPU the products are
+`decode_linear`'s, which apply the gate as well and leave their partial sums to the norm: eight
+launches. Arithmetic and rounding are those of the modules.
 
 With `weight_dtype="fp8"` the products read float8_e4m3fn copies of their weights, scaled per output
 channel, and quantize their inputs as well, scaled per row: half the traffic of the weights, and
@@ -15,7 +16,14 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from iris_kernels import add_rms_norm, quantize_rows, silu_mul
+from iris_kernels import (
+    add_rms_norm,
+    decode_linear,
+    decode_linear_partials,
+    quantize_rows,
+    silu_mul,
+    uses_triton,
+)
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
@@ -23,6 +31,10 @@ from iris_fast.models.decoder import Decoder, DecoderLayer, RMSNorm
 from iris_fast.rollout.shared_cache import SharedKVCache
 
 FP8_MULTIPLE = 16  # of the sizes that `scaled_mm` takes
+# Up to here `decode_linear` is used, above it torch's products. Every tile of its weight is
+# multiplied by all rows, which it reads from the L2 cache again: at 128 rows and the sizes of 1B
+# they are as many bytes as the weights. To be decided by bench/kernels/decode_linear.py on a GPU.
+FEW_ROWS = 64
 
 
 def fuse_storage(parameters: list[nn.Parameter]) -> Tensor:
@@ -89,6 +101,23 @@ class FusedLinear:
             bias=self._bias, output_dtype=x_BD.dtype,
         )  # fmt: skip
 
+    def takes_few_rows(self, x_BD: Tensor) -> bool:
+        """Whether `few_rows` and the like run the product of these inputs."""
+        narrow = x_BD.dtype in (torch.bfloat16, torch.float16)
+        return not self._fp8 and narrow and len(x_BD) <= FEW_ROWS and uses_triton(x_BD)
+
+    def few_rows(self, x_BD: Tensor) -> Tensor:
+        """The same product by `decode_linear`."""
+        return decode_linear(x_BD, self._weight, self._bias)
+
+    def gated(self, x_BD: Tensor) -> Tensor:
+        """silu of the first half of the product times its second half."""
+        return decode_linear(x_BD, self._weight, gated=True)
+
+    def partials(self, x_BD: Tensor) -> Tensor:
+        """fp32 partial sums of the product, which `add_rms_norm` takes."""
+        return decode_linear_partials(x_BD, self._weight)
+
 
 class FusedLayer:
     """A block of the decoder, with four products instead of seven."""
@@ -100,6 +129,20 @@ class FusedLayer:
         self.out = linear(attention.o_proj)
         self.gate_up = linear(mlp.gate_proj, mlp.up_proj)
         self.down = linear(mlp.down_proj)
+
+    def project(self, x_BD: Tensor, few: bool) -> Tensor:
+        """Query, key and value, concatenated."""
+        return self.qkv.few_rows(x_BD) if few else self.qkv(x_BD)
+
+    def attention_output(self, context_BD: Tensor, few: bool) -> Tensor:
+        """What attention adds to the residual stream; of few rows partial sums."""
+        return self.out.partials(context_BD) if few else self.out(context_BD)
+
+    def mlp_output(self, x_BD: Tensor, few: bool) -> Tensor:
+        """What the MLP adds to the residual stream; of few rows partial sums."""
+        if few:
+            return self.down.partials(self.gate_up.gated(x_BD))
+        return self.down(silu_mul(self.gate_up(x_BD)))
 
 
 class FusedDecoder:
@@ -124,17 +167,17 @@ class FusedDecoder:
         holds. Neither synchronises with the device nor depends on host state."""
         config, stream_BD, rope = self._decoder.config, embeds_BD.clone(), cache.rope()
 
-        def add_norm(norm: RMSNorm, delta_BD: Tensor | None) -> Tensor:
-            return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta_BD)
+        def add_norm(norm: RMSNorm, delta: Tensor | None) -> Tensor:
+            return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta)
 
-        delta_BD = None
+        few, delta = self._layers[0].qkv.takes_few_rows(embeds_BD), None
         for index, fused in enumerate(self._layers):
-            normed_BD = add_norm(fused.layer.input_layernorm, delta_BD)
-            parts = fused.qkv(normed_BD).split(fused.qkv.sizes, dim=-1)
+            normed_BD = add_norm(fused.layer.input_layernorm, delta)
+            parts = fused.project(normed_BD, few).split(fused.qkv.sizes, dim=-1)
             query, key, value = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
             context_BHd = cache.append_and_attend(index, query, key, value, rope)
-            delta_BD = fused.out(context_BHd.flatten(-2))
-            normed_BD = add_norm(fused.layer.post_attention_layernorm, delta_BD)
-            delta_BD = fused.down(silu_mul(fused.gate_up(normed_BD)))
+            delta = fused.attention_output(context_BHd.flatten(-2), few)
+            normed_BD = add_norm(fused.layer.post_attention_layernorm, delta)
+            delta = fused.mlp_output(normed_BD, few)
         cache.advance()
-        return add_norm(self._decoder.norm, delta_BD)
+        return add_norm(self._decoder.norm, delta)

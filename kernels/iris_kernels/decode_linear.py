@@ -30,6 +30,7 @@ from ._overlap import LINE_BYTES, overlap_options, prefetch_to_l2, wait_for_prev
 MAX_ROWS = 128  # of the Triton path: one program holds all rows
 DTYPES = (torch.bfloat16, torch.float16)
 BLOCK_N, BLOCK_K = 64, 64  # gated: that many gates and as many ups
+WIDE_ROWS = 64  # from here on twice as many columns per program, so that x is read half as often
 PROGRAMS = 132  # multiprocessors of an H100 or H200
 MAX_PARTS = 8  # of K: every part costs 4 M N bytes written and read
 SHARED_BYTES = 96 << 10  # so that the next kernel's tiles fit beside them on sm_90
@@ -134,12 +135,15 @@ def parts_of(N: int, K: int) -> tuple[int, int]:
 def linear_launch(M: int, gated: bool) -> dict[str, int | bool]:
     """Tile sizes, and as many pipeline stages as fit, for 2-byte elements."""
     block_m = max(16, triton.next_power_of_2(M))
-    weight_rows = 2 * BLOCK_N if gated else BLOCK_N
+    wide = block_m >= WIDE_ROWS
+    block_n = 2 * BLOCK_N if wide and not gated else BLOCK_N
+    weight_rows = 2 * block_n if gated else block_n
     stage_bytes = 2 * BLOCK_K * (block_m + weight_rows)
     return {
-        "BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": BLOCK_K,
         "LINES": PREFETCH_BYTES // (LINE_BYTES * weight_rows), "LINE": LINE_BYTES // 2,
-        "num_stages": min(SHARED_BYTES // stage_bytes, 6), "num_warps": 8 if block_m > 32 else 4,
+        "num_stages": min(SHARED_BYTES // stage_bytes, 6), "num_warps": 8 if wide else 4,
+        "maxnreg": 192 if wide else None,  # sm_80 spills at the number that the compiler chooses
         "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -147,14 +151,15 @@ def linear_launch(M: int, gated: bool) -> dict[str, int | bool]:
 def linear_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, partial: bool
 ) -> Tensor:
-    """One launch, one program per BLOCK_N columns and part of K."""
+    """One launch, one program per tile of columns and part of K."""
     (M, K), N = x.shape, weight.shape[0] // (2 if gated else 1)
     parts, part_k = parts_of(N, K) if partial else (1, -(-K // BLOCK_K) * BLOCK_K)
     out = x.new_empty(parts, M, N, dtype=torch.float32) if partial else x.new_empty(M, N)
-    _linear_kernel[(-(-N // BLOCK_N), parts)](
+    options = linear_launch(M, gated)
+    _linear_kernel[(-(-N // options["BLOCK_N"]), parts)](
         x, weight, bias, out, M, N, K,
         GATED=gated, PARTIAL=partial, PART_K=part_k, EVEN=K % BLOCK_K == 0, WIDEN=interpreted(),
-        **linear_launch(M, gated), **overlap_options(),
+        **options, **overlap_options(),
     )  # fmt: skip
     return out
 

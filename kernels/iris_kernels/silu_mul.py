@@ -16,6 +16,7 @@ from torch import Tensor
 from ._backend import jit, tl, uses_triton
 from ._checks import check_contiguous
 from ._ops import add_op_namespace_prefix
+from ._overlap import overlap_options, wait_for_previous_kernel
 
 BLOCK = 2048
 
@@ -27,8 +28,9 @@ BLOCK = 2048
 def _silu_mul_kernel(
     gate_up, out,  # [R, 2 I], [R, I]
     I,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous_kernel(OVERLAP)  # it wrote `gate_up`
     row = tl.program_id(0).to(tl.int64)  # the axis without a limit of 65535
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < I
@@ -48,7 +50,9 @@ def silu_mul_triton(gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     grid = (out.numel() // width, -(-width // BLOCK))
-    _silu_mul_kernel[grid](gate_up, out, width, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True)
+    _silu_mul_kernel[grid](
+        gate_up, out, width, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True, **overlap_options()
+    )
     return out
 
 

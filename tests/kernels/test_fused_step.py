@@ -1,0 +1,88 @@
+"""A decoding step of the trainer's fused decoder on both backends, in the dtype that GPUs use."""
+
+from collections import Counter
+
+import pytest
+import torch
+from kernel_oracle import assert_close, rounding
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from iris_fast.models.attention import PackedAttention
+from iris_fast.models.decoder import Decoder, DecoderConfig, RMSNorm
+from iris_fast.rollout import fused_decoder
+from iris_fast.rollout.fused_decoder import FusedDecoder
+from iris_fast.rollout.shared_cache import SharedKVCache, SharedPrefixes
+
+SIZES = DecoderConfig(
+    vocab_size=16, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=16, qkv_bias=True,
+)  # fmt: skip
+PREFIXES = [[1, 2, 3], [1, 2], [1, 2, 3]]
+STEPS = 3
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are more than a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if not op.is_view:
+            self.found[op.name().removeprefix("iris_kernels::")] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def make_decoder(device: str) -> Decoder:
+    torch.manual_seed(3)
+    decoder = Decoder(SIZES)
+    for number, module in enumerate(decoder.modules()):
+        if isinstance(module, RMSNorm):  # norms of ones would hide a mix-up
+            module.weight.data += 0.3 * torch.randn(SIZES.hidden_size)
+            module.eps = 0.01 * (1 + number)
+    return decoder.requires_grad_(False).to(device, torch.bfloat16)
+
+
+def whole(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
+    """Hidden state of the last row of a sequence, by the modules."""
+    positions = torch.arange(len(rows), device=rows.device)
+    return decoder(rows, positions, PackedAttention([len(rows)], rows.device))[-1]
+
+
+def test_steps_are_as_accurate_as_the_modules(backend, device):
+    decoder = make_decoder(device)
+    shared = SharedPrefixes.of(PREFIXES)
+    cache = SharedKVCache(SIZES, shared, STEPS, torch.bfloat16, device)
+    prefix = torch.tensor([token for ids in shared.prefixes for token in ids], device=device)
+    positions = [i for ids in shared.prefixes for i in range(len(ids))]
+    attention = cache.prefill_attention()
+    decoder(decoder.embed_tokens(prefix), torch.tensor(positions, device=device), attention)
+    tokens = torch.tensor([[4, 5, 6], [7, 8, 9], [10, 11, 12]], device=device)  # [step, sequence]
+    fused, exact = FusedDecoder(decoder), make_decoder(device).double()
+    for number in range(STEPS):
+        with Launches() as launches:
+            step = fused.step(decoder.embed_tokens(tokens[number]), cache)
+        for b, prefix_ids in enumerate(PREFIXES):
+            ids = torch.tensor(prefix_ids + tokens[: number + 1, b].tolist(), device=device)
+            eager = whole(decoder, decoder.embed_tokens(ids))
+            truth = whole(exact, exact.embed_tokens(ids))
+            floor = 8 * rounding(torch.bfloat16) * float(truth.abs().max())
+            assert_close("hidden state", step[b], eager, truth, floor)
+    if backend == "triton":
+        assert launches.found["decode_linear"] == 4 * SIZES.num_layers
+        assert not launches.found.keys() & {"silu_mul", "aten::mm", "aten::addmm"}
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_few_rows_take_our_product(rows, backend, device, monkeypatch):
+    monkeypatch.setattr(fused_decoder, "FEW_ROWS", 2)
+    decoder = make_decoder(device)
+    cache = SharedKVCache(SIZES, SharedPrefixes.of([[1]] * rows), 1, torch.bfloat16, device)
+    attention = cache.prefill_attention()
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    decoder(decoder.embed_tokens(start + 1), start, attention)
+    with Launches() as launches:
+        FusedDecoder(decoder).step(decoder.embed_tokens(start.expand(rows) + 2), cache)
+    ours = 4 * SIZES.num_layers if backend == "triton" and rows == 2 else 0
+    assert launches.found["decode_linear"] == ours
