@@ -4,7 +4,7 @@
                         [--profile false]
     pytest bench --benchmark-only            the same cases through pytest-benchmark
     python -m bench.trainer.scaling          one step on several ranks; modelled for 8 and 64 GPUs
-    python -m bench.kernels.compile_gates    registers, spills and load widths, without a GPU
+    python -m bench.kernels.compile_gates    registers, spills, instructions, without a GPU
     python -m bench.report                   RESULTS.md, docs/benchmarks.md and plots from results/
 
 A benchmark is a file in `kernels/` or `trainer/` with `SUITE = "name"` and one of

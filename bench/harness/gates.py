@@ -14,11 +14,21 @@ FP8 = torch.float8_e4m3fn
 FIRST_FP8_ARCHITECTURE = 89  # older GPUs have no e4m3
 
 
+class Work(NamedTuple):
+    """What one kernel launch works on, for the model of `bench.harness.sass`."""
+
+    elements: int  # one logit, one pair of logits, one output element: what the kernel loops over
+    bytes: int  # moved, as the op's docstring counts them
+    trips: tuple[float, ...] = ()  # how often a program runs each loop of the kernel
+    issue_limit: float | None = None  # issue time <= this times the memory time
+
+
 class GateCase(NamedTuple):
     """A launch of one op, as its public function makes it, on tensors without storage."""
 
     name: str
     launch: Callable[[], object]
+    work: Sequence[Work] = ()  # of each kernel launched; none: only compiled
     min_architecture: int = 0
 
 
@@ -33,20 +43,28 @@ def vectors(count: int, length: int, dtype: torch.dtype = torch.float32) -> list
 
 
 def vocabulary_cases(
-    name: str, launch: Callable[[int, torch.dtype], None], vocabularies: Sequence[int]
+    name: str,
+    launch: Callable[[int, torch.dtype], None],
+    work: Callable[[int, torch.dtype], Sequence[Work]],
+    vocabularies: Sequence[int],
 ) -> Iterator[GateCase]:
     """An op over logits, `launch(vocab_size, dtype)`, for every dtype and vocabulary."""
     for dtype_name, dtype in DTYPES.items():
         for V in vocabularies:
-            yield GateCase(f"{name} V={V} {dtype_name}", partial(launch, V, dtype))
+            yield GateCase(f"{name} V={V} {dtype_name}", partial(launch, V, dtype), work(V, dtype))
 
 
 def cache_cases(
-    name: str, launch: Callable[[int, torch.dtype, torch.dtype], None]
+    name: str,
+    launch: Callable[[int, torch.dtype, torch.dtype], None],
+    work: Callable[[int, torch.dtype, torch.dtype], Sequence[Work]],
 ) -> Iterator[GateCase]:
     """An op on a key-value cache, `launch(head_dim, dtype, cache_dtype)`, fp8 caches included."""
     for width in HEAD_WIDTHS:
-        for dtype_name, dtype in DTYPES.items():
-            yield GateCase(f"{name} Dh={width} {dtype_name}", partial(launch, width, dtype, dtype))
-        fp8 = partial(launch, width, torch.bfloat16, FP8)
-        yield GateCase(f"{name} Dh={width} fp8 cache", fp8, FIRST_FP8_ARCHITECTURE)
+        caches = {name: (dtype, dtype, 0) for name, dtype in DTYPES.items()}
+        caches["fp8 cache"] = (torch.bfloat16, FP8, FIRST_FP8_ARCHITECTURE)
+        for cache, (*dtypes, architecture) in caches.items():
+            yield GateCase(
+                f"{name} Dh={width} {cache}", partial(launch, width, *dtypes),
+                work(width, *dtypes), architecture,
+            )  # fmt: skip

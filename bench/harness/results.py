@@ -35,8 +35,9 @@ def add_profiles(path: Path, profiles: dict[str, Any]) -> None:
 
 
 def load_all(folder: Path) -> dict[str, Run]:
-    """File stem -> run, newest first."""
-    runs = {path.stem: read(path) for path in folder.glob("*.json")}
+    """File stem -> run, newest first; other files, such as the compile gates', are left out."""
+    files = {path.stem: read(path) for path in folder.glob("*.json")}
+    runs = {stem: run for stem, run in files.items() if "rows" in run}
     return dict(sorted(runs.items(), key=lambda item: item[1]["head"]["date"], reverse=True))
 
 

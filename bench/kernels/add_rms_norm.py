@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import DTYPES, WIDTHS, GateCase, meta
+from bench.harness.gates import DTYPES, WIDTHS, GateCase, Work, meta
 
 SUITE = "kernels"
 EPS = 1e-6
@@ -111,7 +111,11 @@ def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
         for hidden, _ in WIDTHS:
             stream, delta = (meta(64, hidden, dtype=dtype) for _ in range(2))
             launch = partial(add_rms_norm_triton, stream, delta, meta(hidden, dtype=dtype), 1e-6)
-            yield GateCase(f"add_rms_norm D={hidden} {dtype_name}", launch)
+            elements = 64 * hidden
+            work = Work(elements, 4 * elements * dtype.itemsize)
+            yield GateCase(f"add_rms_norm D={hidden} {dtype_name}", launch, [work])
     stream, norm = (meta(*shape, dtype=torch.bfloat16) for shape in ((64, 2048), (2048,)))
     launch = partial(add_rms_norm_triton, stream, meta(4, 64, 2048), norm, 1e-6)
-    yield GateCase("add_rms_norm D=2048 partial sums bfloat16", launch)
+    # Besides the row: four partial sums in fp32 instead of the addend.
+    work = Work(64 * 2048, 64 * 2048 * (3 * 2 + 4 * 4))
+    yield GateCase("add_rms_norm D=2048 partial sums bfloat16", launch, [work])

@@ -3,15 +3,21 @@
     python -m bench.kernels.compile_gates [--json FILE]
 
 For sm_80, sm_90 and sm_100 and for real vocabularies: registers, shared memory, spills, and the
-widths of global loads and stores. Each op's benchmark gives the cases (`gate_cases`). The launchers
-themselves run, on tensors without storage; only the kernel launch is replaced by a compilation. The
-exit status is 1 if a kernel spills, has no 16-byte load, or may start before the previous kernel
-ends and accesses memory without waiting for it.
+widths of global loads and stores. For sm_90 also the instructions per element and how long issuing
+them takes, beside the memory time of the same launch: `bench.harness.sass` has the formula and its
+constants, which are those of an H200. Each op's benchmark gives the cases (`gate_cases`). The
+launchers themselves run, on tensors without storage; only the kernel launch is replaced by a
+compilation.
+
+The exit status is 1 if a kernel spills, has no 16-byte load, may start before the previous kernel
+ends and accesses memory without waiting for it, or takes longer to issue than the share of its
+memory time that its case allows: 0.8 for token_stats forward and backward.
 """
 
 import argparse
 import importlib
 import json
+import math
 import pkgutil
 import re
 import subprocess
@@ -23,17 +29,43 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bench import kernels
-from bench.harness.gates import GateCase
+from bench.harness.gates import GateCase, Work
+from bench.harness.sass import (
+    THREADS_PER_WARP,
+    Instructions,
+    count,
+    issue_seconds,
+    memory_seconds,
+)
+from iris_fast.run.provenance import commit
 
 ARCHITECTURES = (80, 90, 100)
 VOCABULARIES = (16384, 102400, 151936)
+MODELLED_ARCHITECTURE = 90
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Instructions of a launch and the times that `bench.harness.sass` derives."""
+
+    in_loops: float  # per element
+    outside_loops: int  # per warp
+    per_element: float  # both, over the elements of the launch
+    issue_us: float
+    memory_us: float
+    limit: float | None  # of issue_us / memory_us
+
+    @property
+    def ratio(self) -> float:
+        return self.issue_us / self.memory_us
 
 
 @dataclass(frozen=True)
@@ -50,6 +82,7 @@ class Gate:
     store_bits: dict[int, int]
     overlaps: bool  # with the end of the previous kernel: programmatic dependent launch
     waits_first: bool  # for the previous kernel, before any load or store
+    model: Model | None
 
 
 class _CompileOnlyDriver:
@@ -73,12 +106,13 @@ class _CompileOnlyDriver:
 
 @contextmanager
 def captured(arch: int) -> Iterator[list]:
-    """Kernel launches in the `with` block compile for `arch` instead; yields what they compile."""
+    """Kernel launches in the `with` block compile for `arch` instead; yields what they compile,
+    each with the number of programs."""
     compiled: list = []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        compiled.append((run(self, *args, grid=grid, warmup=True, **kwargs), math.prod(grid)))
 
     driver.set_active(_CompileOnlyDriver(arch))
     JITFunction.run = compile_only
@@ -88,8 +122,8 @@ def captured(arch: int) -> Iterator[list]:
         JITFunction.run = run
 
 
-def inspect(compiled, case: str, arch: int) -> Gate:
-    """Registers, shared memory and spills from the cubin, load and store widths from its SASS."""
+def inspect(compiled, programs: int, work: Work | None, case: str, arch: int) -> Gate:
+    """Registers, shared memory and spills from the cubin, the rest from its SASS."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -109,6 +143,23 @@ def inspect(compiled, case: str, arch: int) -> Gate:
         store_bits=_widths(sass, "STG"),
         overlaps=bool(compiled.metadata.launch_pdl),
         waits_first=_waits_first(sass),
+        model=model(count(sass), programs * compiled.metadata.num_warps, work)
+        if work and arch == MODELLED_ARCHITECTURE
+        else None,
+    )
+
+
+def model(instructions: Instructions, warps: int, work: Work) -> Model:
+    """The model of a launch of `warps` warps in all."""
+    executed = instructions.executed(work.trips)
+    per_element = THREADS_PER_WARP * warps / work.elements
+    return Model(
+        in_loops=(executed - instructions.outside) * per_element,
+        outside_loops=instructions.outside,
+        per_element=executed * per_element,
+        issue_us=issue_seconds(executed * warps) * 1e6,
+        memory_us=memory_seconds(work.bytes) * 1e6,
+        limit=work.issue_limit,
     )
 
 
@@ -148,8 +199,9 @@ def gates(architectures=ARCHITECTURES, vocabularies=VOCABULARIES) -> Iterator[Ga
                 continue
             with captured(arch) as compiled:
                 case.launch()
-            for kernel in compiled:
-                yield inspect(kernel, case.name, arch)
+            work = case.work or [None] * len(compiled)
+            for (kernel, programs), one in zip(compiled, work, strict=True):
+                yield inspect(kernel, programs, one, case.name, arch)
 
 
 def failures(gate: Gate) -> list[str]:
@@ -161,6 +213,8 @@ def failures(gate: Gate) -> list[str]:
         wrong.append("no 16-byte load")
     if gate.overlaps and not gate.waits_first:
         wrong.append("accesses memory before it waits for the previous kernel")
+    if gate.model and gate.model.limit and gate.model.ratio > gate.model.limit:
+        wrong.append(f"issue time is {gate.model.ratio:.2f} of the memory time")
     return wrong
 
 
@@ -170,23 +224,42 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--vocabulary", type=int, nargs="+", default=VOCABULARIES)
     arguments = parser.parse_args()
-    print("| case | sm | registers | shared B | spill B | loads | stores | |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(HEADER)
     table, failed = [], False
     for gate in gates(arguments.arch, arguments.vocabulary):
-        table.append(asdict(gate))
-        wrong = failures(gate)
-        failed |= bool(wrong)
-        print(
-            f"| {gate.case} | {gate.arch} | {gate.registers} | {gate.shared_bytes} "
-            f"| {gate.spill_bytes} "
-            f"| {_format_widths(gate.load_bits)} | {_format_widths(gate.store_bits)} "
-            f"| {'; '.join(wrong) or 'ok'} |",
-            flush=True,
-        )
+        table.append(gate)
+        failed |= bool(failures(gate))
+        print(line(gate), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(document(table), indent=1) + "\n")
     return int(failed)
+
+
+HEADER = """\
+| case | kernel | sm | registers | shared B | spill B | loads | stores | in loops, per element \
+| outside, per warp | per element | issue us | memory us | ratio | |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def line(gate: Gate) -> str:
+    """A row of the table."""
+    modelled = [""] * 6
+    if m := gate.model:
+        times = (m.issue_us, m.memory_us)
+        modelled = [f"{m.in_loops:.1f}", str(m.outside_loops), f"{m.per_element:.1f}"]
+        modelled += [f"{t:.1f}" if t >= 10 else f"{t:.2f}" for t in times] + [f"{m.ratio:.2f}"]
+    cells = [
+        gate.case, gate.kernel, gate.arch, gate.registers, gate.shared_bytes, gate.spill_bytes,
+        _format_widths(gate.load_bits), _format_widths(gate.store_bits), *modelled,
+        "; ".join(failures(gate)) or "ok",
+    ]  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def document(table: Sequence[Gate]) -> dict:
+    """What --json writes: versions, and the gates."""
+    head = {"torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
+    return {"head": head, "gates": [asdict(gate) for gate in table]}
 
 
 def _format_widths(widths: dict[int, int]) -> str:

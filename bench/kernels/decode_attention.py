@@ -5,6 +5,7 @@ Shapes of Janus-Pro-1B (16 heads) and 7B (32 heads) at head width 128, about 400
 them on the device reads more. On a GPU timed inside a CUDA graph, as in a decoding loop.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -12,13 +13,17 @@ from typing import NamedTuple
 
 import torch
 from iris_kernels import decode_attention
-from iris_kernels.decode_attention import decode_attention_reference, decode_triton
+from iris_kernels.decode_attention import (
+    decode_attention_reference,
+    decode_launch,
+    decode_triton,
+)
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import GateCase, cache_cases, meta, vectors
+from bench.harness.gates import GateCase, Work, cache_cases, meta, vectors
 
 SUITE = "kernels"
 SLOTS, WIDTH = 704, 128
@@ -188,5 +193,13 @@ def _gate(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     decode_triton(query, *own, lengths, (*shared, lengths, index), width**-0.5)
 
 
+def _work(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Work]:
+    """Every slot of the caches and of the prefixes live; an element is one of a key and a value."""
+    slots = decode_launch(width)["L"]
+    entries, distinct = 64 * (576 + 64), 64 * 576 + 9 * 64
+    trips = (math.ceil(64 / slots), math.ceil(576 / slots))
+    return [Work(entries * 16 * width, 2 * distinct * 16 * width * cache_dtype.itemsize, trips)]
+
+
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    return cache_cases("decode_attention", _gate)
+    return cache_cases("decode_attention", _gate, _work)

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import torch
 from iris_kernels import guided_sample
-from iris_kernels.guided_sample import sample_triton
+from iris_kernels.guided_sample import sample_launch, sample_triton
 from iris_kernels.token_stats import token_stats_reference
 from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, WrongResult, check_close
-from bench.harness.gates import GateCase, meta, vocabulary_cases
+from bench.harness.gates import GateCase, Work, meta, vocabulary_cases
 from bench.kernels import token_stats
 
 SUITE = "kernels"
@@ -119,10 +119,21 @@ def check(inputs: Inputs, result: Result) -> None:
             check_close(f"{which} {name}", value, getattr(reference, name))
 
 
+GATE_ROWS = 64
+
+
 def _gate(vocab_size: int, dtype: torch.dtype) -> None:
-    pair = (meta(64, vocab_size, dtype=dtype) for _ in range(2))
-    sample_triton(*pair, meta(64), None, 5.0, 1.0, False, vocab_size)
+    pair = (meta(GATE_ROWS, vocab_size, dtype=dtype) for _ in range(2))
+    sample_triton(*pair, meta(GATE_ROWS), None, 5.0, 1.0, False, vocab_size)
+
+
+def _work(vocab_size: int, dtype: torch.dtype) -> list[Work]:
+    """An element is a pair of logits; both passes go over the columns of a lane."""
+    launch = sample_launch(vocab_size, dtype.itemsize)
+    trips = launch["Q"] // launch["K"]
+    elements = GATE_ROWS * vocab_size
+    return [Work(elements, 2 * elements * dtype.itemsize, (trips, trips))]
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    return vocabulary_cases("guided_sample", _gate, vocabularies)
+    return vocabulary_cases("guided_sample", _gate, _work, vocabularies)

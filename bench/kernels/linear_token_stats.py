@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import GateCase, meta, vectors, vocabulary_cases
+from bench.harness.gates import GateCase, Work, meta, vectors, vocabulary_cases
 from bench.kernels import token_stats
 from bench.kernels.token_stats import OUTPUTS
 
@@ -202,14 +202,29 @@ def check_backward(inputs: Inputs, result: tuple[list[str], tuple[Tensor, ...]] 
         check_close(name, gradient, expected)
 
 
+# --- Compiled without a GPU -----------------------------------------------------------------------
+
+TILE_SIDE = 2048  # rows and columns of a tile at the width of Janus-Pro-1B
+
+
 def _gate_tile(vocab_size: int, dtype: torch.dtype) -> None:
     """A tile in the middle of a row, with a bias; fp32 logits, gradients in `dtype`."""
-    ids, bias, state = meta(2048, dtype=torch.int64), meta(2048, dtype=dtype), meta(5, 2048)
-    tile = Columns(2048, 2048, vocab_size, bias, state, is_first=False, is_last=False)
-    logits, grad = meta(2048, 2048), meta(2048, 2048, dtype=dtype)
-    forward_triton(logits, ids, None, 1.0, tile, vectors(6, 2048))
-    backward_triton(logits, grad, ids, None, vectors(3, 2048), vectors(4, 2048), 1.0, tile)
+    side = TILE_SIDE
+    ids, bias, state = meta(side, dtype=torch.int64), meta(side, dtype=dtype), meta(5, side)
+    tile = Columns(side, side, vocab_size, bias, state, is_first=False, is_last=False)
+    logits, grad = meta(side, side), meta(side, side, dtype=dtype)
+    forward_triton(logits, ids, None, 1.0, tile, vectors(6, side))
+    backward_triton(logits, grad, ids, None, vectors(3, side), vectors(4, side), 1.0, tile)
+
+
+def _tile_work(vocab_size: int, dtype: torch.dtype) -> list[Work]:
+    elements = TILE_SIDE**2
+    return [
+        Work(elements, elements * 4, token_stats.forward_trips(TILE_SIDE, torch.float32)),
+        Work(elements, elements * (4 + dtype.itemsize)),
+    ]
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    return vocabulary_cases("linear_token_stats tile", _gate_tile, vocabularies)
+    # A tile's kernels do not depend on the vocabulary.
+    return vocabulary_cases("linear_token_stats tile", _gate_tile, _tile_work, vocabularies[:1])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import FIRST_FP8_ARCHITECTURE, WIDTHS, GateCase, meta
+from bench.harness.gates import FIRST_FP8_ARCHITECTURE, WIDTHS, GateCase, Work, meta
 
 SUITE = "kernels"
 ALLOWED = 2.0**-4  # half a unit in the last place of 3 mantissa bits
@@ -71,4 +71,5 @@ def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
     for widths in WIDTHS:
         for width in widths:
             launch = partial(quantize_rows_triton, meta(64, width, dtype=torch.bfloat16))
-            yield GateCase(f"quantize_rows D={width}", launch, FIRST_FP8_ARCHITECTURE)
+            work = Work(64 * width, 3 * 64 * width)
+            yield GateCase(f"quantize_rows D={width}", launch, [work], FIRST_FP8_ARCHITECTURE)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import GateCase, cache_cases, meta
+from bench.harness.gates import GateCase, Work, cache_cases, meta
 
 SUITE = "kernels"
 SLOTS, WIDTH = 8, 128  # few slots: only one is touched, and the inputs must exceed the cache
@@ -129,5 +129,11 @@ def _gate(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     rope_append_triton(*fused.split(16, dim=1), *tables, *caches, meta(64, dtype=torch.int64))
 
 
+def _work(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Work]:
+    elements = 64 * 48 * width
+    written = elements // 3 * (dtype.itemsize + 2 * cache_dtype.itemsize)
+    return [Work(elements, elements * dtype.itemsize + written)]
+
+
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    return cache_cases("rope_append", _gate)
+    return cache_cases("rope_append", _gate, _work)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import DTYPES, WIDTHS, GateCase, meta
+from bench.harness.gates import DTYPES, WIDTHS, GateCase, Work, meta
 
 SUITE = "kernels"
 GPU_GRID = ((64, 256), (5632, 11008), torch.bfloat16)
@@ -82,4 +82,5 @@ def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
     for dtype_name, dtype in DTYPES.items():
         for _, inner in WIDTHS:
             launch = partial(silu_mul_triton, meta(64, 2 * inner, dtype=dtype))
-            yield GateCase(f"silu_mul I={inner} {dtype_name}", launch)
+            work = Work(64 * inner, 3 * 64 * inner * dtype.itemsize)
+            yield GateCase(f"silu_mul I={inner} {dtype_name}", launch, [work])

@@ -16,6 +16,7 @@ from iris_kernels import token_stats
 from iris_kernels.token_stats import (
     Columns,
     backward_triton,
+    forward_launch,
     forward_triton,
     token_stats_reference,
 )
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, WrongResult, check_close
-from bench.harness.gates import GateCase, meta, vectors, vocabulary_cases
+from bench.harness.gates import GateCase, Work, meta, vectors, vocabulary_cases
 
 SUITE = "kernels"
 SAMPLED_ROWS = 16  # checked in float64
@@ -233,17 +234,45 @@ def check_backward(inputs: Inputs, result: tuple[list[str], Tensor]) -> None:
     check_close("gradient", gradient[rows], torch.autograd.grad(total, logits)[0])
 
 
+# --- Compiled without a GPU -----------------------------------------------------------------------
+
+GATE_ROWS = 4608
+# Issuing at most this share of the memory time leaves the loads room to overlap.
+ISSUE_LIMIT = 0.8
+
+
 def _gate_forward(vocab_size: int, dtype: torch.dtype) -> None:
-    logits, ids = meta(4608, vocab_size, dtype=dtype), meta(4608, dtype=torch.int64)
-    forward_triton(logits, ids, None, 1.0, Columns(vocab_size), vectors(6, 4608))
+    logits, ids = meta(GATE_ROWS, vocab_size, dtype=dtype), meta(GATE_ROWS, dtype=torch.int64)
+    forward_triton(logits, ids, None, 1.0, Columns(vocab_size), vectors(6, GATE_ROWS))
+
+
+def _forward_work(vocab_size: int, dtype: torch.dtype) -> list[Work]:
+    elements = GATE_ROWS * vocab_size
+    trips = forward_trips(vocab_size, dtype)
+    return [Work(elements, elements * dtype.itemsize, trips, ISSUE_LIMIT)]
+
+
+def forward_trips(columns: int, dtype: torch.dtype) -> tuple[int]:
+    """How often the forward kernel's loop runs: once per full tile."""
+    launch = forward_launch(columns, dtype.itemsize)
+    return (columns // (4 * launch["L"] * launch["K"]),)
 
 
 def _gate_backward(vocab_size: int, dtype: torch.dtype) -> None:
-    logits, grad = (meta(4608, vocab_size, dtype=dtype) for _ in range(2))
-    ids, stats, upstream = meta(4608, dtype=torch.int64), vectors(3, 4608), vectors(4, 4608)
+    logits, grad = (meta(GATE_ROWS, vocab_size, dtype=dtype) for _ in range(2))
+    ids, stats, upstream = (
+        meta(GATE_ROWS, dtype=torch.int64), vectors(3, GATE_ROWS), vectors(4, GATE_ROWS)
+    )  # fmt: skip
     backward_triton(logits, grad, ids, None, stats, upstream, 1.0, Columns(vocab_size))
 
 
+def _backward_work(vocab_size: int, dtype: torch.dtype) -> list[Work]:
+    elements = GATE_ROWS * vocab_size
+    return [Work(elements, 2 * elements * dtype.itemsize, (), ISSUE_LIMIT)]
+
+
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    yield from vocabulary_cases("token_stats forward", _gate_forward, vocabularies)
-    yield from vocabulary_cases("token_stats backward", _gate_backward, vocabularies)
+    yield from vocabulary_cases("token_stats forward", _gate_forward, _forward_work, vocabularies)
+    yield from vocabulary_cases(
+        "token_stats backward", _gate_backward, _backward_work, vocabularies
+    )

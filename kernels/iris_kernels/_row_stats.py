@@ -35,6 +35,14 @@ CHUNK_ELEMENTS = 1 << 20  # torch path: 4 MB of fp32 per buffer, which stays in 
 
 
 @jit
+def as_float32(x):
+    """`x` in fp32. bfloat16 by its bits: one instruction per element, where a cast takes 1.5."""
+    if x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@jit
 def temperature_factors(T):
     """log2(e)/T, 1/T and MIN_D * T, rounded as torch rounds them."""
     return tl.div_rn(tl.full([], _LOG2_E, tl.float32), T), 1.0 / T, _MIN_D * T

@@ -16,4 +16,5 @@ from .op import token_stats_reference as token_stats_reference
 from .torch_path import backward_torch as backward_torch
 from .torch_path import forward_torch as forward_torch
 from .triton_path import backward_triton as backward_triton
+from .triton_path import forward_launch as forward_launch
 from .triton_path import forward_triton as forward_triton

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._backend import jit, tl, triton
 from .._checks import fold_rows, row_parts
 from .._row_stats import (
+    as_float32,
     log_one_plus,
     row_offset,
     safe_max,
@@ -26,13 +27,13 @@ from .columns import Columns
 def _load(logits, bias, columns, V, MASKED: tl.constexpr):
     """Logits plus their bias, if there is one, in fp32; -inf beyond V."""
     if MASKED:
-        x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        x = as_float32(tl.load(logits + columns, mask=columns < V, other=float("-inf")))
         if bias is not None:
-            x += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)
+            x += as_float32(tl.load(bias + columns, mask=columns < V, other=0.0))
     else:
-        x = tl.load(logits + columns).to(tl.float32)
+        x = as_float32(tl.load(logits + columns))
         if bias is not None:
-            x += tl.load(bias + columns).to(tl.float32)
+            x += as_float32(tl.load(bias + columns))
     return x
 
 
@@ -53,81 +54,111 @@ def _rescale(sum_exp, sum_exp_d, shift, scale, min_d):
 
 @jit
 def _accumulate(
-    logits, bias, start, offsets, token_group, V,  # the tile
-    m, sum_exp_others, sum_exp_d, sum_d, count,  # the running sums [L]
+    logits, bias, start, columns, V,  # the tile: where it starts, its first columns [L, K]
+    has_token,  # [L]: whether the token is among the lane's columns of this tile
+    m, sum_exp_others, sum_exp_d, sum_d,  # the running sums [L]
     scale, min_d,
-    TAIL: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add the tile of logits [L, K] at `start` to the running sums of its L lanes.
+    """Add a tile of four times [L, K] logits to the running sums of its L lanes.
 
     Per lane, with d = x - m and e = exp(d / T): m the maximum so far; sum_exp_others = sum e and
-    sum_exp_d = sum e d, both without the token's group of K columns; sum_d = sum d; count = columns
-    so far. A lane's group is the 16-byte load of one thread, so that threads exchange nothing
-    before the row ends.
+    sum_exp_d = sum e d, both without the lane's columns of this tile if the token is among them;
+    sum_d = sum d. A lane is one thread, which thus has four 16-byte loads in flight, keeps one
+    maximum for all of them, and exchanges nothing with others before the row ends. The four are
+    variables, not a dimension: Triton would spread that over threads.
     """
-    K: tl.constexpr = offsets.shape[1]
-    columns = start + offsets
-    x = _load(logits, bias, columns, V, TAIL)
-    m_new = tl.maximum(m, tl.max(x, axis=1))
+    L: tl.constexpr = columns.shape[0]
+    STEP: tl.constexpr = L * columns.shape[1]
+    x0 = _load(logits, bias, columns, V, MASKED)
+    x1 = _load(logits, bias, columns + STEP, V, MASKED)
+    x2 = _load(logits, bias, columns + 2 * STEP, V, MASKED)
+    x3 = _load(logits, bias, columns + 3 * STEP, V, MASKED)
+    m_new = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), axis=1)
+    m_new = tl.maximum(m, m_new)
     m_safe, shift = _update_max(m, m_new)
-    d, clamped, e = shifted_exp(x, m_safe[:, None], scale, min_d)
+    d0, clamped0, e0 = shifted_exp(x0, m_safe[:, None], scale, min_d)
+    d1, clamped1, e1 = shifted_exp(x1, m_safe[:, None], scale, min_d)
+    d2, clamped2, e2 = shifted_exp(x2, m_safe[:, None], scale, min_d)
+    d3, clamped3, e3 = shifted_exp(x3, m_safe[:, None], scale, min_d)
+    if MASKED:
+        d0 = tl.where(columns < V, d0, 0.0)
+        d1 = tl.where(columns + STEP < V, d1, 0.0)
+        d2 = tl.where(columns + 2 * STEP < V, d2, 0.0)
+        d3 = tl.where(columns + 3 * STEP < V, d3, 0.0)
     sum_exp_others, sum_exp_d = _rescale(sum_exp_others, sum_exp_d, shift, scale, min_d)
-    sum_d += shift * count
-    if TAIL:
-        d = tl.where(columns < V, d, 0.0)
-        count += tl.sum((columns < V).to(tl.float32), axis=1)
-    else:
-        count += K
-    # Leaving out the token's group, not its element, costs one comparison for K elements.
-    is_other = start // K + tl.arange(0, offsets.shape[0]) != token_group
-    sum_exp_others += tl.where(is_other, tl.sum(e, axis=1), 0.0)
-    sum_exp_d += tl.where(is_other, tl.sum(e * clamped, axis=1), 0.0)
-    return m_new, sum_exp_others, sum_exp_d, sum_d + tl.sum(d, axis=1), count
+    # Every tile before this one was full, so a lane's number of columns is start / L.
+    sum_d += shift * (start // L) + tl.sum(d0 + d1 + d2 + d3, axis=1)
+    # Leaving out the token's lane, not its element, costs nothing per element.
+    e_clamped = e0 * clamped0 + e1 * clamped1 + e2 * clamped2 + e3 * clamped3
+    sum_exp_others += tl.where(has_token, 0.0, tl.sum(e0 + e1 + e2 + e3, axis=1))
+    sum_exp_d += tl.where(has_token, 0.0, tl.sum(e_clamped, axis=1))
+    return m_new, sum_exp_others, sum_exp_d, sum_d
+
+
+@jit
+def _lane_columns(count, L: tl.constexpr, K: tl.constexpr):
+    """How many of the first `count` columns of a tile belong to each lane [L]."""
+    rest = count - tl.arange(0, L) * K
+    columns = tl.minimum(tl.maximum(rest, 0), K)
+    for i in tl.static_range(1, 4):
+        columns += tl.minimum(tl.maximum(rest - i * L * K, 0), K)
+    return columns
+
+
+@jit
+def _add(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
 
 
 @jit
 def _sum_columns(
-    logits, bias, token, V, scale, min_d, L: tl.constexpr, K: tl.constexpr
+    logits, bias, token, V, scale, min_d,
+    PARTIAL: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Of a row's V columns: sum_exp_others, sum_exp_d, sum_d, maximum, the token's logit.
 
-    The first two leave the token out; its logit is NaN if it is not among the columns.
+    The first two leave the token out; its logit is NaN if it is not among the columns. PARTIAL:
+    whether the last tile is partial.
     """
+    TILE: tl.constexpr = 4 * L * K
     has_token = (token >= 0) & (token < V)
     token_column = tl.where(has_token, token, 0)
-    token_group = tl.where(has_token, token // K, -1)
-    offsets = tl.arange(0, L)[:, None] * K + tl.arange(0, K)[None, :]
+    token_tile = tl.where(has_token, token // TILE * TILE, -1)
+    token_lane = token_column % (L * K) // K
+    lanes = tl.arange(0, L)
+    columns = lanes[:, None] * K + tl.arange(0, K)[None, :]
     m = tl.full([L], float("-inf"), tl.float32)
     sum_exp_others = tl.zeros([L], tl.float32)
     sum_exp_d = tl.zeros([L], tl.float32)
     sum_d = tl.zeros([L], tl.float32)
-    count = tl.zeros([L], tl.float32)
-    full_tiles = V // (L * K) * (L * K)
-    for start in range(0, full_tiles, L * K):
-        m, sum_exp_others, sum_exp_d, sum_d, count = _accumulate(
-            logits, bias, start, offsets, token_group, V,
-            m, sum_exp_others, sum_exp_d, sum_d, count, scale, min_d, False,
+    full_tiles = V // TILE * TILE
+    for start in range(0, full_tiles, TILE):
+        m, sum_exp_others, sum_exp_d, sum_d = _accumulate(
+            logits, bias, start, start + columns, V, (lanes == token_lane) & (start == token_tile),
+            m, sum_exp_others, sum_exp_d, sum_d, scale, min_d, False,
         )  # fmt: skip
-    if full_tiles < V:
-        m, sum_exp_others, sum_exp_d, sum_d, count = _accumulate(
-            logits, bias, full_tiles, offsets, token_group, V,
-            m, sum_exp_others, sum_exp_d, sum_d, count, scale, min_d, True,
+    count = full_tiles // L
+    if PARTIAL:
+        m, sum_exp_others, sum_exp_d, sum_d = _accumulate(
+            logits, bias, full_tiles, full_tiles + columns, V,
+            (lanes == token_lane) & (full_tiles == token_tile),
+            m, sum_exp_others, sum_exp_d, sum_d, scale, min_d, True,
         )  # fmt: skip
+        count += _lane_columns(V - full_tiles, L, K)
     row_max = tl.max(m, axis=0)
     m_safe, shift = _update_max(m, row_max)
     sum_exp_others, sum_exp_d = _rescale(sum_exp_others, sum_exp_d, shift, scale, min_d)
-    sum_exp_others, sum_exp_d = tl.sum(sum_exp_others, axis=0), tl.sum(sum_exp_d, axis=0)
-    sum_d = tl.sum(sum_d + shift * count, axis=0)
-
-    # The token's group, which the sums left out: its other columns, and the token's logit.
-    columns = token_column // K * K + tl.arange(0, K)
-    x = _load(logits, bias, columns, V, True)
-    _, clamped, e = shifted_exp(x, m_safe, scale, min_d)
-    e = tl.where(columns == token_column, 0.0, tl.where(has_token, e, 0.0))
-    x_token = tl.sum(tl.where(columns == token_column, x, 0.0), axis=0)
+    # The columns that the sums left out, one per lane, but not the token's.
+    columns = tl.maximum(token_tile, 0) + token_lane * K + lanes // K * (L * K) + lanes % K
+    is_other = has_token & (lanes < 4 * K) & (columns != token_column)
+    _, clamped, e = shifted_exp(_load(logits, bias, columns, V, True), m_safe, scale, min_d)
+    e = tl.where(is_other, e, 0.0)
+    sum_exp_others, sum_exp_d, sum_d = tl.reduce(
+        (sum_exp_others + e, sum_exp_d + e * clamped, sum_d + shift * count), 0, _add
+    )
+    x_token = _load(logits, bias, token_column, V, True)
     x_token = tl.where(has_token, x_token, float("nan"))
-    sum_exp_others += tl.sum(e, axis=0)
-    sum_exp_d += tl.sum(e * clamped, axis=0)
     return sum_exp_others, sum_exp_d, sum_d, row_max, x_token
 
 
@@ -145,9 +176,9 @@ def _forward_kernel(
     rows, first_column, V, row_width, log_row_width,
     # Number, or pointer if T_IN_MEMORY
     temperature,
-    # Constants: FIRST and LAST block of columns, tile of L x K
+    # Constants: FIRST and LAST block of columns, a PARTIAL last tile, tiles of four times L x K
     T_IN_MEMORY: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    L: tl.constexpr, K: tl.constexpr,
+    PARTIAL: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     token = tl.load(token_ids + row).to(tl.int32)
@@ -170,7 +201,7 @@ def _forward_kernel(
     T = load_scalar(temperature, T_IN_MEMORY)
     scale, inv_temperature, min_d = temperature_factors(T)
     sum_exp_others, sum_exp_d, sum_d, m, x_token = _sum_columns(
-        logits, bias, token - first_column, V, scale, min_d, L, K
+        logits, bias, token - first_column, V, scale, min_d, PARTIAL, L, K
     )
     if not FIRST:  # merge with the sums of the columns before
         sum_exp_others_0 = tl.load(state + row)
@@ -236,18 +267,19 @@ def _backward_kernel(
     columns_held, first_column, V, row_width,
     # Number, or pointer if T_IN_MEMORY
     temperature,
-    # Constants
-    T_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr,
+    # Constants: PADDED if columns_held > V, blocks of G x K columns
+    T_IN_MEMORY: tl.constexpr, PADDED: tl.constexpr, G: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    groups = tl.program_id(1) * G + tl.arange(0, G)
+    columns = groups[:, None] * K + tl.arange(0, K)[None, :]
     grad += row_offset(row, grad_inner, grad_stride_outer, grad_stride_inner)
     token = tl.load(token_ids + row).to(tl.int32)
     kept = token != -100
     if mask is not None:
         kept = kept & tl.load(mask + row)
     if not kept:
-        tl.store(grad + columns, tl.zeros([BLOCK], grad.dtype.element_ty), columns < columns_held)
+        tl.store(grad + columns, tl.zeros([G, K], grad.dtype.element_ty), columns < columns_held)
         return
     logits += row_offset(row, inner, stride_outer, stride_inner)
     x = _load(logits, bias, columns, V, True)
@@ -262,31 +294,51 @@ def _backward_kernel(
     coef_ed = coef_entropy * inv_temperature / s
     m = tl.load(row_max + row)
     _, clamped, e = shifted_exp(x, safe_max(m), scale, min_d)
-    g = e * (coef_e - coef_ed * clamped) + coef_all / row_width
-    g += tl.where(columns == token - first_column, coef_token, 0.0)
-    g = tl.where(columns < V, g, 0.0)
+    coef_all /= row_width
+    # The comparison is split, so that one per group of K columns is enough.
+    token -= first_column
+    at_token = tl.where(groups == token // K, coef_all + coef_token, coef_all)[:, None]
+    constant = tl.where(tl.arange(0, K)[None, :] == token % K, at_token, coef_all)
+    g = e * (coef_e - coef_ed * clamped) + constant
+    if PADDED:
+        g = tl.where(columns < V, g, 0.0)
     tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=columns < columns_held)
 
 
 # --- Launchers ------------------------------------------------------------------------------------
 
 
-def forward_launch(vocab_size: int, itemsize: int) -> dict[str, int | bool]:
-    """Lanes of 16 bytes, four per thread once the vocabulary is large enough; 8 warps."""
+def forward_launch(columns: int, itemsize: int) -> dict[str, int | bool]:
+    """One thread per lane, 16 bytes per load; warps enough that a row is not a chain of loads.
+
+    Fewer warps repeat less of what every warp does once per row: two issue a third fewer
+    instructions than eight at 16384 columns.
+    """
     per_lane = 16 // itemsize
-    lanes = min(max(triton.next_power_of_2(vocab_size) // per_lane, 32), 1024)
+    warps = 1 if columns <= 1024 else 2 if columns <= 32768 else 4
     return {
-        "L": lanes,
+        "PARTIAL": columns % (4 * 32 * warps * per_lane) != 0,
+        "L": 32 * warps,
         "K": per_lane,
-        "num_warps": max(1, lanes // 128),
+        "num_warps": warps,
         "enable_fp_fusion": True,
     }
 
 
-def backward_launch(columns: int) -> dict[str, int | bool]:
-    """Smaller blocks than forward: nothing is reduced, so more programs hide more latency."""
-    block = min(max(triton.next_power_of_2(columns), 64), 4096)
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512)), "enable_fp_fusion": True}
+def backward_launch(columns_held: int, columns: int, itemsize: int) -> dict[str, int | bool]:
+    """32 elements per thread, over which it shares what every thread computes once.
+
+    Nothing is reduced: a row is as many programs as it has blocks.
+    """
+    per_lane = 16 // itemsize
+    block = min(max(triton.next_power_of_2(columns_held), 64), 4096)
+    return {
+        "PADDED": columns_held > columns,
+        "G": block // per_lane,
+        "K": per_lane,
+        "num_warps": max(1, block // 1024),
+        "enable_fp_fusion": True,
+    }
 
 
 def forward_triton(logits, token_ids, mask, temperature, columns: Columns, outputs) -> None:
@@ -310,8 +362,10 @@ def backward_triton(logits, grad, token_ids, mask, saved, upstream, temperature,
         outer, inner, *strides = fold_rows(part)
         _, grad_inner, *grad_strides = fold_rows(grad_part)
         columns_held = part.shape[-1]
-        launch = backward_launch(columns_held)
-        _backward_kernel[(outer * inner, triton.cdiv(columns_held, launch["BLOCK"]))](
+        itemsize = min(part.element_size(), grad_part.element_size())
+        launch = backward_launch(columns_held, columns.count, itemsize)
+        blocks = triton.cdiv(columns_held, launch["G"] * launch["K"])
+        _backward_kernel[(outer * inner, blocks)](
             part, columns.bias, grad_part, token_ids[rows], None if mask is None else mask[rows],
             *(t[rows] for t in saved), *(None if g is None else g[rows] for g in upstream),
             inner, *strides, grad_inner, *grad_strides,
