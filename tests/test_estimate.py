@@ -12,6 +12,7 @@ from iris_fast import distributed
 from iris_fast.config import PRESETS, TrainConfig
 from iris_fast.errors import UserError
 from iris_fast.grpo.optimizer import make_optimizer
+from iris_fast.models import decoder
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import DecoderConfig, DecoderLayer, rope_tables
 from iris_fast.models.vq import VQConfig
@@ -45,10 +46,12 @@ def preset(name: str, **changes) -> TrainConfig:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_activations_of_a_block_are_those_that_autograd_keeps(dtype, kv_heads):
+@pytest.mark.parametrize("fused", [True, False])
+def test_activations_of_a_block_are_those_that_autograd_keeps(monkeypatch, dtype, kv_heads, fused):
+    monkeypatch.setattr(decoder, "runs_fused", lambda x: fused)
     config = DecoderConfig(64, 128, 352, 1, 4, kv_heads, 32)
     layer = DecoderLayer(config).to(dtype)
-    lengths = [30, 29, 31, 30]
+    lengths = [30] * 4 if fused else [30, 29, 31, 30]  # padding copies the context
     rows = sum(lengths)
     x = torch.randn(rows, 128, dtype=dtype, requires_grad=True)
     cos, sin = rope_tables(torch.arange(rows), 32, 1e4)
@@ -62,9 +65,10 @@ def test_activations_of_a_block_are_those_that_autograd_keeps(dtype, kv_heads):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(x, cos, sin, PackedAttention(lengths), 0)
-    for parameter in layer.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    compute, single = layer_activation_elements(config)
+    shared = (cos, sin) if fused else ()
+    for tensor in (*layer.parameters(), *shared):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    compute, single = layer_activation_elements(config, fused)
     expected = compute * dtype.itemsize + single * 4
     assert sum(kept.values()) / rows == pytest.approx(expected, rel=0.05)
 

@@ -11,6 +11,8 @@ HEAD_WIDTHS = (64, 128)
 WIDTHS = ((2048, 5632), (4096, 11008))  # hidden and intermediate, of Janus-Pro-1B and 7B
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FP8 = torch.float8_e4m3fn
+# Issuing at most this share of the memory time leaves the loads room to overlap.
+ISSUE_LIMIT = 0.8
 FIRST_FP8_ARCHITECTURE = 89  # older GPUs have no e4m3
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, WrongResult, check_close
-from bench.harness.gates import GateCase, Work, meta, vectors, vocabulary_cases
+from bench.harness.gates import ISSUE_LIMIT, GateCase, Work, meta, vectors, vocabulary_cases
 
 SUITE = "kernels"
 SAMPLED_ROWS = 16  # checked in float64
@@ -237,8 +237,6 @@ def check_backward(inputs: Inputs, result: tuple[list[str], Tensor]) -> None:
 # --- Compiled without a GPU -----------------------------------------------------------------------
 
 GATE_ROWS = 4608
-# Issuing at most this share of the memory time leaves the loads room to overlap.
-ISSUE_LIMIT = 0.8
 
 
 def _gate_forward(vocab_size: int, dtype: torch.dtype) -> None:

@@ -5,6 +5,10 @@ attend to which is decided by the attention strategy that the caller passes in
 (`iris_fast.models.attention`), so a packed training batch and one step of cached decoding run the
 same code. Parameter names are those of transformers' LlamaModel.
 
+On a GPU what lies between the matrix products runs in the differentiable kernels of `iris_kernels`,
+which round as the modules do and move a sixth of their bytes (`bench/trainer/counted_work.py`).
+`--torch_compile true` leaves that fusion to the compiler instead.
+
 Shapes: T token rows, D hidden width, H query heads, J key/value heads, d head width.
 """
 
@@ -13,7 +17,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from iris_kernels import residual_rms_norm, rope, silu_mul, uses_triton
 from torch import Tensor, nn
+
+from iris_fast.models.joined_linear import joined_linear
 
 # attention(layer_index, query_THd, key_TJd, value_TJd) -> context_THd
 AttentionStrategy = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -36,6 +43,14 @@ class DecoderConfig:
     max_positions: int = 16384
 
 
+def runs_fused(x: Tensor) -> bool:
+    """Whether blocks run `iris_kernels` between their products: on a GPU, outside a compiled graph.
+
+    Elsewhere they are plain torch, which a CPU runs faster and a compiler fuses.
+    """
+    return x.is_cuda and not torch.compiler.is_compiling() and uses_triton(x)
+
+
 class RMSNorm(nn.Module):
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, the mean and the root in fp32."""
 
@@ -46,9 +61,18 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised `x`, in the dtype of `x`."""
+        if runs_fused(x):
+            return residual_rms_norm(x, self.weight, eps=self.eps).norm
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+    def of_sum(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and that sum normalised."""
+        if runs_fused(x):
+            return residual_rms_norm(x, self.weight, eps=self.eps, delta=delta)
+        total = x + delta
+        return total, self(total)
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -101,10 +125,14 @@ class SelfAttention(nn.Module):
         self, x_TD: Tensor, cos: Tensor, sin: Tensor, attention: AttentionStrategy, index: int
     ) -> Tensor:
         """Context rows [T, D]."""
-        query = self._split_heads(self.q_proj(x_TD))
-        key = self._split_heads(self.k_proj(x_TD))
-        value = self._split_heads(self.v_proj(x_TD))
-        query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if runs_fused(x_TD):
+            query, key, value = map(self._split_heads, joined_linear(x_TD, projections))
+            half = cos.shape[-1] // 2
+            query, key = rope(query, key, cos[:, 0, :half], sin[:, 0, :half])
+        else:
+            query, key, value = (self._split_heads(layer(x_TD)) for layer in projections)
+            query, key = apply_rope(query, cos, sin), apply_rope(key, cos, sin)
         return self.o_proj(attention(index, query, key, value).flatten(-2))
 
 
@@ -119,6 +147,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Rows [T, D]."""
+        if runs_fused(x_TD):
+            gate_TI, up_TI = joined_linear(x_TD, (self.gate_proj, self.up_proj))
+            return self.down_proj(silu_mul(gate_TI, up_TI))
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
@@ -139,8 +170,9 @@ class DecoderLayer(nn.Module):
 
         An argument, not an attribute: a compiled block is then one graph for all layers.
         """
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, attention, index)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        attended_TD = self.self_attn(self.input_layernorm(x_TD), cos, sin, attention, index)
+        x_TD, normed_TD = self.post_attention_layernorm.of_sum(x_TD, attended_TD)
+        return x_TD + self.mlp(normed_TD)
 
 
 class Decoder(nn.Module):

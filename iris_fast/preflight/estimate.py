@@ -72,14 +72,19 @@ class Estimate:
         return "\n".join(lines)
 
 
-def layer_activation_elements(decoder: DecoderConfig) -> tuple[int, int]:
+def layer_activation_elements(decoder: DecoderConfig, fused: bool = True) -> tuple[int, int]:
     """Elements that one block keeps per token for its backward pass: of the compute dtype, and of
-    float32 (norms and rotary embeddings are computed in float32)."""
+    float32. `fused`: with the kernels that run on a GPU; otherwise with the modules, which compute
+    norms and rotary embeddings in float32 (with `torch_compile`, an upper limit)."""
     width, heads = decoder.hidden_size, decoder.num_heads * decoder.head_dim
-    kv = decoder.num_kv_heads * decoder.head_dim
+    kv, inner = decoder.num_kv_heads * decoder.head_dim, decoder.intermediate_size
+    if fused:
+        # Two norms and their inputs; q, k, v, the context and its normalizers; gate, up and their
+        # product. The rotary tables are the same for all blocks.
+        return 4 * width + 2 * heads + 2 * kv + 3 * inner, decoder.num_heads
     # Two norms, each before and after its weight; q, k, v; the context, padded and packed; gate,
     # silu, up and their product.
-    compute = 4 * width + 3 * heads + 2 * kv + 4 * decoder.intermediate_size
+    compute = 4 * width + 3 * heads + 2 * kv + 4 * inner
     single = 2 * width + 2 * decoder.head_dim
     return compute, single
 
@@ -113,7 +118,7 @@ def estimate(
     if config.policy_distribution == "guided" and config.guided:
         tokens += prompt_tokens + text + image
 
-    compute, single = layer_activation_elements(decoder)
+    compute, single = layer_activation_elements(decoder, fused=not config.torch_compile)
     layer_bytes = compute * item + single * 4
     token_bytes = layer_bytes * decoder.num_layers
     if config.gradient_checkpointing:

@@ -20,6 +20,9 @@ from .guided_sample import guided_sample as guided_sample
 from .linear_token_stats import linear_token_stats as linear_token_stats
 from .quantize_rows import QuantizedRows as QuantizedRows
 from .quantize_rows import quantize_rows as quantize_rows
+from .residual_rms_norm import ResidualNorm as ResidualNorm
+from .residual_rms_norm import residual_rms_norm as residual_rms_norm
+from .rope import rope as rope
 from .rope_append import rope_append as rope_append
 from .silu_mul import silu_mul as silu_mul
 from .token_stats import TokenStats as TokenStats

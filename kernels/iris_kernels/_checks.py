@@ -168,10 +168,11 @@ def check_contiguous(
     shape: torch.Size | None = None,
     like: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    dtypes: tuple[torch.dtype, ...] = DECODING_DTYPES,
 ) -> None:
-    """Raise ValueError unless `tensor` is (..., D), contiguous, in a dtype that decoding ops take;
-    and, if `like` is given, of `shape`, the device of `like`, and `dtype` or that of `like`."""
-    if tensor.dtype not in DECODING_DTYPES or tensor.dim() == 0 or not tensor.is_contiguous():
+    """Raise ValueError unless `tensor` is (..., D), contiguous, in one of `dtypes`; and, if `like`
+    is given, of `shape`, the device of `like`, and `dtype` or that of `like`."""
+    if tensor.dtype not in dtypes or tensor.dim() == 0 or not tensor.is_contiguous():
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, dtype {tensor.dtype}, strides "
             f"{tensor.stride()}: pass (..., D) in float32, bfloat16 or float16, contiguous"

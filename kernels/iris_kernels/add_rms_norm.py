@@ -119,7 +119,7 @@ def add_rms_norm(
 
     out = weight * residual / sqrt(mean(residual^2) + eps) over the last dimension, as in
     transformers' LlamaRMSNorm. A row's result does not depend on the other rows, bit for bit. Not
-    differentiable. `add_rms_norm_reference` is the same in eager torch.
+    differentiable: `residual_rms_norm` is. `add_rms_norm_reference` is the same in eager torch.
 
     Args:
         residual: (..., D) float32, bfloat16 or float16, contiguous, D up to 32768. Overwritten with

@@ -5,6 +5,7 @@ import torch
 
 from bench.harness.case import Absent, WrongResult
 from bench.harness.clock import restore
+from bench.harness.gradients import CHECKED_ROWS
 from bench.harness.measure import Bench
 from bench.harness.rows import Measured
 from bench.kernels import (
@@ -13,6 +14,8 @@ from bench.kernels import (
     guided_sample,
     linear_token_stats,
     quantize_rows,
+    residual_rms_norm,
+    rope,
     rope_append,
     silu_mul,
     token_stats,
@@ -229,6 +232,43 @@ def test_wrong_results_between_matmuls_are_rejected():
             rope_append.check(
                 small_inputs(rope_append), (query, lambda wrong=wrong: rope_append.Result(*wrong))
             )
+
+
+TRAINED = {
+    "residual_rms_norm forward+backward R=40320 D=2048 bfloat16": (8 * 40320 + 3) * 2048 * 2,
+    "silu_mul forward+backward R=40320 I=5632 bfloat16": 8 * 40320 * 5632 * 2,
+    "rope forward+backward T=40320 H=16 Dh=128 bfloat16": 2 * 40320 * (4 * 2048 * 2 + 128 * 4),
+}
+SMALL = {  # more rows than are checked
+    residual_rms_norm: residual_rms_norm.make_inputs(CHECKED_ROWS + 3, 16, torch.float32, CPU, 1),
+    silu_mul: silu_mul.make_halves(CHECKED_ROWS + 3, 16, torch.float32, CPU, 1),
+    rope: rope.make_inputs(CHECKED_ROWS + 3, 2, torch.float32, CPU, 1),
+}
+
+
+def test_bytes_of_the_trained_ops():
+    found = {}
+    for module in SMALL:
+        assert not any(case.metric != "forward" for case in module.cases(CPU))
+        found |= {name: case.bytes for name, case in by_name(module, "cuda").items()}
+    assert TRAINED.items() <= found.items()
+
+
+@pytest.mark.parametrize("module", SMALL, ids=lambda module: module.__name__)
+def test_implementations_of_the_trained_ops_agree_and_wrong_gradients_are_rejected(module):
+    loaders = getattr(module, "TRAINED", module.CANDIDATES)
+    prepare = getattr(module, "_prepare_both", module._prepare)
+    check = getattr(module, "check_both", module.check)
+    inputs = SMALL[module]
+    for name in ("ours", "eager"):
+        results, gradients = prepare(loaders[name], CPU, inputs)()
+        check(inputs, (results, gradients))
+    for i, gradient in enumerate(gradients):
+        wrong = [*gradients[:i], gradient * 1.01, *gradients[i + 1 :]]
+        with pytest.raises(WrongResult, match="gradient"):
+            check(inputs, (results, wrong))
+    with pytest.raises(WrongResult, match="result 0"):
+        check(inputs, ([results[0].roll(1, 0), *results[1:]], gradients))
 
 
 def test_a_training_pass_is_reported_as_time_tokens_and_operations(monkeypatch):

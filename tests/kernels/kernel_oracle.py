@@ -85,3 +85,31 @@ def assert_close(name: str, mine: Tensor, theirs: Tensor, truth: Tensor, floor: 
     error = float((mine.detach().double() - truth).abs().amax())
     budget = 1.5 * float((theirs.detach().double() - truth).abs().amax()) + floor
     assert error <= budget, f"{name}: error {error:.3g} exceeds its budget {budget:.3g}"
+
+
+def gradients(function, tensors: list[Tensor], upstream: list[Tensor | None]) -> list[Tensor]:
+    """Gradients of `tensors` under `function(*tensors)`, one result or several; None upstream: a
+    result that is not used."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    pairs = zip((out,) if isinstance(out, Tensor) else out, upstream, strict=True)
+    used = [(o, g.to(o.dtype)) for o, g in pairs if g is not None]
+    return list(torch.autograd.grad([o for o, _ in used], leaves, [g for _, g in used]))
+
+
+def assert_gradients_within_budget(
+    ours, reference, tensors: dict[str, Tensor], upstream: list[Tensor | None], term: float = 0.0
+) -> None:
+    """Assert that every gradient of `ours` is within the budget of those of `reference`, in the
+    dtype of the tensors and in float64. The floor: a dozen fp32 roundings of the largest term (of
+    the result, or `term` where terms cancel), and two roundings to the dtype, one of the forward
+    pass and one of the gradient."""
+    given = list(tensors.values())
+    mine = gradients(ours, given, upstream)
+    theirs = gradients(reference, given, upstream)
+    truth = gradients(reference, [t.double() for t in given], upstream)
+    for name, tensor, a, b, exact in zip(tensors, given, mine, theirs, truth, strict=True):
+        assert a.dtype == tensor.dtype and a.shape == tensor.shape
+        largest = float(exact.abs().max())
+        floor = 12 * EPS * max(largest, term) + 2 * rounding(tensor.dtype) * largest
+        assert_close(f"gradient of {name}", a, b, exact, floor)

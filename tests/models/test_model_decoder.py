@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
+from iris_fast.models import decoder as decoder_module
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import Decoder, DecoderConfig
 from iris_fast.rollout.kv_cache import KVCache
@@ -189,3 +190,36 @@ def test_packed_attention_refuses_wrong_lengths():
     row = torch.zeros(4, 2, 8)
     with pytest.raises(ValueError, match="expected 5 packed rows, got 4"):
         PackedAttention([3, 2])(0, row, row, row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kv_heads", "bias"), [(2, True), (6, False)])
+def test_fused_blocks_equal_the_modules(monkeypatch, dtype, kv_heads, bias):
+    """What runs on a GPU, here on the ops' torch path: the same values, gradients up to rounding,
+    and none for what is frozen."""
+    decoder = make_decoder(kv_heads=kv_heads, bias=bias).to(dtype)
+    decoder.layers[1].self_attn.k_proj.weight.requires_grad_(False)
+    decoder.layers[1].input_layernorm.weight.requires_grad_(False)
+    rows = torch.randn(sum(LENGTHS), 48).to(dtype).requires_grad_()
+    upstream = torch.randn(sum(LENGTHS), 48).to(dtype)
+
+    def run(fused: bool):
+        monkeypatch.setattr(decoder_module, "runs_fused", lambda x: fused)
+        decoder.zero_grad(set_to_none=True)
+        rows.grad = None
+        hidden = decoder(rows, positions_of(LENGTHS), PackedAttention(LENGTHS))
+        hidden.backward(upstream)
+        return hidden.detach(), {
+            name: p.grad for name, p in [("rows", rows), *decoder.named_parameters()]
+        }
+
+    (expected, gradients), (found, ours) = run(False), run(True)
+    assert torch.equal(found, expected)
+    limit = 1e-5 if dtype == torch.float32 else 3e-2
+    frozen = {"embed_tokens.weight", "layers.1.self_attn.k_proj.weight"}
+    frozen |= {"layers.1.input_layernorm.weight"}
+    assert {name for name, gradient in ours.items() if gradient is None} == frozen
+    for name, gradient in gradients.items():
+        if name not in frozen:
+            error = (ours[name].float() - gradient.float()).norm() / gradient.float().norm()
+            assert error <= limit, name
