@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
 import torch
 from small_runs import state_bytes
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iris_fast.config import TrainConfig
 from iris_fast.errors import UserError
-from iris_fast.grpo.optimizer import fits_blocks, make_optimizer, plain_parts, set_learning_rate
+from iris_fast.grpo.fsdp import local
+from iris_fast.grpo.optimizer import (
+    LocalAdamW,
+    clip_gradients,
+    fits_blocks,
+    make_optimizer,
+    plain_parts,
+    set_learning_rate,
+)
 
 STEPS = 20
 
@@ -95,6 +106,83 @@ def test_a_saved_and_loaded_moment_is_the_same():
         for n, part in plain_parts(name, fresh).items():
             part.copy_(written[n])
         assert torch.equal(fresh.dequantize(), values)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations in the `with` block, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func is not torch.ops.aten.detach.default:
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def sharded(ranks) -> nn.ModuleList:
+    """Twenty layers under FSDP2, with gradients."""
+    layers = nn.ModuleList(nn.Linear(4, 3) for _ in range(20))
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers:
+        fully_shard(layer, mesh=ranks.mesh)
+    for parameter in layers.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        part = local(parameter.grad)
+        part.copy_(torch.randn(part.shape, generator=generator))
+    return layers
+
+
+def test_the_fused_step_is_that_of_adamw_in_a_few_operations(sharded):
+    plain = [nn.Parameter(local(p).clone()) for p in sharded.parameters()]
+    for mine, theirs in zip(plain, sharded.parameters(), strict=True):
+        mine.grad = local(theirs.grad).clone()
+    settings = {"lr": 1e-2, "weight_decay": 0.1}
+    expected = torch.optim.AdamW(plain, **settings)
+    optimizer = LocalAdamW(sharded.parameters(), **settings)
+    for _ in range(3):
+        expected.step()
+        optimizer.step()
+    for theirs, mine in zip(plain, sharded.parameters(), strict=True):
+        torch.testing.assert_close(local(mine), theirs.detach(), rtol=1e-6, atol=1e-7)
+        assert type(optimizer.state[mine]["exp_avg"]) is type(mine)  # sharded, for checkpoints
+    with Calls() as calls:
+        optimizer.step()
+    computed = [name for name in calls.names if name.startswith("aten::")]
+    assert computed == ["aten::_foreach_add_", "aten::_fused_adamw_"]  # for 40 tensors
+    del optimizer, sharded
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.0, 1e6])
+def test_clipping_is_torchs_with_one_reduction(sharded, monkeypatch, limit):
+    reductions, reduce = [], torch.distributed.all_reduce
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: reductions.append(reduce(t)))
+    plain = [nn.Parameter(local(p).clone()) for p in sharded.parameters()]
+    for mine, theirs in zip(plain, sharded.parameters(), strict=True):
+        mine.grad = local(theirs.grad).clone()
+    with Calls() as calls:
+        norm = clip_gradients(sharded.parameters(), limit)
+    expected = nn.utils.clip_grad_norm_(plain, limit or math.inf)
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+    for theirs, mine in zip(plain, sharded.parameters(), strict=True):
+        torch.testing.assert_close(local(mine.grad), theirs.grad, rtol=1e-6, atol=0.0)
+    assert len(reductions) == 1
+    assert len(calls.names) <= 14, calls.names
+    del sharded
+
+
+def test_clipping_without_gradients_is_nothing(ranks):
+    assert clip_gradients([nn.Parameter(torch.ones(2))], 1.0) == 0
+
+
+def test_a_rank_without_a_part_of_a_tensor_takes_the_step_too():
+    rows = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(0, 3))]
+    for parameter in rows:
+        parameter.grad = torch.ones_like(parameter)
+    LocalAdamW(rows, lr=0.1).step()
+    assert (rows[0] < 1).all()
 
 
 def test_without_torchao_the_default_works_and_the_others_say_what_to_do(monkeypatch):

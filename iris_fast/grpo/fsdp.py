@@ -54,3 +54,13 @@ def discard_pass(module: nn.Module) -> None:
 def full(tensor: Tensor) -> Tensor:
     """The unsharded tensor (a collective), or the tensor itself if it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of the tensor, sharing its memory; the tensor itself if it is not sharded.
+
+    Without a gradient. An operation on parts costs a fifth of the host time of one on sharded
+    tensors, which first works out the sharding of its result.
+    """
+    with torch.no_grad():
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor

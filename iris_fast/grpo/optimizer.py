@@ -1,13 +1,16 @@
-"""AdamW over the trained parameters, its moments in 32, 16 or 8 bits, and its schedule."""
+"""AdamW over the trained parameters with moments of 32, 16 or 8 bits, its schedule; clipping."""
 
 import math
+from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from iris_fast.config import TrainConfig
 from iris_fast.errors import optional_import, require
+from iris_fast.grpo.fsdp import local
 
 LEAST_ROWS = 128
 BLOCK = 64  # values that share a scale: divides the rows of all Janus models, the tiny one's too
@@ -16,7 +19,7 @@ BLOCK = 64  # values that share a scale: divides the rows of all Janus models, t
 def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the trained parameters; `config.optim` selects the dtype of its moments:
 
-        adamw_torch       float32, torch's own
+        adamw_torch       float32, torch's own fused kernel
         adamw_torch_bf16  the first in bfloat16, the second in float32: a step changes the second by
                           about one part in a thousand, which bfloat16 would round away
         adamw_torch_8bit  8 bits with one scale per 64 values (arXiv 2110.02861), torchao's
@@ -26,7 +29,7 @@ def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     UserError without torchao.
     """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    kind = torch.optim.AdamW if config.optim == "adamw_torch" else _compact(config.optim)
+    kind = LocalAdamW if config.optim == "adamw_torch" else _compact(config.optim)
     return kind(
         trained,
         lr=config.learning_rate,
@@ -34,6 +37,38 @@ def make_optimizer(policy: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
+
+
+class LocalAdamW(torch.optim.AdamW):
+    """torch's fused AdamW, which updates this rank's part of every tensor in a few kernel launches.
+
+    The state consists of sharded tensors, as the parameters; only the update runs on their parts,
+    since it is elementwise and no other rank's part matters.
+    """
+
+    def __init__(self, *arguments, **settings) -> None:
+        super().__init__(*arguments, **settings, fused=True)
+
+    def _init_group(self, group, *lists) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:  # parameters, gradients, moments, steps
+            tensors[:] = map(local, tensors)
+        return has_complex
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """Scale the gradients so that their norm over all tensors and ranks is at most `limit`, in
+    place; 0 never scales. Returns the norm before, a 0-dim tensor. A collective: one reduction.
+    """
+    parts = [local(p.grad) for p in parameters if p.grad is not None]
+    total = nn.utils.get_total_norm(parts).double().square()
+    dist.all_reduce(total)
+    norm = total.sqrt()
+    if limit and parts:
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        torch._foreach_mul_(parts, scale.to(parts[0].dtype))
+    return norm
 
 
 def _compact(name: str) -> type[torch.optim.Optimizer]:

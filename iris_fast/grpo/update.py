@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError
-from iris_fast.grpo.fsdp import discard_pass, full
+from iris_fast.grpo.fsdp import discard_pass
 from iris_fast.grpo.lora import Base
 from iris_fast.grpo.loss import Loss, direct_loss, grpo_loss, truncated_importance
 from iris_fast.grpo.micro_batches import MicroBatch, prepare
-from iris_fast.grpo.optimizer import set_learning_rate
+from iris_fast.grpo.optimizer import clip_gradients, set_learning_rate
 from iris_fast.grpo.policy import copy_weights
 from iris_fast.models.janus import Janus
 from iris_fast.records import Scored
@@ -130,8 +130,7 @@ class Learner:
         """Clip the gradients to `max_grad_norm` (0: never); the norm before. UserError if it is not
         finite."""
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        limit = self.config.max_grad_norm or float("inf")
-        grad_norm = full(nn.utils.clip_grad_norm_(trained, limit)).item()
+        grad_norm = clip_gradients(trained, self.config.max_grad_norm).item()
         if not math.isfinite(grad_norm):
             raise UserError(
                 f"the gradient norm is {grad_norm}: training has diverged; the weights of the last "
