@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from iris_kernels import decode_attention
 from iris_kernels.decode_attention import (
+    NewToken,
     decode_attention_reference,
     decode_launch,
     decode_triton,
@@ -182,24 +183,39 @@ def check(inputs: Inputs, context: Tensor) -> None:
         check_close(f"context of sequence {b}", context[one], reference)
 
 
-def _gate(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-    """64 sequences of 16 heads, with a shared prefix."""
+def _gate(
+    width: int, dtype: torch.dtype, cache_dtype: torch.dtype, B: int = 64, new: bool = True
+) -> None:
+    """B sequences of 16 heads, with a shared prefix and, if `new`, a new token each."""
     own, shared = (
         [meta(count, 16, length, width, dtype=cache_dtype) for _ in range(2)]
-        for count, length in ((64, 576), (9, 64))
+        for count, length in ((B, 576), (9, 64))
     )
-    lengths, index = vectors(2, 64, torch.int32)
-    query = meta(64, 16, width, dtype=dtype)
-    decode_triton(query, *own, lengths, (*shared, lengths, index), width**-0.5)
+    lengths, index = vectors(2, B, torch.int32)
+    query, key, value = (meta(B, 16, width, dtype=dtype) for _ in range(3))
+    token = NewToken(key, value, *(meta(640, width // 2) for _ in range(2))) if new else None
+    decode_triton(query, *own, lengths, (*shared, lengths, index), width**-0.5, token)
 
 
 def _work(width: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> list[Work]:
-    """Every slot of the caches and of the prefixes live; an element is one of a key and a value."""
-    slots = decode_launch(width)["L"]
+    """Every slot of the caches and of the prefixes live; an element is one of a key and a value.
+
+    The loops are those over chunks and over the entries of a chunk, of the prefix and then of the
+    cache.
+    """
+    launch = decode_launch(width, cache_dtype.itemsize)
     entries, distinct = 64 * (576 + 64), 64 * 576 + 9 * 64
-    trips = (math.ceil(64 / slots), math.ceil(576 / slots))
-    return [Work(entries * 16 * width, 2 * distinct * 16 * width * cache_dtype.itemsize, trips)]
+    trips = [
+        math.ceil(live / size) for live in (64, 576) for size in (launch["CHUNK"], launch["L"])
+    ]
+    moved = 2 * distinct * 16 * width * cache_dtype.itemsize
+    return [Work(entries * 16 * width, moved, tuple(trips))]
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    return cache_cases("decode_attention", _gate, _work)
+    """With the new token as in a step; few sequences, whose chunks are merged; and without it."""
+    yield from cache_cases("rope_append_attention", _gate, _work)
+    few = partial(_gate, WIDTH, torch.bfloat16, torch.bfloat16, 2)
+    yield GateCase("rope_append_attention B=2 bfloat16", few)
+    alone = partial(_gate, WIDTH, torch.bfloat16, torch.bfloat16, new=False)
+    yield GateCase("decode_attention bfloat16", alone)

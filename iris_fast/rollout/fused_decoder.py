@@ -1,9 +1,10 @@
 """A decoding step of few kernel launches: `Decoder.forward` for one new token per sequence, fused.
 
 A layer takes nine launches, four of them matrix products, where its modules take over forty; with
-one token per sequence, launches dominate the time. For few sequences on a GPU the products are
-`decode_linear`'s, which apply the gate as well and leave their partial sums to the norm: eight
-launches. Arithmetic and rounding are those of the modules.
+one token per sequence, launches dominate the time. With Triton rotation, cache update and attention
+are one launch, and for few sequences the products are `decode_linear`'s, which apply the gate and
+leave partial sums to the next norm: seven launches (eight where attention is split). Arithmetic and
+rounding are those of the modules.
 
 With `weight_dtype="fp8"` the products read float8_e4m3fn copies of their weights, scaled per output
 channel, and quantize their inputs as well, scaled per row: half the traffic of the weights, and

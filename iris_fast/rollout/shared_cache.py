@@ -2,7 +2,7 @@
 
 The samples of a group share their prompt, and all unconditional rows begin BOS, pad, pad, ...; they
 differ in the last token and what follows it. Every step reads live entries only, through
-`iris_kernels.decode_attention`, and counts on the device, so one CUDA graph serves all steps.
+`iris_kernels`' decoding attention, and counts on the device, so one CUDA graph serves all steps.
 
 Shapes: B sequences, P prefixes, H query heads, J key/value heads, S slots, d head width.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from iris_kernels import decode_attention, rope_append
+from iris_kernels import decode_attention, rope_append, rope_append_attention, uses_triton
 from torch import Tensor
 
 from iris_fast.models.attention import PackedAttention, rows_and_positions
@@ -84,9 +84,11 @@ class SharedKVCache:
         positions_S = torch.arange(longest + room, device=device)
         tables = rope_tables(positions_S, config.head_dim, config.rope_theta)
         half = config.head_dim // 2  # both halves of a table are the same
-        self._rope = tuple(table[:, 0, :half].contiguous() for table in tables)
-        self._own_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._live_B = self._own_B + 1  # including the current token
+        cos, sin = (table[:, 0, :half].contiguous() for table in tables)
+        self._rope = cos, sin
+        # Stored tokens of each sequence, and the same including the current one.
+        self._counts_2B = torch.tensor([[0] * batch, [1] * batch], device=device)
+        self._own_B, self._live_B = self._counts_2B
 
     def prefill_attention(self) -> AttentionStrategy:
         """Attention for the prefixes, packed in their order: causal inside each; all are stored."""
@@ -103,26 +105,35 @@ class SharedKVCache:
         return attention
 
     def rope(self) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each sequence's next position, [B, d / 2] fp32."""
+        """Cosine and sine for `append_and_attend`, the same in all layers: of each sequence's next
+        position, [B, d / 2] fp32; with Triton the whole tables, whose rows the kernel chooses."""
+        if uses_triton(self._rope[0]):
+            return self._rope
         position_B = self._prefix_lengths_B + self._own_B
         cos, sin = (table.index_select(0, position_B) for table in self._rope)
         return cos, sin
 
     def append_and_attend(
-        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, rope: tuple[Tensor, ...]
+        self,
+        layer_index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rope: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Context [B, H, d] of one new token per sequence: query and key are rotated by `rope`, key
         and value stored, then the query attends to all stored tokens of its sequence."""
         own, (prefix_keys, prefix_values) = self._own[layer_index], self._prefix[layer_index]
-        return decode_attention(
-            rope_append(query, key, value, *rope, *own, self._own_B),
-            *own,
-            self._live_B,
-            prefix_keys=prefix_keys,
-            prefix_values=prefix_values,
-            prefix_lengths=self._prefix_lengths_B,
-            prefix_index=self._index_B,
-        )
+        prefix = {
+            "prefix_keys": prefix_keys,
+            "prefix_values": prefix_values,
+            "prefix_lengths": self._prefix_lengths_B,
+            "prefix_index": self._index_B,
+        }
+        if uses_triton(query):
+            return rope_append_attention(query, key, value, *rope, *own, self._own_B, **prefix)
+        rotated = rope_append(query, key, value, *rope, *own, self._own_B)
+        return decode_attention(rotated, *own, self._live_B, **prefix)
 
     def _convert(self, x_BJd: Tensor) -> Tensor:
         """In the cache's dtype; clamped to the range of fp8, beyond which a cast may give NaN."""
@@ -133,5 +144,4 @@ class SharedKVCache:
 
     def advance(self) -> None:
         """Count the tokens that a step has stored."""
-        self._own_B += 1
-        self._live_B += 1
+        self._counts_2B += 1

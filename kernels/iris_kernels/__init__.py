@@ -13,6 +13,7 @@ from ._backend import uses_triton as uses_triton
 # The ops, one line each (and one for the type of a result).
 from .add_rms_norm import add_rms_norm as add_rms_norm
 from .decode_attention import decode_attention as decode_attention
+from .decode_attention import rope_append_attention as rope_append_attention
 from .decode_linear import decode_linear as decode_linear
 from .decode_linear import decode_linear_partials as decode_linear_partials
 from .guided_sample import GuidedSample as GuidedSample

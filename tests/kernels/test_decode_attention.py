@@ -10,7 +10,8 @@ from kernel_oracle import EPS, assert_close, rounding
 
 ops = torch.ops.iris_kernels
 
-# name: (B, H, Hkv, S, Dh, dtype). A slot takes every L-th entry, L = 8192 / Dh: 64 at Dh = 128.
+# name: (B, H, Hkv, S, Dh, dtype). Chunks have 256 entries, of which a slot takes every L-th,
+# L = 8192 / Dh: 64 at Dh = 128.
 REGIMES = {
     "one_round_of_slots": (3, 2, 2, 40, 128, torch.float32),
     "several_rounds": (2, 2, 2, 150, 128, torch.bfloat16),

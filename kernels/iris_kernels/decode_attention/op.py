@@ -9,6 +9,8 @@ once, and from the L2 cache for the other sequences.
 Bytes moved for b-byte caches: 2 b Dh Hkv (sum of lengths + sum of distinct prefix lengths); entries
 of the static cache that are not live yet are never read.
 
+`rope_append_attention` is `rope_append` and then this, in the same launch.
+
 Shapes: B sequences, H query heads, Hkv key-value heads (H is a multiple of Hkv: query head h reads
 head h // (H / Hkv)), S cache entries, Dh head width, N prefixes of up to S_p entries, L slots.
 """
@@ -18,157 +20,12 @@ from torch import Tensor
 from torch.cuda import get_device_capability as capability
 from torch.nn.functional import scaled_dot_product_attention
 
-from ._backend import jit, tl, triton, uses_triton
-from ._checks import DECODING_DTYPES
-from ._fp8 import FP8
-from ._ops import add_op_namespace_prefix
-from ._row_stats import LOG2_E
-
-# --- Triton kernel --------------------------------------------------------------------------------
-
-
-@jit
-def _attend(
-    q, keys, values, length, key_stride, value_stride,
-    m, l, acc,  # the running softmax: [L], [L], [L, D]
-    L: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """Add `length` cache entries to the running softmax of L slots.
-
-    Entry s goes to slot s % L. Per slot: m the maximum score, l = sum exp2(score - m), acc the sum
-    of values with these weights. Slots are reduced only after the last entry, so that no step
-    waits for another.
-    """
-    d = tl.arange(0, D)
-    for start in range(0, length, L):
-        s = start + tl.arange(0, L)
-        is_live = s < length
-        mask = is_live[:, None] & (d[None, :] < WIDTH)
-        k = tl.load(keys + s[:, None] * key_stride + d[None, :], mask=mask, other=0.0)
-        v = tl.load(values + s[:, None] * value_stride + d[None, :], mask=mask, other=0.0)
-        score = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
-        score = tl.where(is_live, score, float("-inf"))
-        m_new = tl.maximum(m, score)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf: no entry in the slot yet
-        p = tl.exp2(score - m_safe)
-        rescale = tl.exp2(m - m_safe)
-        l = l * rescale + p
-        acc = acc * rescale[:, None] + p[:, None] * v.to(tl.float32)
-        m = m_new
-    return m, l, acc
-
-
-@jit
-def _decode_kernel(
-    # Inputs: query [B, H, Dh], caches [B, Hkv, S, Dh], lengths [B]
-    query, keys, values, lengths,
-    # Prefixes [N, Hkv, S_p, Dh], entries seen [B], prefix of a sequence or -1 [B]; or four None
-    prefix_keys, prefix_values, prefix_lengths, prefix_index,
-    # Output [B, H, Dh]
-    context,
-    # Scale of the scores for exp2, sizes
-    scale, S, prefix_S,
-    # Strides of query, caches, prefixes and context, by dimension
-    q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, pk_n, pk_h, pk_s, pv_n, pv_h, pv_s, c_b, c_h,
-    # H / Hkv; Dh, and that rounded up to a power of two; slots
-    HEADS_PER_KV: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
-    h = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    kv = h // HEADS_PER_KV
-    d = tl.arange(0, D)
-    q = tl.load(query + b * q_b + h * q_h + d, mask=d < WIDTH, other=0.0).to(tl.float32) * scale
-    m = tl.full([L], float("-inf"), tl.float32)
-    l = tl.zeros([L], tl.float32)
-    acc = tl.zeros([L, D], tl.float32)
-    if prefix_keys is not None:
-        n = tl.load(prefix_index + b).to(tl.int64)
-        length = 0
-        if n >= 0:
-            length = tl.minimum(tl.load(prefix_lengths + b).to(tl.int32), prefix_S)
-        m, l, acc = _attend(
-            q, prefix_keys + n * pk_n + kv * pk_h, prefix_values + n * pv_n + kv * pv_h, length,
-            pk_s, pv_s, m, l, acc, L, WIDTH, D,
-        )  # fmt: skip
-    length = tl.minimum(tl.load(lengths + b).to(tl.int32), S)
-    m, l, acc = _attend(
-        q, keys + b * k_b + kv * k_h, values + b * v_b + kv * v_h, length,
-        k_s, v_s, m, l, acc, L, WIDTH, D,
-    )  # fmt: skip
-    m_max = tl.max(m, axis=0)
-    weight = tl.exp2(m - tl.where(m_max == float("-inf"), 0.0, m_max))
-    total = tl.sum(l * weight, axis=0)
-    out = tl.sum(acc * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(context + b * c_b + h * c_h + d, out.to(context.dtype.element_ty), mask=d < WIDTH)
-
-
-# --- Launcher -------------------------------------------------------------------------------------
-
-
-def decode_launch(head_width: int) -> dict[str, int | bool]:
-    """32 elements of a key and of a value tile per thread, for any number of sequences."""
-    D = max(16, triton.next_power_of_2(head_width))
-    slots = max(16, 8192 // D)
-    return {"D": D, "L": slots, "num_warps": slots * D // 1024, "enable_fp_fusion": True}
-
-
-def decode_triton(query, keys, values, lengths, prefix, scale) -> Tensor:
-    """One launch; `prefix` is (keys, values, lengths, index) or four None."""
-    prefix_keys, prefix_values, prefix_lengths, prefix_index = prefix
-    B, H, width = query.shape
-    context = query.new_empty(B, H, width)
-    strides = [*query.stride()[:2], *keys.stride()[:3], *values.stride()[:3]]
-    if prefix_keys is None:
-        strides += [0] * 6
-    else:
-        strides += [*prefix_keys.stride()[:3], *prefix_values.stride()[:3]]
-    _decode_kernel[(H, B)](
-        query, keys, values, lengths, prefix_keys, prefix_values, prefix_lengths, prefix_index,
-        context, scale * LOG2_E, keys.shape[2], 0 if prefix_keys is None else prefix_keys.shape[2],
-        *strides, *context.stride()[:2],
-        HEADS_PER_KV=H // keys.shape[1], WIDTH=width, **decode_launch(width),
-    )  # fmt: skip
-    return context
-
-
-# --- The torch path -------------------------------------------------------------------------------
-
-
-def decode_torch(query, keys, values, lengths, prefix, scale) -> Tensor:
-    """torch's attention without a mask, once per group of sequences of equal lengths and prefix.
-
-    Reads the lengths on the host, which waits for the device on a GPU.
-    """
-    prefix_keys, prefix_values, prefix_lengths, prefix_index = prefix
-    context = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    own_lengths, shared_lengths, shared = lengths.tolist(), [0] * len(query), [-1] * len(query)
-    if prefix_keys is not None:
-        shared_lengths = prefix_lengths.where(prefix_index >= 0, 0).tolist()
-        shared = prefix_index.tolist()
-    groups: dict[tuple[int, int, int], list[int]] = {}
-    for b, group in enumerate(zip(own_lengths, shared_lengths, shared, strict=True)):
-        groups.setdefault(group, []).append(b)
-    for (length, prefix_length, n), members in groups.items():
-        rows = _as_index(members)
-        k, v = keys[rows, :, :length], values[rows, :, :length]
-        if prefix_length:
-            size = (len(members), -1, -1, -1)
-            k = torch.cat([prefix_keys[n, :, :prefix_length].expand(size), k], 2)
-            v = torch.cat([prefix_values[n, :, :prefix_length].expand(size), v], 2)
-        if k.shape[2]:
-            q = query[rows, :, None].float()
-            # Heads that share keys become queries of one head: no key is repeated.
-            q = q.view(len(members), k.shape[1], -1, q.shape[-1])
-            out = scaled_dot_product_attention(q, k.float(), v.float(), scale=scale)
-            context[rows] = out.view(len(members), *query.shape[1:]).to(query.dtype)
-    return context
-
-
-def _as_index(rows: list[int]) -> slice | list[int]:
-    """Index of these rows: a slice, which makes a view, if they are adjacent."""
-    adjacent = rows[-1] - rows[0] + 1 == len(rows)
-    return slice(rows[0], rows[-1] + 1) if adjacent else rows
-
+from .._backend import uses_triton
+from .._checks import DECODING_DTYPES
+from .._fp8 import FP8
+from .._ops import add_op_namespace_prefix
+from .torch_path import decode_torch, rope_append_attention_torch
+from .triton_path import NewToken, decode_triton
 
 # --- Custom op ------------------------------------------------------------------------------------
 
@@ -191,6 +48,35 @@ def _decode_attention_op(
 
 
 @_decode_attention_op.register_fake
+def _(query, *_):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op(
+    add_op_namespace_prefix("rope_append_attention"), mutates_args=("key_cache", "value_cache")
+)
+def _rope_append_attention_op(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
+    key_cache: Tensor, value_cache: Tensor, lengths: Tensor,
+    prefix_keys: Tensor | None, prefix_values: Tensor | None,
+    prefix_lengths: Tensor | None, prefix_index: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    if not query.numel():
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    _check_range("lengths", lengths, 0, key_cache.shape[2] - 1)
+    prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
+    if prefix_keys is not None:
+        _check_range("prefix_lengths", prefix_lengths, 0, prefix_keys.shape[2])
+        _check_range("prefix_index", prefix_index, -1, prefix_keys.shape[0] - 1)
+    if uses_triton(query):
+        new = NewToken(key, value, cos, sin)
+        return decode_triton(query, key_cache, value_cache, lengths, prefix, scale, new)
+    return rope_append_attention_torch(
+        query, key, value, cos, sin, key_cache, value_cache, lengths, prefix, scale
+    )
+
+
+@_rope_append_attention_op.register_fake
 def _(query, *_):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
@@ -245,8 +131,85 @@ def decode_attention(
         ValueError: an argument of the wrong shape, dtype or device; a length or index out of range,
             which is checked on the CPU only (on a GPU lengths are clamped to the cache).
     """
-    _check_caches(query, key_cache, value_cache, lengths, "key_cache", "value_cache", "lengths")
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
+    _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _decode_attention_op(
+        query.detach(), key_cache.detach(), value_cache.detach(), lengths, *prefix, scale
+    )
+
+
+def rope_append_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    *,
+    prefix_keys: Tensor | None = None,
+    prefix_values: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    prefix_index: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`rope_append` of a new token per sequence IN PLACE, then `decode_attention` to it as well.
+
+    The new token is entry `lengths` of its sequence, at the position prefix length + `lengths`. The
+    Triton path is one kernel launch, two for few sequences, under the conditions of
+    `decode_attention`. Not differentiable.
+
+    Args:
+        query: (B, H, Dh) float32, bfloat16 or float16, Dh even, contiguous in the last dimension.
+        key, value: (B, Hkv, Dh) of the same dtype; may be parts of the same projection.
+        cos, sin: (P, Dh/2) float32, rows contiguous: tables of all positions, as for `rope_append`.
+        key_cache, value_cache: as for `decode_attention`; entry `lengths` is overwritten.
+        lengths: (B) int32 or int64, on the device: entries before the new one, at most S - 1.
+        prefix_keys, prefix_values, prefix_index, prefix_lengths, scale: as for `decode_attention`.
+
+    Returns:
+        (B, H, Dh) context in the dtype of `query`.
+
+    Raises:
+        ValueError: as for `decode_attention`. On a GPU, where values are not checked, a token
+            beyond the cache is not written, and a position beyond the tables is the last one.
+    """
+    prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
+    _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
+    _check_new_token(query, key, value, cos, sin, key_cache.shape[1])
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _rope_append_attention_op(
+        query.detach(), key.detach(), value.detach(), cos, sin,
+        key_cache.detach(), value_cache.detach(), lengths, *prefix, scale,
+    )  # fmt: skip
+
+
+def _check_new_token(query, key, value, cos, sin, kv_heads: int) -> None:
+    B, _, width = query.shape
+    if width % 2:
+        raise ValueError(f"query has shape {tuple(query.shape)}: pass (B, H, Dh), Dh even")
+    positions = cos.shape[0] if cos.dim() else 0
+    expected = {
+        "key": (key, (B, kv_heads, width), query.dtype),
+        "value": (value, (B, kv_heads, width), query.dtype),
+        "cos": (cos, (max(positions, 1), width // 2), torch.float32),
+        "sin": (sin, (max(positions, 1), width // 2), torch.float32),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == query.device
+        if not fits or tensor.stride(-1) != 1 or cos.stride() != sin.stride():
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, strides "
+                f"{tensor.stride()}, on {tensor.device}: pass {dtype} of shape {shape} on "
+                f"{query.device} with a contiguous last dimension, cos and sin of equal strides"
+            )
+
+
+def _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix) -> None:
+    prefix_keys, _, _, prefix_index = prefix
+    _check_caches(query, key_cache, value_cache, lengths, "key_cache", "value_cache", "lengths")
     if any(t is not None for t in prefix):
         if any(t is None for t in prefix):
             raise ValueError(
@@ -266,10 +229,6 @@ def decode_attention(
                 f"prefix_keys has {prefix_keys.shape[1]} heads but key_cache has "
                 f"{key_cache.shape[1]}: make them equal"
             )
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _decode_attention_op(
-        query.detach(), key_cache.detach(), value_cache.detach(), lengths, *prefix, scale
-    )
 
 
 def _check_caches(query, keys, values, lengths, keys_name, values_name, lengths_name, rows=None):
