@@ -79,14 +79,29 @@ def check_vocab_size(vocab_size: int | None, columns: int) -> int:
     return vocab_size
 
 
-def check_ids_in_range(token_ids: Tensor, valid: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless ids of valid rows are in [0, vocab_size). CPU only: reads values."""
-    wrong = valid & ((token_ids < 0) | (token_ids >= vocab_size))
+def ids_in_range(token_ids: Tensor, vocab_size: int) -> bool:
+    """Whether every id is in [0, vocab_size), so that every row has a token; False on a GPU, where
+    reading it costs a sync."""
+    if not token_ids.is_cpu or not token_ids.numel():
+        return False
+    lowest, highest = torch.aminmax(token_ids)
+    return int(lowest) >= 0 and int(highest) < vocab_size
+
+
+def check_ids_in_range(token_ids: Tensor, mask: Tensor | None, vocab_size: int) -> bool:
+    """Raise ValueError unless ids of rows that are kept are in [0, vocab_size), and return whether
+    all ids are. CPU only: reads values."""
+    if not token_ids.is_cpu:
+        return False
+    if ids_in_range(token_ids, vocab_size):
+        return True
+    wrong = kept_rows(token_ids, mask) & ((token_ids < 0) | (token_ids >= vocab_size))
     if wrong.any():
         raise ValueError(
             f"token_ids holds {int(token_ids[wrong][0])}, outside [0, {vocab_size}): "
             f"use {IGNORE_INDEX} or mask for rows without a token"
         )
+    return False
 
 
 def kept_rows(token_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -136,6 +151,15 @@ def row_parts(tensor: Tensor, levels: int) -> Iterator[tuple[slice, Tensor]]:
         first = i * rows_per_index
         for rows, part in row_parts(slab, levels):
             yield slice(first + rows.start, first + rows.stop), part
+
+
+def check_values_in_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Raise ValueError unless all integers are in [low, high]. CPU only: reads values."""
+    if not values.is_cpu or not values.numel():
+        return
+    lowest, highest = torch.aminmax(values)
+    if int(lowest) < low or int(highest) > high:
+        raise ValueError(f"{name} is {values.tolist()}: all must lie in [{low}, {high}]")
 
 
 def check_same_layout(cond: Tensor, uncond: Tensor) -> None:

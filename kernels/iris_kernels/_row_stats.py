@@ -17,6 +17,7 @@ If the token is the maximum, log1p(sum_exp_others) keeps the digits of a logprob
 """
 
 import math
+import threading
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,6 @@ LOG2_E = math.log2(math.e)
 # exp(-1000) is 0 in float32 and in float64.
 MIN_D = -1000.0
 _LOG2_E, _MIN_D = constant(LOG2_E), constant(MIN_D)
-CHUNK_ELEMENTS = 1 << 20  # torch path: 4 MB of fp32 per buffer, which stays in cache
 
 
 # --- Triton ---------------------------------------------------------------------------------------
@@ -106,6 +106,27 @@ def stats_from_sums(
 
 # --- torch ----------------------------------------------------------------------------------------
 
+# Elements of a buffer that one thread works on: two of 512 KB stay in its L2 cache.
+THREAD_ELEMENTS = 1 << 17
+CHUNK_ELEMENTS = 1 << 20  # of all threads together: 4 MB of fp32 per buffer
+_workspaces = threading.local()
+
+
+def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialized tensor, on a CPU in memory that this thread's next call gets again: pages of
+    new memory take longer to map than to fill."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    last = getattr(_workspaces, "last", None)
+    if last is None or last.shape != shape or last.dtype != dtype:
+        size = math.prod(shape) * dtype.itemsize
+        memory = getattr(_workspaces, "memory", None)
+        with torch.inference_mode(False):  # such a tensor could not be written outside of it
+            if memory is None or len(memory) < size:
+                memory = _workspaces.memory = torch.empty(size, dtype=torch.uint8)
+            last = _workspaces.last = memory[:size].view(dtype).view(shape)
+    return last
+
 
 class RowSums(NamedTuple):
     """The sums over some or all columns of each row, with d = (x - maximum) / T; [R] each.
@@ -125,12 +146,50 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def chunk_rows(columns: int) -> int:
+    """Rows of a chunk: torch splits every operation over its threads by rows, and each thread's
+    part should stay in its cache."""
+    return max(1, min(THREAD_ELEMENTS * torch.get_num_threads(), CHUNK_ELEMENTS) // columns)
+
+
 def distances(x: Tensor, out: Tensor, row_max: Tensor, temperature: float | Tensor) -> Tensor:
     """(x - row_max[:, None]) / temperature into `out`."""
     if x.dtype != out.dtype:  # one conversion pass is faster than mixed arithmetic
         x = out.copy_(x)
-    torch.sub(x, row_max[:, None], out=out)
-    return out if isinstance(temperature, float) and temperature == 1 else out.div_(temperature)
+    torch.sub(x, row_max[..., None], out=out)
+    return out if is_one(temperature) else out.div_(temperature)
+
+
+def is_one(temperature: float | Tensor) -> bool:
+    """Whether dividing by it changes nothing; a tensor is not read."""
+    return not isinstance(temperature, Tensor) and temperature == 1
+
+
+def rounds_alike(tensor: Tensor) -> bool:
+    """Whether torch rounds the exponential or logarithm of an element alike wherever it stands.
+
+    Without MKL, on a CPU, an element in the tail of a vector loop is rounded differently, so that a
+    row's bits would depend on the rows before it.
+    """
+    return not tensor.is_cpu or torch.backends.mkl.is_available()
+
+
+def exp_rows(d: Tensor, out: Tensor) -> Tensor:
+    """exp(d), d <= 0, into `out`, 0 instead of denormal numbers; each element is rounded alike
+    wherever it stands."""
+    if not rounds_alike(d):
+        torch.softmax(d, -1, out=out)  # works row by row
+        # It is relative to the row's maximum, which may be below 0, or -inf.
+        row_max = d.amax(-1, keepdim=True)
+        out.mul_(row_max.exp() / out.amax(-1, keepdim=True))
+        return out.masked_fill_(row_max == -math.inf, 0.0)
+    smallest = 1.1 * torch.finfo(d.dtype).tiny
+    lowest = math.log(smallest)
+    if d.is_cpu and float(d.amin()) > lowest:
+        return torch.exp(d, out=out)
+    # On a CPU, an exponential that underflows takes 20 to 200 times as long as one that does not.
+    torch.clamp(d, min=lowest, out=out)
+    return torch.nn.functional.threshold_(out.exp_(), 1.1 * smallest, 0.0)
 
 
 def any_row(rows: Tensor) -> bool:
@@ -138,63 +197,95 @@ def any_row(rows: Tensor) -> bool:
     return not rows.is_cpu or bool(rows.any())
 
 
-def chunk_sums(x, token_ids, temperature, d, p) -> RowSums:
-    """Sums of a chunk [C, V]; `token_ids` [C] may lie outside [0, V); `d`, `p` are buffers [C, V].
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN; False on a GPU, where reading it costs a sync, and if
+    their sum overflows."""
+    return values.is_cpu and math.isfinite(float(values.sum()))
 
-    Built on torch.softmax, which works row by row. torch's exponentials round an element
-    differently in the tail of a vector loop, so a row's bits would depend on the rows before it.
+
+def row_distances(x: Tensor, d: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's maximum and sum of d = (x - maximum) / temperature, which goes into `d`.
+
+    A maximum of -inf counts as 0 in d, and d is clamped to `MIN_D` after it has been summed.
     """
-    last = x.shape[-1] - 1
-    column = token_ids.clamp(0, last)[:, None]
-    not_here = column[:, 0] != token_ids
-    x_token = x.gather(1, column)[:, 0].to(d.dtype)
     maximum = x.amax(-1).to(d.dtype)
-    fully_masked = maximum == -math.inf
-    distances(x, d, maximum.masked_fill(fully_masked, 0.0), temperature)
-    sum_d = _row_sum(d)
-    if any_row(sum_d == -math.inf):
+    distances(x, d, maximum, temperature)
+    sum_d = row_sum(d)
+    if not all_finite(sum_d):  # a logit is infinite or NaN
+        distances(x, d, maximum.masked_fill(maximum == -math.inf, 0.0), temperature)
+        sum_d = row_sum(d)
         d.clamp_(min=MIN_D)
-    torch.softmax(d, -1, out=p)
-    # exp(d) is 1 at the maximum, so 1 / max(p) is sum exp(d).
-    sum_exp = p.amax(-1).reciprocal_().masked_fill_(fully_masked, 0.0)
-    if any_row(not_here):
-        p.scatter_(1, column, p.gather(1, column).masked_fill_(~not_here[:, None], 0.0))
+    return maximum, sum_d
+
+
+def chunk_sums(x, token_ids, temperature, d, e, all_here: bool) -> RowSums:
+    """Sums of a chunk [C, V]; `d`, `e` are buffers [C, V]; `all_here`: every id of `token_ids` [C]
+    lies in [0, V)."""
+    maximum, sum_d = row_distances(x, d, temperature)
+    exp_rows(d, e)
+    column = (token_ids if all_here else token_ids.clamp(0, x.shape[-1] - 1))[:, None]
+    x_token = x.gather(1, column)[:, 0].to(d.dtype)
+    e_column = 0.0
+    if not all_here:
+        not_here = column[:, 0] != token_ids
         x_token.masked_fill_(not_here, math.nan)
-    else:
-        p.scatter_(1, column, 0.0)
-    sum_exp_others = _row_sum(p).mul_(sum_exp)
-    return RowSums(sum_exp_others, _row_sum(d.mul_(p)).mul_(sum_exp), sum_d, maximum, x_token)
+        e_column = e.gather(1, column).masked_fill_(~not_here[:, None], 0.0)
+    return RowSums(*sums_from_exp(d, e, column, e_column), sum_d, maximum, x_token)
+
+
+def sums_from_exp(d, e, column, e_column: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """sum_exp_others and sum_exp_d from d and e = exp(d) (..., V), which is overwritten.
+
+    `column` (..., 1) is the token's; if it is not among the columns, `e_column` is what e holds
+    there.
+    """
+    e.scatter_(-1, column, e_column)
+    return row_sum(e), row_sum(e.mul_(d))
 
 
 def stats_from_row_sums(sums: RowSums, V: int, temperature) -> tuple[Tensor, ...]:
     """logprob, nsc, entropy, lse, maximum and sum_exp of whole rows of V columns."""
-    sum_exp_others, sum_exp_d, sum_d, maximum, x_token = sums
-    fully_masked = (maximum == -math.inf) & (sum_d == -math.inf)  # every logit is -inf
-    m_safe = maximum.masked_fill(maximum == -math.inf, 0.0)
-    d_token = (x_token - m_safe) / temperature
-    e_token = d_token.exp()
-    sum_exp = sum_exp_others + e_token
-    log_sum_exp = torch.where(d_token == 0, _log_one_plus(sum_exp_others), sum_exp.log())
-    entropy = log_sum_exp - (sum_exp_d + e_token * d_token.clamp(min=MIN_D)) / sum_exp
-    nsc = sum_d / V + (math.log(V) - log_sum_exp)
-    return (
-        (d_token - log_sum_exp).masked_fill_(fully_masked, -math.inf),
-        nsc.clamp_(max=0.0).masked_fill_(fully_masked, -math.inf),
-        entropy.masked_fill_(fully_masked, 0.0),
-        (m_safe / temperature + log_sum_exp).masked_fill_(fully_masked, -math.inf),
-        maximum,
-        sum_exp.masked_fill_(fully_masked, 1.0),
-    )
+    m_safe, finite = sums.maximum, all_finite(sums.sum_d)
+    if not finite:
+        m_safe = m_safe.masked_fill(m_safe == -math.inf, 0.0)
+    d_token = sums.x_token - m_safe
+    if not is_one(temperature):
+        d_token, m_safe = d_token / temperature, m_safe / temperature
+    *stats, sum_exp = stats_from_distances(*sums[:3], d_token, m_safe, sums.maximum, V, finite)
+    return *stats, sums.maximum, sum_exp
 
 
-def _row_sum(t: Tensor) -> Tensor:
+def stats_from_distances(
+    sum_exp_others, sum_exp_d, sum_d, d_token, m_scaled, maximum, V: int, finite: bool
+) -> tuple[Tensor, ...]:
+    """logprob, nsc, entropy, lse and sum_exp from a row's sums, its token's d and maximum / T.
+
+    `finite`: no sum_d is infinite or NaN.
+    """
+    dtype = sum_d.dtype
+    if not rounds_alike(sum_d):  # in float64, and rounded, the difference disappears
+        sum_exp_others, sum_exp_d = sum_exp_others.double(), sum_exp_d.double()
+        d_token = d_token.double()
+    below_one = torch.expm1(d_token)  # e_token - 1, exactly 0 if the token is the maximum
+    rest = sum_exp_others + below_one  # sum_exp - 1
+    log_sum_exp, sum_exp = torch.log1p(rest), rest + 1.0
+    finite_d = d_token if finite else d_token.clamp(min=MIN_D)
+    weighted_d = torch.addcmul(sum_exp_d, below_one + 1.0, finite_d)
+    results = [
+        d_token - log_sum_exp,
+        torch.add(math.log(V) - log_sum_exp, sum_d, alpha=1 / V).clamp_(max=0.0),
+        torch.addcdiv(log_sum_exp, weighted_d, sum_exp, value=-1),
+        m_scaled + log_sum_exp,
+        sum_exp,
+    ]
+    if not finite:
+        fully_masked = (maximum == -math.inf) & (sum_d == -math.inf)  # every logit is -inf
+        for i, value in enumerate((-math.inf, -math.inf, 0.0, -math.inf, 1.0)):
+            results[i] = results[i].masked_fill(fully_masked, value)
+    return tuple(results if rest.dtype == dtype else (result.to(dtype) for result in results))
+
+
+def row_sum(t: Tensor) -> Tensor:
     """Sum of each row, in an order that does not depend on the number of rows."""
     # torch splits the sum of a single row over its threads, but never a row among several.
-    return t.sum(-1) if t.shape[0] > 1 else t.expand(2, -1).sum(-1)[:1]
-
-
-def _log_one_plus(y: Tensor) -> Tensor:
-    """log(1 + y), y >= 0, to full relative precision, each row rounded alike: torch.log1p is not
-    (see `chunk_sums`)."""
-    u = 1 + y.double()
-    return torch.where(u == 1, y.double(), u.log() * (y / (u - 1))).to(y.dtype)
+    return t.sum(-1) if t.numel() > t.shape[-1] else t.expand(2, *t.shape).sum(-1)[0]

@@ -15,7 +15,7 @@ Shapes: (..., D), D channels.
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, triton, uses_triton
+from ._backend import calls_torch_path, jit, tl, triton, uses_triton
 from ._checks import check_contiguous
 from ._ops import add_op_namespace_prefix
 from ._overlap import overlap_options, wait_for_previous_kernel
@@ -89,8 +89,8 @@ def add_rms_norm_torch(
     if delta is not None:
         residual += delta
     wide = residual.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.to(residual.dtype)
+    normed = wide * wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return normed.to(residual.dtype).mul_(weight)
 
 
 # --- Custom op ------------------------------------------------------------------------------------
@@ -147,6 +147,8 @@ def add_rms_norm(
         check_contiguous("delta", delta, torch.Size(shape), residual, torch.float32)
     elif delta is not None:
         check_contiguous("delta", delta, residual.shape, residual)
+    if calls_torch_path(residual, delta, weight) and residual.numel():
+        return add_rms_norm_torch(residual, delta, weight, eps)
     return _add_rms_norm_op(residual, delta, weight, float(eps))
 
 

@@ -27,7 +27,6 @@ from ._checks import (
     check_temperature,
     check_token_ids,
     check_vocab_size,
-    kept_rows,
 )
 from ._ops import add_op_namespace_prefix
 from ._row_stats import CHUNK_ELEMENTS, compute_dtype
@@ -206,8 +205,7 @@ def _linear_token_stats_op(
     temperature: Tensor, vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     outputs = _empty_outputs(hidden, token_ids)
-    if token_ids.is_cpu:
-        check_ids_in_range(token_ids, kept_rows(token_ids, mask), vocab_size)
+    check_ids_in_range(token_ids, mask, vocab_size)
     if token_ids.numel():
         head = _flatten(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
         with torch.autocast(hidden.device.type, enabled=False):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, triton, uses_triton
+from ._backend import calls_torch_path, jit, tl, triton, uses_triton
 from ._checks import check_contiguous
 from ._fp8 import FP8, FP8_MAX
 from ._ops import add_op_namespace_prefix
@@ -74,8 +74,10 @@ def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
     """The same in torch."""
     wide = x.float()
-    scales = wide.abs().amax(dim=-1, keepdim=True) / FP8_MAX
-    scales = torch.where(scales == 0, 1.0, scales)
+    # Two reductions are faster than a copy of the absolute values and one.
+    largest = torch.maximum(wide.amax(dim=-1, keepdim=True), wide.amin(dim=-1, keepdim=True).neg_())
+    scales = largest.div_(FP8_MAX)
+    scales = scales.masked_fill_(scales == 0, 1.0)
     return (wide / scales).to(FP8), scales
 
 
@@ -115,6 +117,8 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     check_contiguous("x", x)
     if x.dim() != 2 or x.shape[-1] > MAX_CHANNELS:
         raise ValueError(f"x has shape {tuple(x.shape)}: pass (R, D), D up to {MAX_CHANNELS}")
+    if calls_torch_path(x) and x.numel():
+        return QuantizedRows(*quantize_rows_torch(x))
     return QuantizedRows(*_quantize_rows_op(x))
 
 

@@ -16,8 +16,8 @@ Shapes: B sequences, H query heads, Hkv key-value heads, S cache entries, Dh hea
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, triton, uses_triton
-from ._checks import DECODING_DTYPES
+from ._backend import calls_torch_path, jit, tl, triton, uses_triton
+from ._checks import DECODING_DTYPES, check_values_in_range
 from ._fp8 import FP8, FP8_MAX, saturate
 from ._ops import add_op_namespace_prefix
 
@@ -127,18 +127,26 @@ def rope_append_triton(query, key, value, cos, sin, key_cache, value_cache, slot
 def rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots) -> Tensor:
     """The same in torch."""
     cos, sin = cos[:, None], sin[:, None]
-
-    def rotate(x: Tensor) -> Tensor:
-        first, second = x.float().chunk(2, dim=-1)
-        parts = (first * cos - second * sin, second * cos + first * sin)
-        return torch.cat(parts, dim=-1).to(x.dtype)
-
-    rows = ((slots >= 0) & (slots < key_cache.shape[2])).nonzero()[:, 0]
-    for cache, new in ((key_cache, rotate(key)), (value_cache, value)):
+    rotated_key = _rotate(key, cos, sin)
+    rows = torch.arange(len(slots), device=slots.device)
+    if not slots.is_cpu:  # where slots have not been checked, write nothing outside the cache
+        rows = rows[(slots >= 0) & (slots < key_cache.shape[2])]
+        rotated_key, value, slots = rotated_key[rows], value[rows], slots[rows]
+    for cache, new in ((key_cache, rotated_key), (value_cache, value)):
         if cache.dtype == FP8:
             new = new.clamp(-FP8_MAX, FP8_MAX)
-        cache[rows, :, slots[rows]] = new[rows].to(cache.dtype)
-    return rotate(query)
+        cache[rows, :, slots] = new.to(cache.dtype)
+    return _rotate(query, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [B, H, Dh] rotated by tables [B, 1, Dh/2], contiguous."""
+    wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    first, second = x.float().chunk(2, dim=-1)
+    low, high = wide.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).sub_(second * sin)
+    torch.mul(second, cos, out=high).add_(first * sin)
+    return wide.to(x.dtype)
 
 
 # --- Custom op ------------------------------------------------------------------------------------
@@ -153,10 +161,7 @@ def _rope_append_op(
 ) -> Tensor:  # fmt: skip
     if not query.numel():
         return torch.empty_like(query, memory_format=torch.contiguous_format)
-    if slots.is_cpu and ((slots < 0) | (slots >= key_cache.shape[2])).any():
-        raise ValueError(
-            f"slots is {slots.tolist()}: all must lie in [0, {key_cache.shape[2] - 1}]"
-        )
+    check_values_in_range("slots", slots, 0, key_cache.shape[2] - 1)
     run = rope_append_triton if uses_triton(query) else rope_append_torch
     return run(query, key, value, cos, sin, key_cache, value_cache, slots)
 
@@ -202,6 +207,9 @@ def rope_append(
             which is checked on the CPU only (on a GPU such a token is not written).
     """
     _check(query, key, value, cos, sin, key_cache, value_cache, slots)
+    if calls_torch_path(query) and query.numel():
+        check_values_in_range("slots", slots, 0, key_cache.shape[2] - 1)
+        return rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots)
     return _rope_append_op(query, key, value, cos, sin, key_cache, value_cache, slots)
 
 

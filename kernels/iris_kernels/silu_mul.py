@@ -15,7 +15,7 @@ Shapes: (..., 2 I), I gates and then I ups, or two tensors (..., I).
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, uses_triton
+from ._backend import calls_torch_path, jit, tl, uses_triton
 from ._checks import LOGIT_DTYPES, check_contiguous
 from ._ops import add_op_namespace_prefix
 from ._overlap import overlap_options, wait_for_previous_kernel
@@ -115,7 +115,7 @@ def halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 def silu_mul_torch(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
     """The same in torch."""
     gate, up = halves(gate_up, up)
-    return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.silu(gate).mul_(up)
 
 
 def silu_mul_backward_torch(
@@ -205,6 +205,8 @@ def silu_mul(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"gate_up has {gate_up.shape[-1]} columns: pass gate and up of equal width"
         )
+    if calls_torch_path(gate_up, up) and gate_up.numel():
+        return silu_mul_torch(gate_up, up)
     return _silu_mul_op(gate_up, up)
 
 

@@ -55,7 +55,7 @@ def paths_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     functions = {
         "token_stats.op": ("forward_triton", "backward_triton", "forward_torch", "backward_torch"),
-        "guided_sample": ("sample_triton", "sample_torch"),
+        "guided_sample.op": ("sample_triton", "sample_torch"),
     }
     for module_name, of_module in functions.items():
         module = importlib.import_module(f"iris_kernels.{module_name}")

@@ -94,6 +94,28 @@ def test_inverse_cdf(name, backend, device):
     assert torch.equal(token_ids[clear], exact[clear])
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 3.0])
+def test_exact_at_the_steps_of_the_cdf(temperature, monkeypatch):
+    """The torch path searches in floating point where that is certain; numbers next to a step of
+    the integer CDF must still give the integer weights' token."""
+    from iris_kernels._inverse_cdf import sample_tokens, sampling_weights, weight_scale
+
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
+    generator = torch.Generator().manual_seed(3)
+    cond, uncond = (torch.randn(512, 700, generator=generator) * 2 for _ in range(2))
+    mixed = mix(cond, uncond, 3.0)
+    scale = weight_scale(temperature, mixed.device)
+    weights = sampling_weights(mixed, mixed.amax(-1, keepdim=True), scale).double()
+    steps = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
+    column = torch.multinomial(weights, 1, generator=generator)
+    uniform = steps.gather(1, column)[:, 0].float().clamp(max=1 - 2.0**-24)
+    for _ in range(3):
+        exact = sample_tokens(mixed, uniform, None, temperature, False)
+        found = guided_sample(cond, uncond, uniform, cfg_weight=3.0, temperature=temperature)
+        assert torch.equal(found.token_ids, exact)
+        uniform = torch.nextafter(uniform, torch.zeros(()))
+
+
 def test_chi_square(backend, device):
     """Samples follow the exact probabilities (few samples in the interpreter, which is slow)."""
     V, draws, limit = 12, 20000, 31.3  # the limit: the 99.9% point, 11 degrees of freedom
@@ -275,14 +297,14 @@ def test_batch_invariance(name, backend, device):
 
 
 def test_chunks_change_nothing(device, monkeypatch):
-    """The torch path takes 5 rows at a time here, or 2."""
+    """The torch path takes 1 row at a time here, or 7."""
     import importlib
 
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     module = importlib.import_module("iris_kernels.guided_sample.torch_path")
     cond, uncond, uniform = case(30, 45000, torch.float32, device, "guided")
     whole = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
-    monkeypatch.setattr(module, "SAMPLE_CHUNK_ELEMENTS", 2 * 45000)
+    monkeypatch.setattr(module, "chunk_rows", lambda columns: 7)
     cut = guided_sample(cond, uncond, uniform, cfg_weight=2.0)
     assert torch.equal(whole.token_ids, cut.token_ids)
     for mine, other in zip(whole[1:], cut[1:], strict=True):

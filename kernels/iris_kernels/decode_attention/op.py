@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.cuda import get_device_capability as capability
 from torch.nn.functional import scaled_dot_product_attention
 
-from .._backend import uses_triton
-from .._checks import DECODING_DTYPES
+from .._backend import calls_torch_path, uses_triton
+from .._checks import DECODING_DTYPES, check_values_in_range
 from .._fp8 import FP8
 from .._ops import add_op_namespace_prefix
 from .torch_path import decode_torch, rope_append_attention_torch
@@ -38,12 +38,9 @@ def _decode_attention_op(
 ) -> Tensor:  # fmt: skip
     if not query.numel():
         return torch.empty_like(query, memory_format=torch.contiguous_format)
-    _check_range("lengths", lengths, 0, key_cache.shape[2])
-    if prefix_keys is not None:
-        _check_range("prefix_lengths", prefix_lengths, 0, prefix_keys.shape[2])
-        _check_range("prefix_index", prefix_index, -1, prefix_keys.shape[0] - 1)
-    run = decode_triton if uses_triton(query) else decode_torch
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
+    _check_values(key_cache.shape[2], lengths, prefix)
+    run = decode_triton if uses_triton(query) else decode_torch
     return run(query, key_cache, value_cache, lengths, prefix, scale)
 
 
@@ -63,11 +60,8 @@ def _rope_append_attention_op(
 ) -> Tensor:  # fmt: skip
     if not query.numel():
         return torch.empty_like(query, memory_format=torch.contiguous_format)
-    _check_range("lengths", lengths, 0, key_cache.shape[2] - 1)
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
-    if prefix_keys is not None:
-        _check_range("prefix_lengths", prefix_lengths, 0, prefix_keys.shape[2])
-        _check_range("prefix_index", prefix_index, -1, prefix_keys.shape[0] - 1)
+    _check_values(key_cache.shape[2] - 1, lengths, prefix)
     if uses_triton(query):
         new = NewToken(key, value, cos, sin)
         return decode_triton(query, key_cache, value_cache, lengths, prefix, scale, new)
@@ -81,10 +75,12 @@ def _(query, *_):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
-    """Raise ValueError unless all are in [low, high]. CPU only: reads values."""
-    if values.is_cpu and ((values < low) | (values > high)).any():
-        raise ValueError(f"{name} is {values.tolist()}: all must lie in [{low}, {high}]")
+def _check_values(longest: int, lengths: Tensor, prefix: tuple[Tensor | None, ...]) -> None:
+    prefix_keys, _, prefix_lengths, prefix_index = prefix
+    check_values_in_range("lengths", lengths, 0, longest)
+    if prefix_keys is not None:
+        check_values_in_range("prefix_lengths", prefix_lengths, 0, prefix_keys.shape[2])
+        check_values_in_range("prefix_index", prefix_index, -1, prefix_keys.shape[0] - 1)
 
 
 # --- Public ---------------------------------------------------------------------------------------
@@ -134,6 +130,9 @@ def decode_attention(
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
     _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if calls_torch_path(query) and query.numel():
+        _check_values(key_cache.shape[2], lengths, prefix)
+        return decode_torch(query, key_cache, value_cache, lengths, prefix, scale)
     return _decode_attention_op(
         query.detach(), key_cache.detach(), value_cache.detach(), lengths, *prefix, scale
     )
@@ -180,6 +179,11 @@ def rope_append_attention(
     _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
     _check_new_token(query, key, value, cos, sin, key_cache.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if calls_torch_path(query, key, value) and query.numel():
+        _check_values(key_cache.shape[2] - 1, lengths, prefix)
+        return rope_append_attention_torch(
+            query, key, value, cos, sin, key_cache, value_cache, lengths, prefix, scale
+        )
     return _rope_append_attention_op(
         query.detach(), key.detach(), value.detach(), cos, sin,
         key_cache.detach(), value_cache.detach(), lengths, *prefix, scale,

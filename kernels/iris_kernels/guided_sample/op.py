@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import uses_triton
+from .._backend import calls_torch_path, uses_triton
 from .._checks import (
     check_logits,
     check_per_row,
@@ -56,20 +56,38 @@ def _guided_sample_op(
     cond: Tensor, uncond: Tensor | None, uniform: Tensor, cfg_weight: Tensor, temperature: Tensor,
     greedy: bool, top_k: int, top_p: float, min_p: float, vocab_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if cond.is_cpu and not bool(((uniform >= 0) & (uniform < 1)).all()):
-        raise ValueError("uniform holds numbers outside [0, 1): pass the result of torch.rand")
     shape = cond.shape[:-1]
     if not uniform.numel():
         return empty_outputs(cond, shape)
-    cfg_weight, temperature = to_kernel_argument(cfg_weight), to_kernel_argument(temperature)
+    arguments = (
+        cond, uncond, uniform, to_kernel_argument(cfg_weight), to_kernel_argument(temperature),
+        greedy, top_k, top_p, min_p, vocab_size,
+    )  # fmt: skip
+    if not uses_triton(cond):
+        tokens, stats = _sample(sample_torch, *arguments)
+        conditional, guided = (torch.stack(each) for each in zip(*stats, strict=True))
+        return tokens.view(shape), conditional.view(4, *shape), guided.view(4, *shape)
+    out = _sample(sample_triton, *arguments)
+    return out[0].view(shape), out[1].view(4, *shape), out[2].view(4, *shape)
+
+
+def _sample(
+    run, cond, uncond, uniform, cfg_weight, temperature, greedy, top_k, top_p, min_p, vocab_size
+):
+    """`run` (one of both paths) at the threshold of the truncation."""
+    if uniform.is_cpu and not _in_unit_interval(uniform):
+        raise ValueError("uniform holds numbers outside [0, 1): pass the result of torch.rand")
     threshold = None
     if not greedy and (0 < top_k < vocab_size or top_p < 1 or min_p > 0):
         mixed = mix(flat_rows(cond, vocab_size), flat_rows(uncond, vocab_size), cfg_weight)
         threshold = truncation_threshold(mixed, temperature, top_k, top_p, min_p)
-    run = sample_triton if uses_triton(cond) else sample_torch
-    uniform = uniform.reshape(-1).contiguous()
-    out = run(cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size)
-    return out[0].view(shape), out[1].view(4, *shape), out[2].view(4, *shape)
+    uniform = uniform if uniform.dim() == 1 else uniform.reshape(-1)
+    return run(cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size)
+
+
+def _in_unit_interval(uniform: Tensor) -> bool:
+    lowest, highest = torch.aminmax(uniform)
+    return float(lowest) >= 0 and float(highest) < 1
 
 
 @_guided_sample_op.register_fake
@@ -145,12 +163,23 @@ def guided_sample(
     check_temperature(temperature, cond_logits, zero_allowed=True)
     greedy = not isinstance(temperature, Tensor) and temperature == 0
     check_truncation(top_k, top_p, min_p)
+    vocab_size = check_vocab_size(vocab_size, cond_logits.shape[-1])
+    temperature = 1.0 if greedy else temperature
+    truncation = (greedy, top_k, float(top_p), float(min_p), vocab_size)
+    cond_logits = last_dim_contiguous(cond_logits.detach())
+    if calls_torch_path(cond_logits) and uniform.numel():
+        numbers = float(cfg_weight), float(temperature)
+        tokens, stats = _sample(
+            sample_torch, cond_logits, uncond_logits, uniform.detach(), *numbers, *truncation
+        )
+        if len(rows) != 1:
+            tokens, stats = tokens.view(rows), [each.view(2, *rows) for each in stats]
+        conditional, guided = zip(*(each.unbind() for each in stats), strict=True)
+        return GuidedSample(tokens, TokenStats(*conditional), TokenStats(*guided))
     token_ids, conditional, guided = _guided_sample_op(
-        last_dim_contiguous(cond_logits.detach()), uncond_logits, uniform.detach(),
-        to_scalar_tensor(cfg_weight, cond_logits),
-        to_scalar_tensor(1.0 if greedy else temperature, cond_logits),
-        greedy, top_k, float(top_p), float(min_p),
-        check_vocab_size(vocab_size, cond_logits.shape[-1]),
+        cond_logits, uncond_logits, uniform.detach(),
+        to_scalar_tensor(cfg_weight, cond_logits), to_scalar_tensor(temperature, cond_logits),
+        *truncation,
     )  # fmt: skip
     return GuidedSample(token_ids, TokenStats(*conditional), TokenStats(*guided))
 

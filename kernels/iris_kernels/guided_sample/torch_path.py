@@ -1,6 +1,7 @@
-"""`guided_sample` in torch: chunks of rows that stay in the cache.
+"""`guided_sample` in torch: both distributions stacked, in chunks of rows that stay in the cache.
 
-Shapes: R rows, V columns, chunk C rows.
+Shapes: R rows, V columns, C rows of a chunk, D distributions: the conditional, and the guided one
+unless it is the same.
 """
 
 import math
@@ -8,12 +9,18 @@ import math
 import torch
 from torch import Tensor
 
-from .._inverse_cdf import sample_tokens
-from .._row_stats import CHUNK_ELEMENTS, chunk_sums, stats_from_row_sums
-from .outputs import empty_outputs
-
-# Sampling holds more buffers than the statistics, some of them int64.
-SAMPLE_CHUNK_ELEMENTS = CHUNK_ELEMENTS // 4
+from .._inverse_cdf import likely_tokens, sample_tokens
+from .._row_stats import (
+    MIN_D,
+    all_finite,
+    chunk_rows,
+    exp_rows,
+    is_one,
+    row_sum,
+    stats_from_distances,
+    sums_from_exp,
+    workspace,
+)
 
 
 def mix(cond: Tensor, uncond: Tensor | None, cfg_weight: float | Tensor) -> Tensor:
@@ -28,25 +35,89 @@ def mix(cond: Tensor, uncond: Tensor | None, cfg_weight: float | Tensor) -> Tens
 
 def flat_rows(logits: Tensor | None, vocab_size: int) -> Tensor | None:
     """Logits as [R, V], without padding; None stays None."""
-    return None if logits is None else logits.reshape(-1, logits.shape[-1])[:, :vocab_size]
+    if logits is None or (logits.dim() == 2 and logits.shape[1] == vocab_size):
+        return logits
+    return logits.reshape(-1, logits.shape[-1])[:, :vocab_size]
 
 
-def sample_torch(cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size):
-    """Same as `sample_triton`, in chunks of rows."""
+def sample_torch(
+    cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size
+) -> tuple[Tensor, list[Tensor]]:
+    """Tokens [R]; logprob, nsc, entropy and lse, each [2, R]: conditional and guided."""
     cond, uncond = flat_rows(cond, vocab_size), flat_rows(uncond, vocab_size)
-    rows = cond.shape[0]
-    token_ids, conditional, guided = empty_outputs(cond, (rows,))
-    chunk = max(1, SAMPLE_CHUNK_ELEMENTS // vocab_size)
-    shape = (min(chunk, rows), vocab_size)
-    buffers = [cond.new_empty(shape, dtype=torch.float32) for _ in range(2)]
-    for start in range(0, rows, chunk):
-        part = slice(start, min(start + chunk, rows))
-        d, p = (b[: part.stop - start] for b in buffers)
-        mixed = mix(cond[part], None if uncond is None else uncond[part], cfg_weight)
-        min_kept = None if threshold is None else threshold[part]
-        tokens = sample_tokens(mixed, uniform[part], min_kept, temperature, greedy)
-        token_ids[part] = tokens
-        for out, logits, T in ((conditional, cond[part], 1.0), (guided, mixed, temperature)):
-            sums = chunk_sums(logits, tokens, T, d, p)
-            out[:, part] = torch.stack(stats_from_row_sums(sums, vocab_size, T)[:4])
-    return token_ids, conditional, guided
+    rows, most, parts = len(cond), chunk_rows(2 * vocab_size), []
+    for start in range(0, rows, most):
+        part = slice(start, min(start + most, rows)) if rows > most else slice(None)
+        each = (None if t is None else t[part] for t in (cond, uncond, uniform, threshold))
+        parts.append(_sample_chunk(*each, cfg_weight, temperature, greedy))
+    tokens, *sums = parts[0]
+    if len(parts) > 1:
+        tokens, *sums = (torch.cat(each, -1) for each in zip(*parts, strict=True))
+    stats = stats_from_distances(*sums, vocab_size, all_finite(sums[2]))
+    return tokens, [each.expand(2, rows) for each in stats[:4]]
+
+
+def _sample_chunk(cond, uncond, uniform, threshold, cfg_weight, temperature, greedy):
+    """Tokens [C], and what `stats_from_distances` takes, each [D, C]."""
+    (C, V), D = cond.shape, 1 if uncond is None and is_one(temperature) else 2
+    d, e, cumulative = _buffers(C, V, D, cond.device)
+    _both_logits(cond, uncond, cfg_weight, d)
+    maximum = m_safe = d.amax(-1)
+    _subtract(d, m_safe, temperature)
+    sum_d = row_sum(d)
+    if finite := all_finite(sum_d):
+        exp_rows(d, e)
+
+    def exact_tokens(rows: Tensor | slice) -> Tensor:
+        """Tokens of some rows, by the integer weights."""
+        mixed = mix(cond[rows], None if uncond is None else uncond[rows], cfg_weight)
+        kept = None if threshold is None else threshold[rows]
+        return sample_tokens(mixed, uniform[rows], kept, temperature, greedy)
+
+    if finite and threshold is None and not greedy:
+        tokens, certain = likely_tokens(e[-1], uniform, cumulative)
+        if not bool(certain.all()):
+            (rows,) = (~certain).nonzero(as_tuple=True)
+            tokens[rows] = exact_tokens(rows)
+    else:
+        tokens = exact_tokens(slice(None))
+    column = tokens.expand(D, C)[..., None]
+    if not finite:  # a logit is infinite or NaN
+        d[0].copy_(cond)
+        if D == 2:
+            d[1].copy_(mix(cond, uncond, cfg_weight))
+        maximum = d.amax(-1)
+        m_safe = maximum.masked_fill(maximum == -math.inf, 0.0)
+        _subtract(d, m_safe, temperature)
+        sum_d = row_sum(d)
+    d_token = d.gather(-1, column)[..., 0]
+    if not finite:
+        exp_rows(d.clamp_(min=MIN_D), e)
+    if not is_one(temperature):
+        m_safe = torch.stack([m_safe[0], m_safe[1] / temperature])
+    return tokens, *sums_from_exp(d, e, column), sum_d, d_token, m_safe, maximum
+
+
+def _buffers(C: int, V: int, D: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Two of [D, C, V] float32, and one of [C, V] float64."""
+    memory = workspace(((2 * D + 2) * C * V,), torch.float32, device)
+    d, e = memory[2 * C * V :].view(2, D, C, V).unbind()
+    return d, e, memory[: 2 * C * V].view(torch.float64).view(C, V)
+
+
+def _both_logits(cond: Tensor, uncond: Tensor | None, cfg_weight, out: Tensor) -> None:
+    """Conditional and mixed logits into `out` [D, C, V]; what is not finite is not handled."""
+    out[0].copy_(cond)
+    if uncond is None:
+        if len(out) == 2:
+            out[1].copy_(cond)
+        return
+    u = uncond.float()
+    torch.sub(out[0], u, out=out[1]).mul_(cfg_weight).add_(u)
+
+
+def _subtract(logits: Tensor, maximum: Tensor, temperature: float | Tensor) -> None:
+    """logits - maximum, in place, and of the guided distribution divided by the temperature."""
+    logits.sub_(maximum[..., None])
+    if not is_one(temperature):
+        logits[-1].div_(temperature)

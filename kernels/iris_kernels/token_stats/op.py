@@ -21,14 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import prefer_huge_pages, uses_triton
+from .._backend import calls_torch_path, prefer_huge_pages, uses_triton
 from .._checks import (
     check_ids_in_range,
     check_logits,
     check_temperature,
     check_token_ids,
     check_vocab_size,
-    kept_rows,
     last_dim_contiguous,
 )
 from .._ops import add_op_namespace_prefix
@@ -59,8 +58,7 @@ def _token_stats_op(
     outputs = _empty_outputs(logits, token_ids)
     if token_ids.numel():
         run = forward_triton if uses_triton(logits) else forward_torch
-        if token_ids.is_cpu:
-            check_ids_in_range(token_ids, kept_rows(token_ids, mask), vocab_size)
+        check_ids_in_range(token_ids, mask, vocab_size)
         run(
             logits, _flat(token_ids), _flat(mask), to_kernel_argument(temperature),
             Columns(vocab_size), [_flat(out) for out in outputs],
@@ -78,7 +76,9 @@ def _empty_outputs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
 
 
 def _flat(per_row: Tensor | None) -> Tensor | None:
-    return None if per_row is None else per_row.reshape(-1).contiguous()  # also if expanded
+    if per_row is None or (per_row.dim() == 1 and per_row.is_contiguous()):
+        return per_row
+    return per_row.reshape(-1).contiguous()  # also if expanded
 
 
 @torch.library.custom_op(add_op_namespace_prefix("token_stats_backward"), mutates_args=())
@@ -92,7 +92,8 @@ def _backward_op(
     grad = prefer_huge_pages(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
     _run_backward(
         logits, grad, token_ids, mask, (row_max, sum_exp, entropy),
-        (grad_logprob, grad_nsc, grad_entropy, grad_lse), temperature, vocab_size,
+        (grad_logprob, grad_nsc, grad_entropy, grad_lse),
+        to_kernel_argument(temperature), vocab_size,
     )  # fmt: skip
     return grad
 
@@ -112,7 +113,8 @@ def _backward_inplace_op(
 ) -> None:  # fmt: skip
     _run_backward(
         logits, logits, token_ids, mask, (row_max, sum_exp, entropy),
-        (grad_logprob, grad_nsc, grad_entropy, grad_lse), temperature, vocab_size,
+        (grad_logprob, grad_nsc, grad_entropy, grad_lse),
+        to_kernel_argument(temperature), vocab_size,
     )  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def _run_backward(logits, grad, token_ids, mask, saved, upstream, temperature, v
         run = backward_triton if uses_triton(logits) else backward_torch
         run(
             logits, grad, _flat(token_ids), _flat(mask), [_flat(t) for t in saved],
-            [_flat(g) for g in upstream], to_kernel_argument(temperature), Columns(vocab_size),
+            [_flat(g) for g in upstream], temperature, Columns(vocab_size),
         )  # fmt: skip
 
 
@@ -149,6 +151,47 @@ def _backward(ctx, *upstream):
 
 
 _token_stats_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- Eager mode on a CPU, without the custom ops --------------------------------------------------
+
+
+class _TokenStats(torch.autograd.Function):
+    """The torch path; the same tensors are saved and returned as by the custom ops."""
+
+    @staticmethod
+    def forward(ctx, logits, token_ids, mask, temperature, vocab_size, inplace):
+        out = _torch_stats(logits, token_ids, mask, temperature, vocab_size)
+        ctx.mark_non_differentiable(*out[4:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, token_ids, mask, out[4], out[5], out[2])
+        ctx.temperature, ctx.vocab_size, ctx.inplace = temperature, vocab_size, inplace
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):
+        logits, token_ids, mask, *saved = ctx.saved_tensors
+        if ctx.inplace:
+            grad = logits = logits.detach()
+        else:
+            grad = prefer_huge_pages(torch.empty(logits.shape, dtype=logits.dtype))
+        _run_backward(
+            logits, grad, token_ids, mask, saved, upstream[:4], ctx.temperature, ctx.vocab_size
+        )
+        return grad, None, None, None, None, None
+
+
+def _torch_stats(logits, token_ids, mask, temperature, vocab_size) -> tuple[Tensor, ...]:
+    """The six outputs of the custom op, in the shape of `token_ids`."""
+    if not token_ids.numel():
+        return _empty_outputs(logits, token_ids)
+    all_here = check_ids_in_range(token_ids, mask, vocab_size)
+    columns = Columns(vocab_size)
+    results = forward_torch(
+        logits, _flat(token_ids), _flat(mask), temperature, columns, None, all_here
+    )
+    return results if token_ids.dim() == 1 else tuple(r.view(token_ids.shape) for r in results)
 
 
 # --- Public ---------------------------------------------------------------------------------------
@@ -203,6 +246,11 @@ def token_stats(
     logits = last_dim_contiguous(logits)
     if inplace_backward:
         _check_overwritable(logits)
+    if calls_torch_path(logits, with_gradient=True):
+        arguments = (logits, token_ids, mask, float(temperature), vocab_size)
+        if torch.is_grad_enabled() and logits.requires_grad:
+            return TokenStats(*_TokenStats.apply(*arguments, inplace_backward)[:4])
+        return TokenStats(*_torch_stats(*arguments)[:4])
     temperature = to_scalar_tensor(temperature, logits)
     out = _token_stats_op(logits, token_ids, mask, temperature, vocab_size, inplace_backward)
     return TokenStats(*out[:4])

@@ -1,111 +1,132 @@
-"""`token_stats` in torch: chunks of rows that stay in the cache, over two reused buffers.
+"""`token_stats` in torch: chunks of rows that stay in the cache, in buffers that every call reuses.
 
 Shapes: R rows, V columns of the block, chunks [C, V].
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .._checks import kept_rows, row_parts
+from .._checks import ids_in_range, kept_rows, row_parts
 from .._row_stats import (
-    CHUNK_ELEMENTS,
     MIN_D,
     RowSums,
-    any_row,
+    chunk_rows,
     chunk_sums,
     compute_dtype,
     distances,
+    exp_rows,
+    is_one,
     stats_from_row_sums,
+    workspace,
 )
 from .columns import Columns, merge
 
 
-class Buffers:
-    """Two [chunk rows, V] buffers in the compute dtype, reused by every chunk."""
-
-    def __init__(self, logits: Tensor, vocab_size: int):
-        self.rows = max(1, CHUNK_ELEMENTS // vocab_size)
-        shape = (min(self.rows, max(1, math.prod(logits.shape[:-1]))), vocab_size)
-        self.pair = [logits.new_empty(shape, dtype=compute_dtype(logits)) for _ in range(2)]
-
-    def chunks(self, logits: Tensor):
-        """(flat row numbers, logits [C, V_held], buffer [C, V], buffer [C, V]) of every chunk."""
-        for rows, part in row_parts(logits, levels=1):
-            flat = part.view(-1, part.shape[-1])
-            for start in range(rows.start, rows.stop, self.rows):
-                stop = min(start + self.rows, rows.stop)
-                a, b = (buffer[: stop - start] for buffer in self.pair)
-                yield slice(start, stop), flat[start - rows.start : stop - rows.start], a, b
+def chunks(logits: Tensor, V: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(flat row numbers, logits [C, V_held], buffer [C, V], buffer [C, V]) of every chunk."""
+    most, dtype = chunk_rows(V), compute_dtype(logits)
+    whole = [(slice(0, len(logits)), logits)]
+    for rows, part in whole if logits.dim() == 2 else row_parts(logits, levels=1):
+        flat = part if part.dim() == 2 else part.view(-1, part.shape[-1])
+        for start in range(rows.start, rows.stop, most):
+            stop = min(start + most, rows.stop)
+            a, b = workspace((2, stop - start, V), dtype, logits.device)
+            yield slice(start, stop), flat[start - rows.start : stop - rows.start], a, b
 
 
-def forward_torch(logits, token_ids, mask, temperature, columns: Columns, outputs) -> None:
-    """Same as `forward_triton`."""
-    ids = token_ids.long() - columns.first
-    state = columns.state
-    if state is None:
-        state = logits.new_empty((5, ids.numel()), dtype=compute_dtype(logits))
-    for rows, x, d, p in Buffers(logits, columns.count).chunks(logits):
-        x = x[:, : columns.count] if columns.bias is None else x[:, : columns.count] + columns.bias
-        sums = chunk_sums(x, ids[rows], temperature, d, p)
+def forward_torch(
+    logits, token_ids, mask, temperature, columns: Columns, outputs=None, all_here: bool = False
+) -> tuple[Tensor, ...] | None:
+    """Same as `forward_triton`, or returns the six outputs [R] if `outputs` is None.
+
+    `all_here`: every token is known to be among these columns.
+    """
+    ids = token_ids.long() if columns.first == 0 else token_ids.long() - columns.first
+    all_here, state, parts = all_here or ids_in_range(ids, columns.count), columns.state, []
+    for rows, x, d, e in chunks(logits, columns.count):
+        x = x if x.shape[-1] == columns.count else x[:, : columns.count]
+        x = x if columns.bias is None else x + columns.bias
+        sums = chunk_sums(x, ids[rows], temperature, d, e, all_here)
         if not columns.is_first:
             sums = merge(RowSums(*state[:, rows]), columns.first, sums, columns.count, temperature)
-        torch.stack(sums, out=state[:, rows])
-    ignored = ~kept_rows(token_ids, mask)
-    if columns.is_last:
-        results = stats_from_row_sums(RowSums(*state), columns.row_width, temperature)
-        for out, value in zip(outputs, results, strict=True):
-            out.copy_(value.masked_fill_(ignored, 0.0))
-    else:
-        state.masked_fill_(ignored, 0.0)
+        if not columns.is_last:
+            torch.stack(sums, out=state[:, rows])
+        parts.append(sums)
+    # Ids that all lie among these columns include none of a row without a token.
+    ignored = None if all_here and mask is None else ~kept_rows(token_ids, mask)
+    if not columns.is_last:
+        return None if ignored is None else state.masked_fill_(ignored, 0.0)
+    sums = parts[0] if len(parts) == 1 else RowSums(*map(torch.cat, zip(*parts, strict=True)))
+    results = stats_from_row_sums(sums, columns.row_width, temperature)
+    if ignored is not None:
+        results = tuple(result.masked_fill(ignored, 0.0) for result in results)
+    if outputs is None:
+        return results
+    for out, value in zip(outputs, results, strict=True):
+        out.copy_(value)
+    return None
 
 
 def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, columns: Columns):
     """Same as `backward_triton`."""
-    row_max, sum_exp, entropy = saved
+    row_max, _, _ = saved
     V = columns.count
-    kept = kept_rows(token_ids, mask)
-    fully_masked = row_max == -math.inf
-    row_max = row_max.masked_fill(fully_masked, 0.0)
     ids = token_ids.long() - columns.first
-    has_token = (ids >= 0) & (ids < V)
-    ids = ids.clamp_(0, V - 1)
-    zero = torch.zeros_like(row_max)
-    coef_token, coef_all, coef_entropy, coef_lse = (
-        zero if g is None else torch.where(kept, g / temperature, 0.0) for g in upstream
-    )
-    # gradient_j = p_j (coef_p - coef_entropy d_j) + coef_all + 1[j = a] coef_token,
-    # with log p_j = d_j - log sum_exp
-    coef_p = coef_lse - coef_token - coef_all + coef_entropy * (sum_exp.log() - entropy)
-    coef_all = coef_all / columns.row_width
-    coef_token = torch.where(has_token, coef_token, 0.0)
+    all_here = ids_in_range(ids, V)
+    column = ids if all_here else ids.clamp(0, V - 1)
+    coef_token, coef_all, coef_e, coef_ed = _coefficients(saved, upstream, temperature, columns)
+    ignored = None if all_here and mask is None else ~kept_rows(token_ids, mask)
+    if not all_here:
+        coef_token = torch.where(column == ids, coef_token, 0.0)
+    row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
     flat_grad = None if grad is logits else grad.view(-1, grad.shape[-1])
-    for rows, part, d, p in Buffers(logits, V).chunks(logits):
+    for rows, part, d, e in chunks(logits, V):
         out_padded = part if flat_grad is None else flat_grad[rows]
         out = out_padded[:, :V]
         x = part[:, :V] if columns.bias is None else part[:, :V] + columns.bias
         distances(x, d, row_max[rows], temperature)
-        torch.softmax(d, -1, out=p)
-        block_masked = fully_masked[rows]
-        if columns.row_width != V:  # the softmax is over these columns only
-            d_max = d.amax(-1)
-            p *= (d_max.exp() / p.amax(-1) / sum_exp[rows])[:, None]
-            block_masked = d_max == -math.inf
-        if any_row(block_masked):
-            p.masked_fill_(block_masked[:, None], 0.0)
-        factor = coef_p[rows, None]
-        if upstream[2] is not None:
-            factor = d.clamp_(min=MIN_D).mul_(-coef_entropy[rows, None]).add_(factor)
-        g = out if out.dtype == p.dtype else p
-        if upstream[1] is not None:
-            torch.addcmul(coef_all[rows, None], p, factor, out=g)
+        exp_rows(d, e)
+        g = out if out.dtype == e.dtype else e
+        factor = coef_e[rows, None]
+        if coef_ed is not None:
+            d.clamp_(min=MIN_D)
+            factor = torch.addcmul(factor, d, coef_ed[rows, None], value=-1, out=d)
+        if coef_all is None:
+            torch.mul(e, factor, out=g)
         else:
-            torch.mul(p, factor, out=g)
-        at_token = g.gather(1, ids[rows, None]).add_(coef_token[rows, None])
-        g.scatter_(1, ids[rows, None], at_token)
-        if any_row(~kept[rows]):
-            g.masked_fill_(~kept[rows, None], 0.0)
+            torch.addcmul(coef_all[rows, None], e, factor, out=g)
+        g.scatter_add_(1, column[rows, None], coef_token[rows, None])
+        if ignored is not None:
+            g.masked_fill_(ignored[rows, None], 0.0)
         if g is not out:
             out.copy_(g)
-        out_padded[:, V:] = 0
+        if out_padded.shape[-1] > V:
+            out_padded[:, V:] = 0
+
+
+def _coefficients(saved, upstream, temperature, columns: Columns):
+    """Factors [R] of a row's gradient: that of the token, all, e and e d; None is 0.
+
+    gradient_j = e_j (coef_e - coef_ed d_j) + coef_all + 1[j = a] coef_token
+    """
+    row_max, sum_exp, entropy = saved
+    scaled = (g is None or is_one(temperature) for g in upstream)
+    coef_token, coef_all, coef_entropy, coef_lse = (
+        g if done else g / temperature for g, done in zip(upstream, scaled, strict=True)
+    )
+    # p_j = e_j / sum_exp and log p_j = d_j - log sum_exp
+    coef_e = torch.zeros_like(row_max) if coef_lse is None else coef_lse
+    for coef in (coef_token, coef_all):
+        coef_e = coef_e if coef is None else coef_e - coef
+    if coef_entropy is not None:
+        coef_e = torch.addcmul(coef_e, coef_entropy, sum_exp.log() - entropy)
+        coef_entropy = coef_entropy / sum_exp
+    return (
+        torch.zeros_like(row_max) if coef_token is None else coef_token,
+        None if coef_all is None else coef_all / columns.row_width,
+        coef_e / sum_exp,
+        coef_entropy,
+    )
