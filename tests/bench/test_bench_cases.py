@@ -11,6 +11,7 @@ from bench.harness.rows import Measured
 from bench.kernels import (
     add_rms_norm,
     decode_attention,
+    decode_linear,
     guided_sample,
     linear_token_stats,
     quantize_rows,
@@ -175,6 +176,26 @@ def test_implementations_of_decode_attention_agree_and_a_wrong_one_is_rejected()
     longer = inputs._replace(lengths=inputs.lengths + 1)
     with pytest.raises(WrongResult):
         decode_attention.check(inputs, decode_attention.ours(CPU)(longer)())
+
+
+def test_bytes_of_decode_linear():
+    """The weight, the rows and the result; the gate halves the result."""
+    found = by_name(decode_linear, "cuda")
+    sizes = {name.split()[1]: case for name, case in found.items() if "M=64" in name}
+    assert sizes["qkv"].bytes == 2 * (6144 * 2048 + 64 * (2048 + 6144))
+    assert sizes["gate_up"].bytes == 2 * (11264 * 2048 + 64 * (2048 + 5632))
+    assert sizes["down"].flops == 2 * 64 * 2048 * 5632
+    assert all(case.in_graph for case in sizes.values())
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated", "partial"])
+def test_implementations_of_decode_linear_agree_and_a_wrong_one_is_rejected(kind):
+    inputs = decode_linear.make_inputs(3, 128, 192, torch.bfloat16, CPU, seed=5)
+    for compute in (decode_linear.ours[kind](CPU), decode_linear.PLAIN[kind]):
+        result = compute(*inputs)
+        decode_linear.check(kind, inputs, result)
+        with pytest.raises(WrongResult, match="product"):
+            decode_linear.check(kind, inputs, result * 1.1)
 
 
 BETWEEN_MATMULS = {

@@ -114,7 +114,11 @@ WRONG_ARGUMENTS = {
     "weight is torch.bfloat16": (X, W.bfloat16(), None),
     r"delta is torch.float32 of shape \(2, 8\)": (X, W, X[:2]),
     "delta .* contiguous": (X, W, torch.zeros(8, 3).t()),
-}
+    r"delta is torch.bfloat16 .* pass torch.float32 of shape \(2, 3, 8\)": (
+        X, W, torch.zeros(2, 3, 8, dtype=torch.bfloat16)
+    ),
+    r"delta is torch.float32 of shape \(0, 3, 8\)": (X, W, torch.zeros(0, 3, 8)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG_ARGUMENTS)
