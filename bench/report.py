@@ -2,7 +2,8 @@
 
     python -m bench.report
 
-Reads bench/results/*.json, as `bench.run` wrote them. The table of docs/benchmarks.md is the part
+Reads bench/results/*.json, as `bench.run` wrote them; files of the same machine and the same code
+are pieces of one run. The table of docs/benchmarks.md is the part
 between `<!-- benchmark table -->` and `<!-- end of benchmark table -->`; it shows the newest run on
 a GPU, or on a CPU if there is none. The plots go to bench/plots/.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.plots import draw
-from bench.harness.results import Run, load_all
+from bench.harness.results import Run, load_all, merge
 from bench.harness.rows import CEILINGS, Row
 from bench.harness.tables import brief_table, percent, profile_table, shape, table
 
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="root of the repository")
     root = parser.parse_args().root
     results = root / "bench" / "results"
-    runs = load_all(results)
+    runs = merge(load_all(results))
     if not runs:
         print(f"no results in {results}: run `python -m bench.run` first")
         return 1

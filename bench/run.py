@@ -1,12 +1,16 @@
 """Run the benchmarks and write the measurements as JSON.
 
-    python -m bench.run [--suite kernels] [--only token_stats ...] [--out FILE.json] [--append]
+    python -m bench.run [--suite kernels] [--only token_stats ...] [--model 1B] [--case TEXT]
+                        [--out FILE.json] [--append] [--profile false]
 
 Runs on a GPU if there is one, else on the CPU with smaller shapes. Every benchmark file runs in its
 own process, and rows are on disk as soon as they are measured: an interrupted run keeps its rows,
 and `--append` adds to them, on the same device with the same code. A failure is recorded as a row,
 or as a peer, with "error"; the exit status is then 1. The file also holds "profiles" of whole
 calls, by `SUITE/what`, unless `--profile false`.
+
+A run in pieces writes one file per call, which `bench.report` merges: `--suite`, `--only` and
+`--case` choose rows, `--model` one of the models of the suites that measure models.
 """
 
 import argparse
@@ -31,6 +35,7 @@ from bench.harness.tables import console_line
 
 FOLDER = Path(__file__).parent
 SUITE = re.compile(r'^SUITE = "(\w+)"$', re.MULTILINE)
+MODELS = ("1B", "7B")
 PROFILES = re.compile(r"^def profiles\(", re.MULTILINE)
 
 
@@ -93,7 +98,9 @@ def _driver() -> str | None:
     return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0] or None
 
 
-def run_one(stem: str, out: Path, profiling: bool) -> int:
+def run_one(
+    stem: str, out: Path, profiling: bool, model: str | None = None, case: str | None = None
+) -> int:
     """Add all rows, or all profiles, of one benchmark file to `out`; return the exit status.
 
     Rows and profiles run in separate processes: the state the profiler leaves behind would slow
@@ -109,7 +116,7 @@ def run_one(stem: str, out: Path, profiling: bool) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ceilings = [row for row in read(out)["rows"] if row["suite"] == CEILINGS]
-    bench = Bench(device, ceilings)
+    bench = Bench(device, ceilings, model, case)
     benchmark = benchmarks()[stem]
     try:
         if profiling:
@@ -134,7 +141,8 @@ def _rows(benchmark: Benchmark, bench: Any) -> Iterator[Row]:
         yield from module.rows(bench)
     else:
         for case in module.cases(bench.device):
-            yield bench.measure(benchmark.suite, case)
+            if bench.wants(case.name):
+                yield bench.measure(benchmark.suite, case)
 
 
 def main() -> int:
@@ -143,6 +151,8 @@ def main() -> int:
     suites = sorted({benchmark.suite for benchmark in found.values()} - {CEILINGS})
     parser.add_argument("--suite", choices=suites, help="run only this suite")
     parser.add_argument("--only", nargs="+", choices=[*found], help="run only these files")
+    parser.add_argument("--model", choices=MODELS, help="measure only this model; needs a GPU")
+    parser.add_argument("--case", help="measure only cases whose name contains this text")
     parser.add_argument("--out", type=Path, help="default: bench/results/<device>-<date>.json")
     parser.add_argument("--append", action="store_true", help="keep the rows already in --out")
     parser.add_argument(
@@ -155,10 +165,16 @@ def main() -> int:
     if arguments.child:
         from iris_fast.distributed import leave  # imports torch, which the parent does without
 
-        leave(run_one(arguments.child, arguments.out, arguments.profiling))
+        chosen = arguments.model, arguments.case
+        leave(run_one(arguments.child, arguments.out, arguments.profiling, *chosen))
 
     run = {"head": head(arguments.commit), "rows": []}
-    out = arguments.out or FOLDER / "results" / f"{_file_name(run['head'])}.json"
+    if arguments.model and not run["head"]["driver"]:
+        parser.error(
+            "--model: there is no GPU, and on a CPU the model is a small one; leave it out"
+        )
+    chosen = [arguments.suite, *(arguments.only or []), arguments.model, arguments.case]
+    out = arguments.out or FOLDER / "results" / f"{_file_name(run['head'], chosen)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.append and out.exists():
         check_same(read(out)["head"], run["head"], out)
@@ -168,11 +184,14 @@ def main() -> int:
     status = _run_in_process(CEILINGS, found.pop(CEILINGS).suite, out)
     if status:
         return status  # there is no floor to compare with
+    flags = [f"--{name}={value}" for name, value in (
+        ("model", arguments.model), ("case", arguments.case)
+    ) if value]  # fmt: skip
     for stem, benchmark in found.items():
         if arguments.suite in (None, benchmark.suite) and stem in (arguments.only or [stem]):
-            status |= _run_in_process(stem, benchmark.suite, out)
+            status |= _run_in_process(stem, benchmark.suite, out, *flags)
             if arguments.profile == "true" and benchmark.has_profiles:
-                status |= _run_in_process(stem, benchmark.suite, out, "--profiling")
+                status |= _run_in_process(stem, benchmark.suite, out, "--profiling", *flags)
     print(f"wrote {out}")
     return status
 
@@ -187,10 +206,11 @@ def _run_in_process(stem: str, suite: str, out: Path, *flags: str) -> int:
     return int(status != 0)
 
 
-def _file_name(head: dict[str, Any]) -> str:
+def _file_name(head: dict[str, Any], chosen: list[str | None]) -> str:
+    """Device, date and what was chosen, so that pieces do not overwrite each other."""
     kind = "gpu" if head["driver"] else "cpu"
-    name = re.sub(r"[^a-z0-9]+", "-", head["device"].lower()).strip("-")
-    return f"{kind}-{name}-{head['date'][:10]}"
+    words = [kind, head["device"], head["date"][:10], *(word for word in chosen if word)]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 if __name__ == "__main__":

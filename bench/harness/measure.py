@@ -22,10 +22,20 @@ class Bench:
 
     `ceilings`: the rows of the suite of that name, for the floors. `failures` lists what went wrong
     as text, `profiles` holds the results of `profile` by name.
+
+    `only_model` and `only_case` are the flags --model and --case: a benchmark of several models
+    takes those of `models`, and measures what `wants` names.
     """
 
-    def __init__(self, device: torch.device, ceilings: Iterable[Row] = ()):
+    def __init__(
+        self,
+        device: torch.device,
+        ceilings: Iterable[Row] = (),
+        only_model: str | None = None,
+        only_case: str | None = None,
+    ):
         self.device = device
+        self._only_model, self._only_case = only_model, only_case
         self.clock = clock_for(device)
         self.failures: list[str] = []
         self.profiles: dict[str, dict[str, Any]] = {}
@@ -36,6 +46,14 @@ class Bench:
                 self.copy_bytes_per_second = row["value"] * 1e9
             else:
                 self.flops_per_second[row["dtype"]] = row["value"] * 1e12
+
+    def models(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that --model leaves."""
+        return [name for name in names if self._only_model in (None, name)]
+
+    def wants(self, name: str) -> bool:
+        """Whether --case, a part of the name of a case, leaves this one."""
+        return self._only_case is None or self._only_case in name
 
     def floor_seconds(self, case: Case) -> float:
         """The larger of bytes / copy bandwidth and operations / matmul rate."""

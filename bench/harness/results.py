@@ -41,9 +41,35 @@ def load_all(folder: Path) -> dict[str, Run]:
     return dict(sorted(runs.items(), key=lambda item: item[1]["head"]["date"], reverse=True))
 
 
+SAME = ("device", "torch", "triton", "driver", "commit")  # in the heads of one run's pieces
+
+
+def merge(runs: dict[str, Run]) -> dict[str, Run]:
+    """The pieces of a run, of the same machine and the same code, as one under the newest's name.
+
+    Rows and profiles are in the order in which they were measured; what a later piece measured
+    again replaces what an earlier one did.
+    """
+    groups: dict[tuple, dict[str, Run]] = {}
+    for stem, run in runs.items():
+        key = tuple(run["head"].get(name) for name in SAME)
+        groups.setdefault(key, {})[stem] = run
+    merged = {}
+    for group in groups.values():
+        newest, pieces = next(iter(group)), list(group.values())[::-1]
+        rows: dict[str, Row] = {}
+        for row in (row for piece in pieces for row in piece["rows"]):
+            what = [row.get(k) for k in ("suite", "case", "shape", "dtype", "metric")]
+            rows[json.dumps(what, sort_keys=True)] = row
+        profiles = {k: v for piece in pieces for k, v in piece.get("profiles", {}).items()}
+        merged[newest] = {"head": group[newest]["head"], "rows": list(rows.values())}
+        merged[newest] |= {"profiles": profiles} if profiles else {}
+    return merged
+
+
 def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Exit with a message unless both heads are of the same machine and the same code."""
-    for key in ("device", "torch", "triton", "driver", "commit"):
+    for key in SAME:
         if before[key] != now[key]:
             sys.exit(
                 f"--append: {out} was written with {key} {before[key]}, this run has {now[key]}; "

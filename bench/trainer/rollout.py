@@ -63,10 +63,13 @@ GenerateCodes = Callable[[list[list[int]], int, bool], Tensor]
 def rows(bench: Bench) -> Iterator[Row]:
     gpu = bench.device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    for model, config in model_configs(bench.device).items():
-        janus = make_model(config, bench.device, dtype)
+    configs = model_configs(bench.device)
+    for model in bench.models(configs):
+        janus = make_model(configs[model], bench.device, dtype)
         for sequences in GPU_SEQUENCES if gpu else CPU_SEQUENCES:
             for cot in (0, COT_TOKENS):
+                if not bench.wants(case_name(model, sequences, cot)):
+                    continue
                 compared = not cot and sequences in (GPU_COMPARED if gpu else CPU_COMPARED)
                 yield from measure(bench, janus, model, sequences, cot, compared)
         del janus
@@ -77,9 +80,12 @@ def profiles(bench: Bench) -> None:
     """Our calls at the sizes of the comparison, and the first tokens of two peers."""
     gpu = bench.device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    for model, config in model_configs(bench.device).items():
-        janus = make_model(config, bench.device, dtype)
+    configs = model_configs(bench.device)
+    for model in bench.models(configs):
+        janus, config = make_model(configs[model], bench.device, dtype), configs[model]
         for sequences in GPU_COMPARED if gpu else CPU_COMPARED:
+            if not bench.wants(case_name(model, sequences, 0)):
+                continue
             prompts, what = make_prompts(sequences, 0), f"{model} sequences={sequences} cot=0"
             call = partial(ours(janus), prompts, config.image_tokens, False)
             bench.profile(f"{SUITE}/{what}", call)
@@ -87,8 +93,14 @@ def profiles(bench: Bench) -> None:
             for name in PROFILED[: 1 if peers.generate_is_broken() else None]:
                 call = partial(PEERS[name](janus), prompts, tokens, False)
                 bench.profile(f"{SUITE}/{name}, {tokens} tokens, {what}", call)
-        del janus, call
+        call = None
+        del janus
         bench.release()
+
+
+def case_name(model: str, sequences: int, cot: int) -> str:
+    """What --case looks in."""
+    return f"image tokens {model} sequences={sequences} cot={cot}"
 
 
 def make_prompts(sequences: int, cot: int) -> list[list[int]]:

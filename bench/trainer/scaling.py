@@ -60,6 +60,8 @@ def rows(bench: Bench) -> Iterator[Row]:
     gpu = bench.device.type == "cuda"
     model, size = ("1B", GPU_SIZE) if gpu else ("tiny", CPU_SIZE)
     dtype = torch.bfloat16 if gpu else torch.float32
+    if not bench.models([model]) or not bench.wants(f"GRPO, own prompts {model}"):
+        return
     if gpu and torch.cuda.device_count() == 1:
         return  # the suite `step` measures that
     alone = None

@@ -56,7 +56,6 @@ PEER = "T2I-R1's step"
 PROMPT_WORDS = 60  # 64 tokens with the template, as in the other suites
 RUNS = 3
 PAPER_STEPS = 800
-GPU_MODELS = ("1B",)
 
 
 class Size(NamedTuple):
@@ -90,7 +89,7 @@ def rows(bench: Bench) -> Iterator[Row]:
     gpu = bench.device.type == "cuda"
     sizes = model_configs(bench.device)
     with distributed.start("auto", timeout_s=600) as ranks:
-        for model in GPU_MODELS if gpu else sizes:
+        for model in chosen_models(bench):
             yield from measure(bench, ranks, model, sizes[model], GPU_SIZE if gpu else CPU_SIZE)
 
 
@@ -104,14 +103,25 @@ def _profile(bench: Bench, ranks: Ranks) -> None:
     """A separate function, because no sharded tensor may outlive the process group."""
     gpu = bench.device.type == "cuda"
     sizes = model_configs(bench.device)
-    for model in GPU_MODELS if gpu else sizes:
-        ours = Ours(sizes[model], settings(GPU_SIZE if gpu else CPU_SIZE, gpu), ranks)
+    for model in chosen_models(bench):
+        ours = Ours(sizes[model], settings(GPU_SIZE if gpu else CPU_SIZE, gpu, model), ranks)
         bench.profile(f"{SUITE}/{model}", lambda ours=ours: ours.train(ours.rollout()))
 
 
-def settings(size: Size, bf16: bool) -> TrainConfig:
-    """The paper's settings at this size."""
+def chosen_models(bench: Bench) -> list[str]:
+    """On a GPU 1B, and 7B only if --model asks for it: it needs torchao, and more time."""
+    names = bench.models(model_configs(bench.device))
+    if "1B" in names:
+        names = ["1B"]
+    return [name for name in names if bench.wants(f"GRPO step {name}")]
+
+
+def settings(size: Size, bf16: bool, model: str = "1B") -> TrainConfig:
+    """The paper's settings at this size; those of the preset that make 7B fit one GPU."""
+    large = model == "7B"
     return TrainConfig(
+        gradient_checkpointing=large,
+        optim="adamw_torch_8bit" if large else "adamw_torch",
         model="random",
         prompts="random",
         cot=True,
@@ -136,7 +146,7 @@ def measure(
 ) -> Iterator[Row]:
     """Rows for the step, its phases, its images per second, and the paper's training."""
     gpu = bench.device.type == "cuda"
-    config = settings(size, gpu)
+    config = settings(size, gpu, model)
     phases: dict[str, Phases] = {}
     first_steps: list[FirstStep] = []
 

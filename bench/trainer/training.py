@@ -61,7 +61,9 @@ Forward = Callable[[Inputs], Tensor]
 
 def rows(bench: Bench) -> Iterator[Row]:
     gpu = bench.device.type == "cuda"
-    for model, config in model_configs(bench.device).items():
+    configs = model_configs(bench.device)
+    for model in filter(lambda model: bench.wants(case_name(model)), bench.models(configs)):
+        config = configs[model]
         yield from measure(bench, model, config, (GPU_SAMPLES if gpu else CPU_SAMPLES)[model])
         bench.release()
 
@@ -69,7 +71,9 @@ def rows(bench: Bench) -> Iterator[Row]:
 def profiles(bench: Bench) -> None:
     """Our pass and transformers', for each model."""
     counts = GPU_SAMPLES if bench.device.type == "cuda" else CPU_SAMPLES
-    for model, config in model_configs(bench.device).items():
+    configs = model_configs(bench.device)
+    for model in filter(lambda model: bench.wants(case_name(model)), bench.models(configs)):
+        config = configs[model]
         for name in ("ours", "transformers"):
             inputs = make_inputs(config, counts[model], bench.device)
             run = CANDIDATES[name](make_policy(config, bench.device), inputs)
@@ -81,6 +85,11 @@ def profiles(bench: Bench) -> None:
             bench.profile(f"{SUITE}/{name}, {model} N={counts[model]}", whole)
             del run, whole
             bench.release()
+
+
+def case_name(model: str) -> str:
+    """What --case looks in."""
+    return f"training pass {model}"
 
 
 def make_policy(config: JanusConfig, device: torch.device) -> Janus:
