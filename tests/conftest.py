@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import logging
 import shutil
 from collections.abc import Iterator
@@ -17,10 +18,19 @@ from torch.distributed.checkpoint.logger import _dcp_logger as dcp_logger
 from iris_fast import distributed
 from iris_fast.distributed import Ranks
 from iris_fast.records import Prompt, Rollout
-from iris_fast.train import main
 
 # Three prompts, so that a run of a few steps reaches the end of the file within a step.
 THREE = "a red cube\na blue ball left of a green cone\ntwo yellow pyramids\n"
+# What only some tests import: where one is missing, files that need it are skipped.
+OPTIONAL = (
+    "cut_cross_entropy", "datasets", "docstring_parser", "jsonargparse", "kernels", "liger_kernel",
+    "matplotlib", "peft", "torchao", "transformers", "trl",
+)  # fmt: skip
+# Of the tests for a GPU, first what everything else depends on, last what takes longest.
+GPU_FIRST = (
+    "kernels/test_token_stats", "kernels/", "test_engine", "models/", "test_optimizer",
+    "test_compiled",
+)  # fmt: skip
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -34,7 +44,37 @@ def pytest_configure() -> None:
     logging.getLogger("torch.__trace").setLevel(logging.WARNING)  # every compiled graph
 
 
+def installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of a finder that hides it
+        return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """Skip a file that imports an optional package which is not installed."""
+    report = yield
+    if report.failed and isinstance(collector, pytest.Module):
+        text = str(report.longrepr)
+        missing = [n for n in OPTIONAL if f"No module named '{n}" in text and not installed(n)]
+        if missing:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 0, f"Skipped: needs {missing[0]}")
+    return report
+
+
+def gpu_order(item: pytest.Item) -> int:
+    """The place of a test among those for a GPU; 0 for all others."""
+    if "gpu" not in item.keywords:
+        return 0
+    path = str(item.path.relative_to(Path(__file__).parent))
+    places = (place for place, start in enumerate(GPU_FIRST) if path.startswith(start))
+    return next(places, len(GPU_FIRST))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=gpu_order)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -108,6 +148,8 @@ def prompts(here: Path) -> str:
 def finished_run(tmp_path_factory) -> Path:
     """A run of 5 steps with checkpoints and sample grids. Read-only."""
     folder = tmp_path_factory.mktemp("run") / "run"
+    from iris_fast.train import main  # needs jsonargparse, which a GPU machine may lack
+
     config = quick(folder, max_steps=5, save_steps=2, sample_steps=2, num_sample_prompts=3)
     assert main(config) == 0
     return folder
