@@ -12,12 +12,17 @@ from typing import NamedTuple
 
 import torch
 from iris_kernels import decode_linear, decode_linear_partials
-from iris_kernels.decode_linear import decode_linear_reference, linear_triton
+from iris_kernels.decode_linear import (
+    BLOCK_K,
+    decode_linear_reference,
+    linear_triton,
+    parts_of,
+)
 from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import GateCase, meta
+from bench.harness.gates import GateCase, Work, meta
 
 SUITE = "kernels"
 # name: (N, K, kind) of 1B
@@ -114,4 +119,7 @@ def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
         for M in GATE_ROWS:
             tensors = [meta(*shape, dtype=torch.bfloat16) for shape in ((M, K), (N, K))]
             launch = partial(linear_triton, *tensors, None, kind == "gated", kind == "partial")
-            yield GateCase(f"decode_linear {name} M={M} bfloat16", launch)
+            part_k = parts_of(N, K)[1] if kind == "partial" else K
+            moved = 2 * (N * K + M * K + M * (N // 2 if kind == "gated" else N))
+            work = Work(N * K, moved, (part_k // BLOCK_K,))  # an element is one of the weight
+            yield GateCase(f"decode_linear {name} M={M} bfloat16", launch, [work])

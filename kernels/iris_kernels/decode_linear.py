@@ -34,7 +34,9 @@ WIDE_ROWS = 64  # from here on twice as many columns per program, so that x is r
 PROGRAMS = 132  # multiprocessors of an H100 or H200
 MAX_PARTS = 8  # of K: every part costs 4 M N bytes written and read
 SHARED_BYTES = 96 << 10  # so that the next kernel's tiles fit beside them on sm_90
-PREFETCH_BYTES = 32 << 10  # of the weight per program, while the previous kernel ends
+# Of the weight, into the L2 cache while the previous kernel ends: what memory delivers in 2 us,
+# about as long as the norm between two products takes, which leaves memory idle.
+PREFETCH_BYTES = 8 << 20
 
 
 # --- Triton kernel --------------------------------------------------------------------------------
@@ -137,15 +139,19 @@ def linear_launch(M: int, gated: bool) -> dict[str, int | bool]:
     block_m = max(16, triton.next_power_of_2(M))
     wide = block_m >= WIDE_ROWS
     block_n = 2 * BLOCK_N if wide and not gated else BLOCK_N
-    weight_rows = 2 * block_n if gated else block_n
-    stage_bytes = 2 * BLOCK_K * (block_m + weight_rows)
+    stage_bytes = 2 * BLOCK_K * (block_m + (2 * block_n if gated else block_n))
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": BLOCK_K,
-        "LINES": PREFETCH_BYTES // (LINE_BYTES * weight_rows), "LINE": LINE_BYTES // 2,
         "num_stages": min(SHARED_BYTES // stage_bytes, 6), "num_warps": 8 if wide else 4,
         "maxnreg": 192 if wide else None,  # sm_80 spills at the number that the compiler chooses
         "enable_fp_fusion": True,
     }  # fmt: skip
+
+
+def prefetched_lines(weight_rows: int, parts: int, part_k: int) -> int:
+    """Cache lines per row and part of the weight that are fetched early: a power of two."""
+    wanted = PREFETCH_BYTES // (LINE_BYTES * weight_rows * parts)
+    return 1 << max(min(wanted, 2 * part_k // LINE_BYTES), 1).bit_length() - 1
 
 
 def linear_triton(
@@ -159,6 +165,7 @@ def linear_triton(
     _linear_kernel[(-(-N // options["BLOCK_N"]), parts)](
         x, weight, bias, out, M, N, K,
         GATED=gated, PARTIAL=partial, PART_K=part_k, EVEN=K % BLOCK_K == 0, WIDEN=interpreted(),
+        LINES=prefetched_lines(len(weight), parts, part_k), LINE=LINE_BYTES // 2,
         **options, **overlap_options(),
     )  # fmt: skip
     return out

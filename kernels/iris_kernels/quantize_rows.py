@@ -20,6 +20,7 @@ from ._backend import calls_torch_path, jit, tl, triton, uses_triton
 from ._checks import check_contiguous
 from ._fp8 import FP8, FP8_MAX
 from ._ops import add_op_namespace_prefix
+from ._overlap import overlap_options, wait_for_previous_kernel
 from ._row_stats import compute_dtype
 
 MAX_CHANNELS = 32768  # one program holds a row
@@ -39,8 +40,9 @@ class QuantizedRows(NamedTuple):
 def _quantize_rows_kernel(
     x, values, scales,  # [R, D], [R, D], [R]
     D,
-    FP8_MAX: tl.constexpr, BLOCK: tl.constexpr,
+    FP8_MAX: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous_kernel(OVERLAP)  # it wrote `x`
     r = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < D
@@ -64,6 +66,7 @@ def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     _quantize_rows_kernel[(R,)](
         x, values, scales, D, FP8_MAX=FP8_MAX,
         BLOCK=block, num_warps=min(max(block // 512, 1), 16), enable_fp_fusion=True,
+        **overlap_options(),
     )  # fmt: skip
     return values, scales
 

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 from iris_kernels import add_rms_norm, decode_linear, decode_linear_partials
-from iris_kernels.decode_linear import BLOCK_K, BLOCK_N, decode_linear_reference, parts_of
+from iris_kernels.decode_linear import (
+    BLOCK_K,
+    BLOCK_N,
+    PREFETCH_BYTES,
+    decode_linear_reference,
+    parts_of,
+    prefetched_lines,
+)
 from kernel_oracle import EPS, assert_close, rounding
 
 ops = torch.ops.iris_kernels
@@ -72,6 +79,15 @@ def test_the_number_of_parts_occupies_the_gpu_and_ignores_the_rows():
     assert parts_of(2048, 5632) == (4, 22 * 64)
     assert parts_of(4096, 11008) == (2, 86 * 64)
     assert parts_of(3 * 4096, 4096)[0] == 1
+
+
+@pytest.mark.parametrize(("N", "K"), [(6144, 2048), (2048, 5632), (102400, 2048), (64, 64)])
+def test_what_is_prefetched(N, K):
+    """Between half of the bound and the bound, and no more than the weight."""
+    parts, part_k = parts_of(N, K)
+    fetched = 128 * prefetched_lines(N, parts, part_k) * N * parts
+    assert fetched <= max(PREFETCH_BYTES, 128 * N * parts)
+    assert 2 * fetched > min(PREFETCH_BYTES, 2 * N * K)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
