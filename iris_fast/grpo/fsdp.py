@@ -15,12 +15,20 @@ from iris_fast.errors import UserError
 
 
 def shard(
-    module: nn.Module, blocks: nn.ModuleList, ranks: Ranks, bf16: bool, offload: bool = False
+    module: nn.Module,
+    blocks: nn.ModuleList,
+    ranks: Ranks,
+    bf16: bool,
+    offload: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Apply FSDP2 in place: one unit per block, and one for the rest of `module`.
 
-    Master weights and gradient sums stay float32; with `bf16` blocks compute in bfloat16. With
-    `offload` the shards stay in CPU memory, and a block is on the GPU only while it runs.
+    Gradient sums are float32; with `bf16` blocks compute in bfloat16. With `offload` the shards
+    stay in CPU memory, and a block is on the GPU only while it runs.
+
+    The parameters may be mapped from files. Each unit is copied, to `dtype` if it is given, and cut
+    before the next one is, so that besides its shards a rank holds one unit at a time.
     """
     pinned = ranks.device.type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
@@ -30,6 +38,9 @@ def shard(
         cast_forward_inputs=False,
     )
     for unit in (*blocks, module):
+        for parameter in unit.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(dtype or parameter.dtype, copy=True)
         fully_shard(unit, mesh=ranks.mesh, mp_policy=precision, offload_policy=policy)
 
 

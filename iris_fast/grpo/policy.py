@@ -33,7 +33,11 @@ class Models:
 
 
 def build_models(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
-    """Make policy, sampler and reference of the opened model, on their devices."""
+    """Make policy, sampler and reference of the opened model, on their devices.
+
+    Its weights are read from where they are, such as files, and become those of the policy: float32
+    master weights, or with LoRA, where they are never updated, of the compute dtype.
+    """
     opened = inputs.loaded
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy, vq = opened.model, opened.vq.to(ranks.device)
@@ -43,15 +47,16 @@ def build_models(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
     reference: Janus | lora.Base | None = None
     adapters = lora.Lora.of(config)
     if adapters is not None:
-        policy.to(dtype)  # never updated, so it needs no float32 master weights
+        policy.to(dtype)
         lora.add(policy, adapters)
         reference = lora.Base(policy) if config.beta else None
+        place(policy, config, ranks)
     else:
         freeze_generation(policy, config.train_image_head)
         if config.beta:
-            reference = frozen_copy(policy, dtype, torch.device("cpu"))
-            place(reference, config, ranks, offload=config.offload_reference)
-    place(policy, config, ranks)
+            reference = alias(policy).requires_grad_(False)
+            place(reference, config, ranks, dtype, offload=config.offload_reference)
+        place(policy, config, ranks, torch.float32)
     return Models(policy, reference, sampler, vq)
 
 
@@ -63,6 +68,15 @@ def frozen_copy(model: Janus, dtype: torch.dtype, device: torch.device) -> Janus
     copy_weights(model, copy)
     copy.attn_implementation = model.attn_implementation
     return copy.requires_grad_(False)
+
+
+def alias(model: Janus) -> Janus:
+    """Another model with the same tensors."""
+    with torch.device("meta"):
+        other = Janus(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.attn_implementation = model.attn_implementation
+    return other
 
 
 @torch.no_grad()
@@ -83,13 +97,19 @@ def freeze_generation(policy: Janus, train_image_head: bool) -> None:
     policy.model.generation_head.requires_grad_(train_image_head)
 
 
-def place(model: Janus, config: TrainConfig, ranks: Ranks, offload: bool = False) -> None:
-    """Shard a model over the ranks, block by block from the CPU, so that no GPU ever holds more
-    than its share."""
+def place(
+    model: Janus,
+    config: TrainConfig,
+    ranks: Ranks,
+    dtype: torch.dtype | None = None,
+    offload: bool = False,
+) -> None:
+    """Shard a model over the ranks, block by block, so that neither host nor GPU ever holds more
+    than its share and a block. The shards are copies of its tensors, in `dtype` if it is given."""
     blocks = model.model.language_model.layers
     if config.torch_compile:  # first: recomputation and sharding wrap a compiled block
         compile_blocks(model.model.language_model)
     if config.gradient_checkpointing and any(p.requires_grad for p in model.parameters()):
         for block in blocks:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
-    shard(model, blocks, ranks, config.bf16, offload)
+    shard(model, blocks, ranks, config.bf16, offload, dtype)

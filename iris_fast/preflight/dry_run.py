@@ -1,7 +1,5 @@
 """`--dry_run true`, and the same estimate as a check before a run starts on a GPU."""
 
-import torch
-
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
 from iris_fast.models.templates import TEMPLATES, image_prompt_ids
@@ -15,7 +13,7 @@ def dry_run(config: TrainConfig, ranks: Ranks) -> None:
     """Print what the run will need; UserError if it does not fit."""
     if ranks.device.type == "cuda":  # otherwise the estimate is for another machine
         check_device(config, ranks.device)
-    needs = estimate_run(config, open_inputs(config, torch.float32), ranks)
+    needs = estimate_run(config, open_inputs(config, None), ranks)
     if ranks.is_first:
         print(needs.table())
     check_fits(needs, config)
@@ -32,8 +30,9 @@ def estimate_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Estimate:
 
 
 def open_checked(config: TrainConfig, ranks: Ranks) -> Inputs:
-    """Open model and prompts; UserError if a GPU is used and cannot hold the run."""
-    inputs = open_inputs(config, torch.float32)
+    """Open model, mapped from its files, and prompts; UserError if a GPU is used and cannot hold
+    the run."""
+    inputs = open_inputs(config, None)
     if ranks.device.type == "cuda":
         check_fits(estimate_run(config, inputs, ranks), config)
     return inputs

@@ -30,8 +30,8 @@ class Inputs:
     image_tokens: int
 
 
-def open_model(name: str, dtype: torch.dtype) -> LoadedJanus:
-    """`tiny`, a model folder, or a hub id; UserError if it cannot be opened."""
+def open_model(name: str, dtype: torch.dtype | None) -> LoadedJanus:
+    """`tiny`, a model folder, or a hub id, as `load_janus`; UserError if it cannot be opened."""
     return build_tiny(dtype=dtype) if name == "tiny" else load_janus(name, dtype)
 
 
@@ -71,8 +71,9 @@ def check_device(config: SamplingConfig, device: torch.device) -> None:
             )
 
 
-def open_inputs(config: SamplingConfig, dtype: torch.dtype) -> Inputs:
-    """Read the prompts, open the model and check them against each other, the fastest first."""
+def open_inputs(config: SamplingConfig, dtype: torch.dtype | None) -> Inputs:
+    """Read the prompts, open the model and check them against each other, the fastest first.
+    `dtype` as for `load_janus`."""
     source = config.prompts or str(PROMPTS_FILE)
     prompts = read_prompts(source)
     instruction = templates.load_instruction(config.cot_instruction) if config.cot else ""

@@ -57,8 +57,9 @@ TINY_CONFIG = JanusConfig(
 )
 
 
-def build_tiny(dtype: torch.dtype = torch.float32) -> LoadedJanus:
-    """Open the tiny Janus of the package, trained on the synthetic world."""
+def build_tiny(dtype: torch.dtype | None = torch.float32) -> LoadedJanus:
+    """Open the tiny Janus of the package, trained on the synthetic world; `dtype` as for
+    `load_janus`."""
     return load_janus(MODEL_FOLDER, dtype)
 
 

@@ -28,7 +28,8 @@ class LoadedJanus:
 
     `untouched` are the tensors that are passed on and not run: the vision tower and the
     understanding aligner under transformers' names, and any others of the files under their own
-    names. They may be mapped from the files of `path`, in their stored dtype.
+    names. They may be mapped from the files of `path`, in their stored dtype, and so may those of
+    the model (`load_janus` with dtype None).
     `layout` is the one that was read; `path` is None for a model made in memory.
     """
 
@@ -41,11 +42,13 @@ class LoadedJanus:
     path: Path | None = None
 
 
-def load_janus(path: str | Path, dtype: torch.dtype = torch.float32) -> LoadedJanus:
+def load_janus(path: str | Path, dtype: torch.dtype | None = torch.float32) -> LoadedJanus:
     """Open a model folder, or a hub id, of either layout, on the CPU.
 
-    The weights of the policy and of the VQ are cast to `dtype`; the VQ is frozen. UserError names
-    the file or tensor that is missing, damaged, of the wrong shape, or not finite.
+    The weights of the policy and of the VQ are cast to `dtype`; the VQ is frozen. With None the
+    policy's stay mapped from the files, in their stored dtype, and take no memory: they are to be
+    copied, not trained; the VQ is float32. UserError names the file or tensor that is missing,
+    damaged, of the wrong shape, or not finite.
     """
     folder = resolve_model(path)
     raw, layout = read_config(folder)
@@ -66,7 +69,7 @@ def load_janus(path: str | Path, dtype: torch.dtype = torch.float32) -> LoadedJa
             f"{config.decoder.vocab_size} rows; use files of one and the same model"
         )
     _fill(model, "", tensors, dtype, folder)
-    _fill(vq, VQ_PREFIX, tensors, dtype, folder)
+    _fill(vq, VQ_PREFIX, tensors, dtype or torch.float32, folder)
     vq.eval().requires_grad_(False)
     return LoadedJanus(model, vq, tokenizer, config, tensors, layout, folder)
 
@@ -117,18 +120,24 @@ def _shorten(names: list[str]) -> str:
 
 
 def _fill(
-    module: nn.Module, prefix: str, tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path
+    module: nn.Module,
+    prefix: str,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    folder: Path,
 ) -> None:
     """Move the module's tensors out of `tensors` into it; UserError for one that is not finite.
 
     Each is released before the next is read, so that the files are never in memory as a whole.
+    With dtype None they are not copied.
     """
     state = {}
     for name in module.state_dict():
         source, where = tensors.pop(prefix + name), f"{folder}: tensor {prefix}{name}"
         if not source.is_floating_point():
             raise UserError(f"{where} is {source.dtype}; quantised models are not supported")
-        state[name] = source.to(dtype, copy=True)  # never train on the memory of a file
+        # Copied, because the memory of a file must not be trained.
+        state[name] = source if dtype is None else source.to(dtype, copy=True)
         low, high = state[name].aminmax()
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise UserError(f"{where} holds NaN or infinity; use an intact copy of the model")
