@@ -128,12 +128,21 @@ def _gate(vocab_size: int, dtype: torch.dtype) -> None:
 
 
 def _work(vocab_size: int, dtype: torch.dtype) -> list[Work]:
-    """An element is a pair of logits; both passes go over the columns of a lane."""
-    launch = sample_launch(vocab_size, dtype.itemsize)
-    trips = launch["Q"] // launch["K"]
+    """An element is a pair of logits. Each pass loops over the tiles, if there are several."""
+    tiles = sample_launch(vocab_size, dtype.itemsize)["TILES"]
+    trips = (tiles, tiles) if tiles > 1 else ()
     elements = GATE_ROWS * vocab_size
-    return [Work(elements, 2 * elements * dtype.itemsize, (trips, trips))]
+    return [Work(elements, 2 * elements * dtype.itemsize, trips)]
+
+
+def _gate_variants() -> None:
+    """Numbers and a threshold in memory; without guidance, greedy."""
+    row = meta(GATE_ROWS, 16384, dtype=torch.bfloat16)
+    number, uniform = torch.empty((), device="meta"), meta(GATE_ROWS)
+    sample_triton(row, row, uniform, meta(GATE_ROWS), number, number, False, 16384)
+    sample_triton(row, None, uniform, None, 1.0, 1.0, True, 16384)
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    return vocabulary_cases("guided_sample", _gate, _work, vocabularies)
+    yield from vocabulary_cases("guided_sample", _gate, _work, vocabularies)
+    yield GateCase("guided_sample variants bfloat16", _gate_variants)

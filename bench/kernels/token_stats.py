@@ -269,8 +269,21 @@ def _backward_work(vocab_size: int, dtype: torch.dtype) -> list[Work]:
     return [Work(elements, 2 * elements * dtype.itemsize, (), ISSUE_LIMIT)]
 
 
-def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    yield from vocabulary_cases("token_stats forward", _gate_forward, _forward_work, vocabularies)
-    yield from vocabulary_cases(
-        "token_stats backward", _gate_backward, _backward_work, vocabularies
+def _gate_variants() -> None:
+    """The temperature in memory, a mask, padding, and one upstream gradient."""
+    V = 16384
+    logits, ids, mask = meta(64, V, dtype=torch.bfloat16), *vectors(2, 64, torch.int64)
+    temperature, columns = torch.empty((), device="meta"), Columns(V - 16)
+    forward_triton(logits, ids, mask.bool(), temperature, columns, vectors(6, 64))
+    upstream = [meta(64), None, None, None]
+    backward_triton(
+        logits, logits, ids, mask.bool(), vectors(3, 64), upstream, temperature, columns
     )
+
+
+def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
+    forward = ("token_stats forward", _gate_forward, _forward_work)
+    backward = ("token_stats backward", _gate_backward, _backward_work)
+    yield from vocabulary_cases(*forward, vocabularies)
+    yield from vocabulary_cases(*backward, vocabularies)
+    yield GateCase("token_stats variants bfloat16", _gate_variants)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._backend import constant, jit, tl
-from ._row_stats import LOG2_E, any_row
+from ._row_stats import LOG2_E, any_row, safe_max
 
 # 2^f on [-1/2, 1/2] to 1.9e-7: 1 + f (c1 + f (c2 + ...)), minimax by Lawson's iteration.
 EXP2_POLYNOMIAL = (
@@ -38,14 +38,19 @@ _MIN_T, _ROUND, _EXPONENT = constant(MIN_T), constant(ROUND), constant(EXPONENT)
 def kernel_weights(mixed, m, threshold, scale, GREEDY: tl.constexpr):
     """Integer sampling weights; compile without floating-point fusion, see the module docstring."""
     if GREEDY:
-        return tl.where(mixed == m, 1, 0).to(tl.int64)
-    t = tl.maximum((mixed - m) * scale, _MIN_T)  # NaN becomes _MIN_T, which gives weight 0
-    shifted = t + _ROUND
-    f = t - (shifted - _ROUND)
-    power = 1.0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
-    exponent = shifted.to(tl.int32, bitcast=True) + _EXPONENT
-    power *= (exponent << 23).to(tl.float32, bitcast=True)
-    return tl.where(mixed >= threshold, power, 0.0).to(tl.int64)
+        weights = tl.where(mixed == m, 1, 0).to(tl.int64)
+    else:
+        # NaN becomes _MIN_T, which gives weight 0. The difference is also that of `shifted_exp`.
+        t = tl.maximum((mixed - safe_max(m)) * scale, _MIN_T)
+        shifted = t + _ROUND
+        f = t - (shifted - _ROUND)
+        power = 1.0 + f * (_C1 + f * (_C2 + f * (_C3 + f * (_C4 + f * _C5))))
+        exponent = shifted.to(tl.int32, bitcast=True) + _EXPONENT
+        power *= (exponent << 23).to(tl.float32, bitcast=True)
+        if threshold is not None:
+            power = tl.where(mixed >= threshold, power, 0.0)
+        weights = power.to(tl.int64)
+    return weights
 
 
 def weight_scale(temperature: float | Tensor, device: torch.device) -> Tensor:

@@ -1,6 +1,9 @@
 """`guided_sample` in Triton: one program per row, two passes over it.
 
-Shapes: R rows, V columns, tiles of L lanes x K columns.
+A warp's loads are contiguous: the sums of integer weights do not depend on their order, and only
+the search for the token goes by columns. A row of one tile is loaded once and stays in registers.
+
+Shapes: R rows, V columns, tiles of G groups x K columns, a group being 16 bytes.
 """
 
 import math
@@ -11,6 +14,7 @@ from .._backend import jit, tl, triton
 from .._checks import fold_rows
 from .._inverse_cdf import kernel_weights
 from .._row_stats import (
+    as_float32,
     row_offset,
     safe_max,
     shifted_exp,
@@ -22,52 +26,68 @@ from .outputs import empty_outputs
 
 
 @jit
-def _load_pair(cond, uncond, columns, V, GUIDED: tl.constexpr):
+def _load_pair(cond, uncond, columns, V, GUIDED: tl.constexpr, MASKED: tl.constexpr):
     """Raw cond and uncond logits, -inf beyond V; cond twice if there is no uncond."""
-    c = tl.load(cond + columns, mask=columns < V, other=float("-inf"))
+    if MASKED:
+        c = tl.load(cond + columns, mask=columns < V, other=float("-inf"))
+    else:
+        c = tl.load(cond + columns)
     if not GUIDED:
-        return c, c
-    return c, tl.load(uncond + columns, mask=columns < V, other=float("-inf"))
+        u = c
+    elif MASKED:
+        u = tl.load(uncond + columns, mask=columns < V, other=float("-inf"))
+    else:
+        u = tl.load(uncond + columns)
+    return c, u
 
 
 @jit
 def _mix(c, u, cfg_weight, GUIDED: tl.constexpr):
     """u + cfg_weight (c - u), -inf if either is; each operation is rounded separately."""
-    c = c.to(tl.float32)
-    if not GUIDED:
-        return c
-    u = u.to(tl.float32)
-    masked = (c == float("-inf")) | (u == float("-inf"))
-    return tl.where(masked, float("-inf"), u + cfg_weight * (c - u))
+    mixed = as_float32(c)
+    if GUIDED:
+        u = as_float32(u)
+        masked = (mixed == float("-inf")) | (u == float("-inf"))
+        mixed = tl.where(masked, float("-inf"), u + cfg_weight * (mixed - u))
+    return mixed
 
 
 @jit
-def _accumulate(x, m_safe, in_row, scale, min_d, sum_exp_below, count_at_max, sum_exp_d, sum_d):
-    """Add to the sums per lane: e below the maximum, number of columns at it, e d, and d."""
+def _accumulate(
+    x, m_safe, columns, V, scale, min_d, sum_exp, sum_exp_d, sum_d, MASKED: tl.constexpr
+):  # fmt: skip
+    """Add to the sums per group [G]: e, e d, and d."""
     d, clamped, e = shifted_exp(x, m_safe, scale, min_d)
-    at_max = d == 0.0
+    if MASKED:
+        d = tl.where(columns < V, d, 0.0)
     return (
-        sum_exp_below + tl.sum(tl.where(at_max, 0.0, e), axis=1),
-        count_at_max + tl.sum(at_max.to(tl.float32), axis=1),
+        sum_exp + tl.sum(e, axis=1),
         sum_exp_d + tl.sum(e * clamped, axis=1),
-        sum_d + tl.sum(tl.where(in_row, d, 0.0), axis=1),
+        sum_d + tl.sum(d, axis=1),
     )
+
+
+@jit
+def _sum_pair(a, b):
+    """The sums of two vectors [G]; one reduction, because every reduction has its barriers."""
+    return tl.split(tl.sum(tl.join(a, b), axis=0))
 
 
 @jit
 def _store_stats(
     out, row, rows, x, m,  # [4, R], its row, R, the token's logit, the row's maximum
-    sum_exp_below, count_at_max, sum_exp_d, sum_d,  # sums per lane, see `_accumulate`
+    sum_exp, sum_exp_d, sum_d,  # sums, see `_accumulate`; the first without the token's group
+    x_group, is_other,  # logits of the token's group, and whether they count as others
     scale, inv_temperature, min_d, V, log_V,
 ):  # fmt: skip
-    """Compute one distribution's statistics from its sums, and store them."""
+    """Compute one distribution's statistics from its sums, and store them.
+
+    The token's group is summed again without the token: subtracting it would lose digits.
+    """
     m_safe = safe_max(m)
+    _, _, e = shifted_exp(x_group, m_safe, scale, min_d)
+    sum_exp_others = sum_exp + tl.sum(tl.where(is_other, e, 0.0), axis=0)
     d_token, _, e_token = shifted_exp(x, m_safe, scale, min_d)
-    # If the token is at the maximum, an integer is subtracted: sum_exp_others stays exact.
-    is_max = d_token == 0.0
-    sum_exp_others = tl.sum(count_at_max, axis=0) - tl.where(is_max, 1.0, 0.0)
-    sum_exp_others += tl.sum(sum_exp_below, axis=0) - tl.where(is_max, 0.0, e_token)
-    sum_exp_d, sum_d = tl.sum(sum_exp_d, axis=0), tl.sum(sum_d, axis=0)
     stats = stats_from_sums(
         d_token, e_token, m, m_safe, sum_exp_others, sum_exp_d, sum_d, inv_temperature, V, log_V
     )
@@ -84,11 +104,13 @@ def _sample_kernel(
     cond_inner, cond_stride_outer, cond_stride_inner,
     uncond_inner, uncond_stride_outer, uncond_stride_inner,
     rows, V, log_V,
-    # Numbers, or pointers if W_IN_MEMORY, T_IN_MEMORY; columns per lane
-    cfg_weight, temperature, Q,
+    # Numbers, or pointers if W_IN_MEMORY, T_IN_MEMORY
+    cfg_weight, temperature,
     W_IN_MEMORY: tl.constexpr, T_IN_MEMORY: tl.constexpr, GREEDY: tl.constexpr,
-    # Lanes, columns per load, Q rounded up to a power of two
-    L: tl.constexpr, K: tl.constexpr, Q_POW2: tl.constexpr,
+    # Groups of K columns per tile; number of tiles, that rounded up to a power of two, and whether
+    # the last one is partial
+    G: tl.constexpr, K: tl.constexpr,
+    TILES: tl.constexpr, TILES_POW2: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     GUIDED: tl.constexpr = uncond is not None
@@ -98,64 +120,93 @@ def _sample_kernel(
     cfg_weight = load_scalar(cfg_weight, W_IN_MEMORY)
     scale, inv_temperature, min_d = temperature_factors(load_scalar(temperature, T_IN_MEMORY))
     unit_scale, _, unit_min_d = temperature_factors(load_scalar(1.0, False))
-    lanes = tl.arange(0, L)
-    tile = lanes[:, None] * Q + tl.arange(0, K)[None, :]  # lane l owns columns [l Q, (l + 1) Q)
+    groups = tl.arange(0, G)
+    tile = groups[:, None] * K + tl.arange(0, K)[None, :]
 
-    m_c = tl.full([L], float("-inf"), tl.float32)
-    m_g = tl.full([L], float("-inf"), tl.float32)
-    for step in range(0, Q, K):
-        c, u = _load_pair(cond, uncond, tile + step, V, GUIDED)
-        m_c = tl.maximum(m_c, tl.max(c.to(tl.float32), axis=1))
-        m_g = tl.maximum(m_g, tl.max(_mix(c, u, cfg_weight, GUIDED), axis=1))
+    # First pass: the maxima. A row of one tile then stays in registers.
+    if TILES == 1:
+        c, u = _load_pair(cond, uncond, tile, V, GUIDED, PARTIAL)
+        m_c = tl.max(as_float32(c), axis=1)
+        m_g = tl.max(_mix(c, u, cfg_weight, GUIDED), axis=1)
+    else:
+        m_c = tl.full([G], float("-inf"), tl.float32)
+        m_g = tl.full([G], float("-inf"), tl.float32)
+        for t in range(0, TILES):
+            c, u = _load_pair(cond, uncond, tile + t * G * K, V, GUIDED, PARTIAL)
+            m_c = tl.maximum(m_c, tl.max(as_float32(c), axis=1))
+            m_g = tl.maximum(m_g, tl.max(_mix(c, u, cfg_weight, GUIDED), axis=1))
+    # Not joined as the sums are: LLVM crashes on that for sm_100 (Triton 3.9).
     m_c, m_g = tl.max(m_c, axis=0), tl.max(m_g, axis=0)
     m_safe_c, m_safe_g = safe_max(m_c), safe_max(m_g)
 
-    min_kept = float("-inf") if threshold is None else tl.load(threshold + row)
-    weight = tl.zeros([L], tl.int64)
-    zero = tl.zeros([L], tl.float32)
-    below_c, at_max_c, exp_d_c, d_c = zero, zero, zero, zero
-    below_g, at_max_g, exp_d_g, d_g = zero, zero, zero, zero
-    for step in range(0, Q, K):
-        c, u = _load_pair(cond, uncond, tile + step, V, GUIDED)
+    # Second pass: the sums per group, and the weight of each tile.
+    min_kept = None if threshold is None else tl.load(threshold + row)
+    zero = tl.zeros([G], tl.float32)
+    exp_c, exp_d_c, d_c, exp_g, exp_d_g, d_g = zero, zero, zero, zero, zero, zero
+    weights = tl.zeros([G], tl.int64)
+    tile_weights = tl.zeros([TILES_POW2], tl.int64)
+    for t in range(0, TILES):
+        if TILES > 1:
+            c, u = _load_pair(cond, uncond, tile + t * G * K, V, GUIDED, PARTIAL)
         mixed = _mix(c, u, cfg_weight, GUIDED)
-        weight += tl.sum(kernel_weights(mixed, m_g, min_kept, scale, GREEDY), axis=1)
-        in_row = tile + step < V
-        below_c, at_max_c, exp_d_c, d_c = _accumulate(
-            c.to(tl.float32), m_safe_c, in_row, unit_scale, unit_min_d,
-            below_c, at_max_c, exp_d_c, d_c,
+        weights = tl.sum(kernel_weights(mixed, m_g, min_kept, scale, GREEDY), axis=1)
+        if TILES > 1:
+            is_tile = tl.arange(0, TILES_POW2) == t
+            tile_weights = tl.where(is_tile, tl.sum(weights, axis=0), tile_weights)
+        exp_c, exp_d_c, d_c = _accumulate(
+            as_float32(c), m_safe_c, tile + t * G * K, V, unit_scale, unit_min_d,
+            exp_c, exp_d_c, d_c, PARTIAL,
         )  # fmt: skip
-        below_g, at_max_g, exp_d_g, d_g = _accumulate(
-            mixed, m_safe_g, in_row, scale, min_d, below_g, at_max_g, exp_d_g, d_g
+        exp_g, exp_d_g, d_g = _accumulate(
+            mixed, m_safe_g, tile + t * G * K, V, scale, min_d, exp_g, exp_d_g, d_g, PARTIAL
         )
 
-    # The token is the first column whose cumulative weight exceeds `position`. First its lane, then
-    # its column in the lane: the index of each is the number of cumulative weights <= `position`.
-    total = tl.sum(weight, axis=0)
+    exp_d_c, exp_d_g = _sum_pair(exp_d_c, exp_d_g)
+    d_c, d_g = _sum_pair(d_c, d_g)
+
+    # The token is the first column whose cumulative weight exceeds `position`: first its tile, then
+    # its group, then its column. The index of each is the number of cumulative weights <= position.
+    total = tl.sum(tile_weights if TILES > 1 else weights, axis=0)
     if GREEDY:
         position = total * 0
     else:
         position = (tl.load(uniform + row).to(tl.float64) * total.to(tl.float64)).to(tl.int64)
         position = tl.minimum(position, total - 1)
-    is_before = tl.cumsum(weight, axis=0) <= position
-    lane = tl.sum(is_before.to(tl.int32), axis=0)
-    position -= tl.sum(tl.where(is_before, weight, 0), axis=0)
-    in_lane = tl.arange(0, Q_POW2)
-    columns = lane * Q + in_lane
-    end = tl.where(in_lane < Q, V, 0)
-    c, u = _load_pair(cond, uncond, columns, end, GUIDED)
+    start = 0
+    if TILES > 1:
+        is_before = tl.cumsum(tile_weights, axis=0) <= position
+        start = tl.minimum(tl.sum(is_before.to(tl.int32), axis=0), TILES - 1) * (G * K)
+        position -= tl.sum(tl.where(is_before, tile_weights, 0), axis=0)
+        c, u = _load_pair(cond, uncond, start + tile, V, GUIDED, PARTIAL)
+        mixed = _mix(c, u, cfg_weight, GUIDED)
+        weights = tl.sum(kernel_weights(mixed, m_g, min_kept, scale, GREEDY), axis=1)
+    is_before = tl.cumsum(weights, axis=0) <= position
+    group, before = _sum_pair(is_before.to(tl.int64), tl.where(is_before, weights, 0))
+    group = tl.minimum(group.to(tl.int32), G - 1)
+    position -= before
+    in_group = tl.arange(0, K)
+    c, u = _load_pair(cond, uncond, start + group * K + in_group, V, GUIDED, True)
     weights = kernel_weights(_mix(c, u, cfg_weight, GUIDED), m_g, min_kept, scale, GREEDY)
-    is_before = (tl.cumsum(weights, axis=0) <= position) & (in_lane < Q)
-    token = tl.where(total == 0, 0, lane * Q + tl.sum(is_before.to(tl.int32), axis=0))
+    is_before = tl.cumsum(weights, axis=0) <= position
+    token = start + group * K + tl.sum(is_before.to(tl.int32), axis=0)
+    token = tl.where(total == 0, 0, token)
     tl.store(token_ids + row, token.to(tl.int64))
 
-    c, u = _load_pair(cond, uncond, token, V, GUIDED)
-    mixed = _mix(c, u, cfg_weight, GUIDED)
+    token_group = token % (G * K) // K
+    is_counted = groups != token_group
+    exp_c, exp_g = _sum_pair(tl.where(is_counted, exp_c, 0.0), tl.where(is_counted, exp_g, 0.0))
+    others = tl.arange(0, TILES_POW2 * K)
+    others = others // K * (G * K) + token_group * K + others % K
+    c, u = _load_pair(cond, uncond, others, V, GUIDED, True)
+    c_token, u_token = _load_pair(cond, uncond, token, V, GUIDED, True)
     _store_stats(
-        conditional, row, rows, c.to(tl.float32), m_c, below_c, at_max_c, exp_d_c, d_c,
+        conditional, row, rows, as_float32(c_token), m_c,
+        exp_c, exp_d_c, d_c, as_float32(c), others != token,
         unit_scale, 1.0, unit_min_d, V, log_V,
     )  # fmt: skip
     _store_stats(
-        guided, row, rows, mixed, m_g, below_g, at_max_g, exp_d_g, d_g,
+        guided, row, rows, _mix(c_token, u_token, cfg_weight, GUIDED), m_g,
+        exp_g, exp_d_g, d_g, _mix(c, u, cfg_weight, GUIDED), others != token,
         scale, inv_temperature, min_d, V, log_V,
     )  # fmt: skip
 
@@ -163,17 +214,27 @@ def _sample_kernel(
 # --- Launcher -------------------------------------------------------------------------------------
 
 
-def sample_launch(vocab_size: int, itemsize: int) -> dict[str, int | bool]:
-    """Up to 512 lanes of Q contiguous columns; one thread per lane, which loads 16 bytes."""
-    lanes = min(max(triton.next_power_of_2(vocab_size) // 32, 32), 512)
-    columns = triton.cdiv(triton.cdiv(vocab_size, lanes), 16) * 16  # keeps lanes 16-byte aligned
+def sample_launch(vocab_size: int, itemsize: int, small: bool = False) -> dict[str, int | bool]:
+    """One tile of up to 32 KB, which stays in the registers of 8 warps; larger rows in halves of it.
+
+    64 columns of both branches per thread leave little to compute per thread instead of per column.
+    `small` tiles leave registers for a threshold, or for the addresses of rows that are not aligned
+    and loaded element by element.
+    """
+    per_group = 16 // itemsize
+    groups = max(triton.next_power_of_2(vocab_size) // per_group, 32)
+    if small:
+        groups = min(groups, 512)
+    elif groups > 2048:
+        groups = 1024
+    tiles = triton.cdiv(vocab_size, groups * per_group)
     return {
-        "L": lanes,
-        "K": 16 // itemsize,
-        "Q": columns,
-        "Q_POW2": triton.next_power_of_2(columns),
-        "num_warps": lanes // 32,
-        "maxnreg": 128,  # for 512 threads; some ptxas would stop at 64, and spill
+        "G": groups,
+        "K": per_group,
+        "TILES": tiles,
+        "TILES_POW2": triton.next_power_of_2(tiles),
+        "PARTIAL": vocab_size != tiles * groups * per_group,
+        "num_warps": min(max(1, groups // 64), 8),
         "enable_fp_fusion": False,  # fused multiply-adds would round differently from torch
     }
 
@@ -185,11 +246,13 @@ def sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, gre
     rows = outer * inner
     _, *uncond_layout = (1, 1, 0, 0) if uncond is None else fold_rows(uncond)
     token_ids, conditional, guided = empty_outputs(cond, (rows,))
+    aligned = all(n % 16 == 0 for n in (vocab_size, *strides, *uncond_layout[1:]))
+    small = threshold is not None or not aligned
     _sample_kernel[(rows,)](
         cond, uncond, uniform, threshold, token_ids, conditional, guided,
         inner, *strides, *uncond_layout, rows, vocab_size, math.log(vocab_size),
         cfg_weight, temperature, W_IN_MEMORY=isinstance(cfg_weight, Tensor),
         T_IN_MEMORY=isinstance(temperature, Tensor), GREEDY=greedy,
-        **sample_launch(vocab_size, cond.element_size()),
+        **sample_launch(vocab_size, cond.element_size(), small),
     )  # fmt: skip
     return token_ids, conditional, guided

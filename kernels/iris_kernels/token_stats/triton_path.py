@@ -107,11 +107,6 @@ def _lane_columns(count, L: tl.constexpr, K: tl.constexpr):
 
 
 @jit
-def _add(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
-
-
-@jit
 def _sum_columns(
     logits, bias, token, V, scale, min_d,
     PARTIAL: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
@@ -154,9 +149,9 @@ def _sum_columns(
     is_other = has_token & (lanes < 4 * K) & (columns != token_column)
     _, clamped, e = shifted_exp(_load(logits, bias, columns, V, True), m_safe, scale, min_d)
     e = tl.where(is_other, e, 0.0)
-    sum_exp_others, sum_exp_d, sum_d = tl.reduce(
-        (sum_exp_others + e, sum_exp_d + e * clamped, sum_d + shift * count), 0, _add
-    )
+    sum_exp_others = tl.sum(sum_exp_others + e, axis=0)
+    sum_exp_d = tl.sum(sum_exp_d + e * clamped, axis=0)
+    sum_d = tl.sum(sum_d + shift * count, axis=0)
     x_token = _load(logits, bias, token_column, V, True)
     x_token = tl.where(has_token, x_token, float("nan"))
     return sum_exp_others, sum_exp_d, sum_d, row_max, x_token
