@@ -28,8 +28,4 @@ def to_kernel_argument(value: Tensor) -> float | Tensor:
 def load_scalar(value, IN_MEMORY: tl.constexpr):
     """The same inside a kernel, in fp32: `value` is a pointer if IN_MEMORY, else the number."""
     # Not an early return: Triton would compile what follows it, and cannot add to a pointer.
-    if IN_MEMORY:
-        number = tl.load(value).to(tl.float32)
-    else:
-        number = tl.zeros([], tl.float32) + value
-    return number
+    return tl.load(value).to(tl.float32) if IN_MEMORY else tl.zeros([], tl.float32) + value

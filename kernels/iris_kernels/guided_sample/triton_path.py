@@ -215,7 +215,7 @@ def _sample_kernel(
 
 
 def sample_launch(vocab_size: int, itemsize: int, small: bool = False) -> dict[str, int | bool]:
-    """One tile of up to 32 KB, which stays in the registers of 8 warps; larger rows in halves of it.
+    """One tile of up to 32 KB, which stays in registers; larger rows in halves of that.
 
     64 columns of both branches per thread leave little to compute per thread instead of per column.
     `small` tiles leave registers for a threshold, or for the addresses of rows that are not aligned
@@ -249,7 +249,7 @@ def sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, gre
     aligned = all(n % 16 == 0 for n in (vocab_size, *strides, *uncond_layout[1:]))
     small = threshold is not None or not aligned
     _sample_kernel[(rows,)](
-        cond, uncond, uniform, threshold, token_ids, conditional, guided,
+        cond, uncond, uniform.contiguous(), threshold, token_ids, conditional, guided,
         inner, *strides, *uncond_layout, rows, vocab_size, math.log(vocab_size),
         cfg_weight, temperature, W_IN_MEMORY=isinstance(cfg_weight, Tensor),
         T_IN_MEMORY=isinstance(temperature, Tensor), GREEDY=greedy,
