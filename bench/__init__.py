@@ -4,6 +4,7 @@
                         [--profile false]
     pytest bench --benchmark-only            the same cases through pytest-benchmark
     python -m bench.trainer.scaling          one step on several ranks; modelled for 8 and 64 GPUs
+    python -m bench.trainer.step_model       kernels and modelled time of a decoding step
     python -m bench.kernels.compile_gates    registers, spills, instructions, without a GPU
     python -m bench.report                   RESULTS.md, docs/benchmarks.md and plots from results/
 

@@ -1,0 +1,335 @@
+"""Model of a decoding step of images on an H200: its kernels counted, its time predicted.
+
+    python -m bench.trainer.step_model [--model 1B|7B] [--json FILE]
+
+The trainer's own step is captured on fake CUDA tensors (`bench.harness.fake_cuda`): every kernel
+with its operands, grid and options, and whether it is launched by programmatic dependent launch
+(PDL; the launchers pass `launch_pdl`). The caches are those of the benchmark `rollout`: prompts of
+64 tokens that 8 samples share, 576 tokens per image, on average half of them live.
+
+The kernels of a step depend on each other and run one after another. The time of one is
+
+    t = start + max(dram, l2, products)
+    dram      bytes from memory that the kernel must read or write, over its bandwidth; less what it
+              has fetched before (see below)
+    l2        bytes that pass the L2 cache / L2_RATE: as above, and what programs read again
+    products  2 M N K / MATRIX_RATE
+    start     LAUNCH_S after a kernel in the same graph, or PDL_S if it is launched by PDL; and
+              LATENCY_S until its first data arrive
+
+Memory counts weights, live keys and values (a shared prefix once) and new cache entries; everything
+else that a step passes from kernel to kernel stays in the L2 cache of 60 MB. The bandwidth is
+
+    share COPY_RATE, at most bytes in flight / (LATENCY_S + TILE_S)
+
+where a multiprocessor holds as many programs as 16 warps make, and a program has in flight: of
+`_linear_kernel`, all but one stage of its weight tiles; of attention, one tile of keys and values
+(TILE_S, its arithmetic, during which nothing is in flight, is 0 for all other kernels). The last
+wave of programs is counted by itself. torch's products are taken to occupy the GPU.
+
+A PDL kernel after a Triton kernel starts while that one runs, and `_linear_kernel` then fetches up
+to 32 KB of weights per program into the L2 cache: in the time that the previous kernel leaves the
+memory idle, up to COPY_RATE.
+
+Constants, and where they are from ("optimistic" in parentheses):
+
+    COPY_RATE   4.3 TB/s       a large copy, measured with torch on an H200
+    MATRIX_RATE 790 TFLOP/s    bf16, size 8192, measured with torch on an H200
+    L2_RATE     5.5 TB/s       assumption: reads from an H100's L2 cache (Chips and Cheese, 2023, on
+                               the PCIe card, whose clock is lower)
+    LAUNCH_S    1.95 (1.3) us  per empty kernel in a CUDA graph 1.3 us were published for an H100
+                               (Hazy Research, "Look Ma, No Bubbles!", 2025); assumption: 1.5 times
+                               that for kernels with work before and after
+    PDL_S       0.75 (0.5) us  assumption: the end of the grid before and the release of the wait,
+                               but not the launch; no published figure was found
+    LATENCY_S   0.9 (0.6) us   assumption: the unloaded latency of an H100's memory is about 0.3 us
+                               by published microbenchmarks (arXiv 2402.13499); loaded, 3 (2) times
+    TILE_S      0.3 us         assumption: about 4 instructions per element of a tile of 16,384
+    share       0.75 (0.85)    assumption for Triton kernels: 83% was published for a fused log-prob
+                               kernel on an H100 (TRL); the goal of the kernels is 92% of a copy
+                0.70 (0.80)    assumption for torch's products with few rows: 78% of a copy follows
+                               from gpt-fast's 104.9 tokens/s of Llama-2-7B in bf16 on an A100
+
+The cautious values were chosen for agreement with an earlier, independent estimate of the step when
+it had 240 kernels, at 2, 16, 64, 128 and 256 rows: 37, 49, 63, 72 and 74% of the floor; this model
+says 37, 46, 60, 69 and 76% of that step (optimistic: 47, 58, 73, 81 and 87%). Nothing here has been
+measured on a GPU.
+
+The floor is that of the benchmark `rollout`, which counts the whole prompt of every sequence: a
+shared prefix is read less often than it assumes.
+
+"new graph": what a phase of a rollout costs besides its steps if its graph is not kept from an
+earlier one: the eager warm-up steps, bound by the host, and the capture (6 us per eager launch,
+15 us per captured kernel, both assumptions).
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench.harness.fake_cuda import Launch, fake_cuda
+from bench.trainer.models import NumberTokenizer, make_model, model_configs
+from bench.trainer.rollout import CFG_WEIGHT, PROMPT_TOKENS, make_prompts, step_bytes
+from iris_fast.config import SamplingConfig
+from iris_fast.models.janus import Janus, JanusConfig
+from iris_fast.models.templates import unconditional_ids
+from iris_fast.rollout.decode_loop import WARM_UP_STEPS
+from iris_fast.rollout.sampler import Sampler
+
+SEQUENCES = (2, 16, 64, 128, 256)
+COPY_RATE, L2_RATE = 4.3e12, 5.5e12  # bytes/s
+MATRIX_RATE = 790e12  # operations/s
+LAUNCH_S, PDL_S, LATENCY_S = 1.95e-6, 0.75e-6, 0.9e-6
+TILE_S = 0.3e-6
+TRITON_SHARE, BLAS_SHARE = 0.75, 0.70
+MULTIPROCESSORS, WARPS = 132, 16  # warps that registers leave room for, at 128 per thread
+EAGER_LAUNCH_S, CAPTURE_S_PER_NODE, DEFAULT_WARPS = 6e-6, 15e-6, 4
+LINEAR, ATTENTION = "_linear_kernel", "_decode_kernel"
+GOALS = {"1B": 0.78, "7B": 0.82}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The constants that are assumptions and are varied."""
+
+    triton_share: float = TRITON_SHARE
+    blas_share: float = BLAS_SHARE
+    launch_s: float = LAUNCH_S
+    pdl_s: float = PDL_S
+    latency_s: float = LATENCY_S
+
+    def start_s(self, pdl: bool) -> float:
+        """Before a kernel's first data arrive."""
+        return (self.pdl_s if pdl else self.launch_s) + self.latency_s
+
+
+CAUTIOUS = Machine()
+OPTIMISTIC = Machine(0.85, 0.80, 1.3e-6, 0.5e-6, 0.6e-6)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A kernel's work: bytes from memory and through the L2 cache, operations of products,
+    programs, bytes that one has in flight, and bytes that it may fetch early."""
+
+    name: str
+    dram: float
+    l2: float
+    operations: float = 0.0
+    programs: int = MULTIPROCESSORS
+    warps: int = DEFAULT_WARPS
+    in_flight: float | None = None
+    tile_s: float = 0.0
+    early: float = 0.0
+    pdl: bool = False
+    triton: bool = False
+
+    def memory_s(self, machine: Machine) -> float:
+        """Seconds in which its bytes from memory arrive."""
+        share = machine.triton_share if self.triton else machine.blas_share
+        if self.in_flight is None:
+            return self.dram / (share * COPY_RATE)
+        resident = MULTIPROCESSORS * max(WARPS // self.warps, 1)
+        whole, rest = divmod(self.programs, resident)
+        seconds = 0.0
+        for running, waves in ((resident, whole), (rest, 1)):
+            if running and waves:
+                most = running * self.in_flight / (machine.latency_s + self.tile_s)
+                rate = min(share * COPY_RATE, most)
+                seconds += waves * running * (self.dram / self.programs) / rate
+        return seconds
+
+
+@dataclass
+class Step:
+    """The model of one step: its nodes, and seconds by kernel."""
+
+    nodes: list[Node]
+    floor_s: float
+    machine: Machine = CAUTIOUS
+    seconds: Counter = field(default_factory=Counter)
+    start_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        idle, previous_triton = 0.0, False
+        for node in self.nodes:
+            start = self.machine.start_s(node.pdl)
+            early = 0.0
+            if node.pdl and previous_triton:
+                early = min(node.early / COPY_RATE, idle + start)
+            dram = max(node.memory_s(self.machine) - early, 0.0)
+            busy = max(dram, node.l2 / L2_RATE, node.operations / MATRIX_RATE)
+            if early:
+                start -= self.machine.latency_s  # its first data are in the L2 cache
+            self.seconds[node.name] += start + busy
+            self.start_s += start
+            idle = self.machine.latency_s + busy - dram
+            previous_triton = node.triton
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the step."""
+        return self.seconds.total()
+
+    @property
+    def fraction(self) -> float:
+        """Of the benchmark's floor."""
+        return self.floor_s / self.total_s
+
+
+def capture(config: JanusConfig, sequences: int) -> list[Launch]:
+    """The kernels of a step of images, as the sampler captures it."""
+    tokenizer = NumberTokenizer(config.decoder.vocab_size)
+    prompts = make_prompts(sequences, 0)
+    uncond = [unconditional_ids(ids, tokenizer) for ids in prompts]
+    with warnings.catch_warnings(), fake_cuda() as gpu, torch.no_grad():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        janus = make_model(config, torch.device("cuda"), torch.bfloat16)
+        janus.attn_implementation = "varlen"
+        settings = SamplingConfig(cfg_weight=CFG_WEIGHT)
+        sampler = Sampler(janus, tokenizer, settings, config.image_tokens)
+        sampler.sample_image(prompts, uncond, list(range(len(prompts))), lambda: None)
+        (step,) = gpu.captured
+    return step
+
+
+def node_of(launch: Launch, config: JanusConfig, sequences: int) -> Node:
+    """What a captured kernel moves and computes."""
+    if launch.name == ATTENTION:
+        return _attention(launch, config, sequences)
+    name, operands = launch.name, launch.tensors
+    options, grid = launch.options, launch.grid
+    pdl = bool(options.get("launch_pdl"))
+    warps = options.get("num_warps", DEFAULT_WARPS)
+    programs = 1
+    for size in grid:
+        programs *= size
+    if name == LINEAR:
+        weight, rows = operands["weight"], operands["x"].shape[0]
+        tiles = grid[0]
+        stage = 2 * options["BLOCK_K"] * options["BLOCK_N"] * (2 if options["GATED"] else 1)
+        lines = (
+            programs * stage // (2 * options["BLOCK_K"]) * options["LINES"] * 2 * options["LINE"]
+        )
+        return Node(
+            name, weight.bytes, launch.bytes + (tiles - 1) * operands["x"].bytes,
+            2.0 * rows * weight.bytes / 2, programs, warps, early=lines, pdl=pdl, triton=True,
+            in_flight=stage * (options["num_stages"] - 1),
+        )  # fmt: skip
+    if name.startswith(("aten.mm.", "aten.addmm.")):
+        matrices = [o for o in operands.values() if len(o.shape) == 2]
+        a, b = matrices[:2]
+        weight = max(a, b, key=lambda operand: operand.bytes)
+        operations = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
+        return Node(f"{name} {weight.shape}", weight.bytes, launch.bytes, operations)
+    selected = {"aten.embedding.default", "aten.index_select.default", "aten.index_copy_.default"}
+    moved = launch.bytes
+    if name in selected:  # not the whole table
+        moved = 2 * min(operand.bytes for operand in operands.values())
+    if launch.triton:  # of a cache, it writes one entry
+        moved -= sum(operand.bytes for operand in operands.values() if len(operand.shape) == 4)
+        return Node(name, 0.0, moved, programs=programs, warps=warps, pdl=pdl, triton=True)
+    return Node(name, 0.0, moved)
+
+
+def _attention(launch: Launch, config: JanusConfig, sequences: int) -> Node:
+    """Average over the image: prefix and half of the image's tokens are live."""
+    cache = launch.tensors["keys"]
+    item = cache.dtype.itemsize
+    slot = 2 * config.decoder.num_kv_heads * config.decoder.head_dim * item
+    own = sequences * config.image_tokens / 2
+    prefixes = launch.tensors["prefix_keys"].shape[0] if "prefix_keys" in launch.tensors else 0
+    from_memory = (own + prefixes * (PROMPT_TOKENS - 1) + sequences) * slot
+    tile = 2 * launch.options["L"] * launch.options["D"] * item
+    programs = 1
+    for size in launch.grid:
+        programs *= size
+    return Node(
+        launch.name, from_memory, (own + sequences * PROMPT_TOKENS) * slot,
+        programs=programs, warps=launch.options.get("num_warps", DEFAULT_WARPS), in_flight=tile,
+        tile_s=TILE_S, pdl=bool(launch.options.get("launch_pdl")), triton=True,
+    )  # fmt: skip
+
+
+def model_step(config: JanusConfig, sequences: int, machine: Machine = CAUTIOUS) -> Step:
+    """The modelled step of `sequences` rows, conditional and unconditional."""
+    with torch.device("meta"):
+        shapes = Janus(config).to(torch.bfloat16)
+    floor = step_bytes(shapes, sequences, PROMPT_TOKENS) / COPY_RATE
+    nodes = [node_of(launch, config, sequences) for launch in capture(config, sequences)]
+    return Step(nodes, floor, machine)
+
+
+def optimistic(step: Step) -> float:
+    """The fraction of the floor with the optimistic constants."""
+    return Step(step.nodes, step.floor_s, OPTIMISTIC).fraction
+
+
+def new_graph_s(step: Step) -> float:
+    """Seconds that a phase of a rollout spends more if its graph is not kept from an earlier one.
+
+    The warm-up steps' kernels are launched one by one (EAGER_LAUNCH_S each), and the capture takes
+    CAPTURE_S_PER_NODE, with the graph's instantiation; both are assumptions for torch and Triton.
+    """
+    nodes = len(step.nodes)
+    eager = max(nodes * EAGER_LAUNCH_S, step.total_s)
+    return WARM_UP_STEPS * (eager - step.total_s) + nodes * CAPTURE_S_PER_NODE
+
+
+def table(model: str, steps: dict[int, Step]) -> str:
+    """The result as lines of text."""
+    lines = [f"{model}: modelled, not measured; goal {GOALS[model]:.0%} of the floor from 64 rows"]
+    lines.append(
+        "rows  nodes  PDL  floor us  step us  of floor  optimistic  starts us  new graph ms"
+    )
+    for rows, step in steps.items():
+        pdl = sum(node.pdl for node in step.nodes)
+        lines.append(
+            f"{rows:4} {len(step.nodes):6} {pdl:4} {step.floor_s * 1e6:9.0f} "
+            f"{step.total_s * 1e6:8.0f} {step.fraction:9.0%} {optimistic(step):11.0%} "
+            f"{step.start_s * 1e6:10.0f} {new_graph_s(step) * 1e3:13.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=[*GOALS], help="default: both")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--kernels", action="store_true", help="also print seconds by kernel")
+    arguments = parser.parse_args()
+    configs = model_configs(torch.device("cuda"))
+    found = {}
+    for model in [arguments.model] if arguments.model else GOALS:
+        steps = {rows: model_step(configs[model], rows) for rows in SEQUENCES}
+        print(table(model, steps), flush=True)
+        for rows, step in steps.items() if arguments.kernels else ():
+            print(f"{rows} rows")
+            calls = Counter(node.name for node in step.nodes)
+            for name, seconds in step.seconds.most_common(12):
+                print(f"  {seconds * 1e6:9.1f} us {calls[name]:4} x {name}")
+        found[model] = {
+            rows: {
+                "nodes": len(step.nodes),
+                "pdl": sum(node.pdl for node in step.nodes),
+                "floor_us": step.floor_s * 1e6,
+                "step_us": step.total_s * 1e6,
+                "fraction_of_floor": step.fraction,
+                "optimistic": optimistic(step),
+                "new_graph_ms": new_graph_s(step) * 1e3,
+            }
+            for rows, step in steps.items()
+        }
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"step_model": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The model of a decoding step: what it counts, and how its constants act."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from bench.trainer import step_model
+from bench.trainer.models import model_configs
+from bench.trainer.rollout import PROMPT_TOKENS
+from bench.trainer.step_model import OPTIMISTIC, Node, Step
+from iris_fast.models.janus import Janus
+
+FULL = model_configs(torch.device("cuda"))["1B"]
+
+
+def with_layers(count: int):
+    return dataclasses.replace(FULL, decoder=dataclasses.replace(FULL.decoder, num_layers=count))
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[tuple[int, int], Step]:
+    """By layers and rows."""
+    return {
+        (layers, rows): step_model.model_step(with_layers(layers), rows)
+        for layers, rows in ((1, 16), (2, 16), (1, 256))
+    }
+
+
+@pytest.mark.parametrize("rows", [16, 256])
+def test_memory_is_that_of_weights_and_live_entries(steps, rows):
+    config = with_layers(1)
+    with torch.device("meta"):
+        janus = Janus(config)
+    layer = janus.model.language_model.layers[0]
+    read = [*layer.self_attn.parameters(), *layer.mlp.parameters()]
+    read += janus.model.generation_head.parameters()
+    read += janus.model.generation_aligner.parameters()  # the embedding of the sampled codes
+    weights = 2 * sum(p.numel() for p in read if p.dim() == 2)
+    slot = 2 * 2 * config.decoder.num_kv_heads * config.decoder.head_dim
+    # 8 samples of a group share a prompt, all unconditional rows share one.
+    prefixes = rows // 2 // 8 + 1
+    live = rows * (config.image_tokens / 2 + 1) + prefixes * (PROMPT_TOKENS - 1)
+    found = sum(node.dram for node in steps[1, rows].nodes)
+    assert found == pytest.approx(weights + slot * live, rel=1e-3)
+
+
+def test_every_layer_adds_the_same_kernels(steps):
+    """Seven launches of few rows, all by programmatic dependent launch."""
+    one, two = steps[1, 16].nodes, steps[2, 16].nodes
+    assert len(two) - len(one) == 7
+    assert sum(n.pdl for n in two) - sum(n.pdl for n in one) == 7
+    assert all(node.dram >= 0 and node.l2 > 0 for node in two)
+
+
+def test_a_step_takes_longer_than_its_floor_and_its_starts(steps):
+    for step in steps.values():
+        assert 0.3 < step.fraction < 1.0
+        assert step.fraction < step_model.optimistic(step)
+        assert 0 < step.start_s < step.total_s
+
+
+def test_dependent_launch_and_early_fetching_save_time():
+    first = Node("first", dram=0.0, l2=1e6, pdl=True, triton=True)
+    fields = {"dram": 40e6, "l2": 40e6, "triton": True}
+    plain, pdl = Node("second", **fields), Node("second", **fields, pdl=True)
+    fetching = dataclasses.replace(pdl, early=4e6)
+    times = [Step([first, node], 0.0).total_s for node in (plain, pdl, fetching)]
+    assert times[0] - times[1] == pytest.approx(step_model.LAUNCH_S - step_model.PDL_S)
+    saved = 4e6 / step_model.COPY_RATE + step_model.LATENCY_S
+    assert times[1] - times[2] == pytest.approx(saved)
+    after_torch = dataclasses.replace(first, triton=False)  # which does not start it early
+    assert Step([after_torch, fetching], 0.0).total_s == pytest.approx(times[1])
+
+
+def test_few_programs_do_not_reach_the_bandwidth():
+    many = Node("k", dram=1e8, l2=0.0, programs=1056, warps=8, in_flight=32768.0, triton=True)
+    few = dataclasses.replace(many, programs=33)
+    share = OPTIMISTIC.triton_share * step_model.COPY_RATE
+    assert many.memory_s(OPTIMISTIC) == pytest.approx(1e8 / share, rel=0.01)
+    rate = 33 * 32768.0 / OPTIMISTIC.latency_s
+    assert few.memory_s(OPTIMISTIC) == pytest.approx(1e8 / rate, rel=0.01)
+
+
+def test_the_command_prints_the_table_and_writes_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_model, "SEQUENCES", (16,))
+    monkeypatch.setattr(step_model, "model_configs", lambda device: {"1B": with_layers(1)})
+    out = tmp_path / "model.json"
+    monkeypatch.setattr("sys.argv", ["step_model", "--model", "1B", "--json", str(out)])
+    assert step_model.main() == 0
+    assert "modelled, not measured" in capsys.readouterr().out
+    assert '"fraction_of_floor"' in out.read_text()
