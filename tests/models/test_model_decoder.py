@@ -223,3 +223,29 @@ def test_fused_blocks_equal_the_modules(monkeypatch, dtype, kv_heads, bias):
         if name not in frozen:
             error = (ours[name].float() - gradient.float()).norm() / gradient.float().norm()
             assert error <= limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_blocks_on_a_gpu_equal_the_modules(monkeypatch, dtype):
+    """The Triton kernels against the modules: hidden states and every gradient."""
+    decoder = make_decoder(kv_heads=2, bias=True).to("cuda", dtype)
+    generator = torch.Generator().manual_seed(0)
+    rows, upstream = (
+        torch.randn(sum(LENGTHS), 48, generator=generator).to("cuda", dtype) for _ in range(2)
+    )
+    attention = PackedAttention(LENGTHS, "cuda")
+    assert decoder_module.runs_fused(rows)
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(decoder_module, "runs_fused", lambda x, fused=fused: fused)
+        leaf = rows.clone().requires_grad_()
+        decoder.zero_grad(set_to_none=True)
+        hidden = decoder(leaf, positions_of(LENGTHS).cuda(), attention)
+        hidden.backward(upstream)
+        trained = [p.grad for p in decoder.parameters() if p.grad is not None]
+        found.append([hidden.detach(), leaf.grad, *trained])
+    limit = 1e-4 if dtype == torch.float32 else 3e-2
+    for ours, theirs in zip(*found, strict=True):
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error <= limit
