@@ -6,7 +6,7 @@ Shapes: N samples, L steps.
 from collections.abc import Callable
 
 import torch
-from iris_kernels import GuidedSample, TokenStats
+from iris_kernels import TokenStats, guided_sample_step
 from torch import Tensor
 
 from iris_fast.records import Trace
@@ -52,16 +52,17 @@ class StepBuffer:
         self._stats_NL = uniforms_NL.new_zeros(2, 4, *uniforms_NL.shape)
         self._step_1 = uniforms_NL.new_zeros(1, dtype=torch.int64)
 
-    def uniforms_N(self) -> Tensor:
-        """The random numbers of the current step."""
-        return self._uniforms_NL.index_select(1, self._step_1)[:, 0]
+    def sample(self, cond_NV: Tensor, uncond_NV: Tensor | None, **settings: float) -> Tensor:
+        """Sample the current step's tokens [N] and store them; advance the step counter.
 
-    def append(self, sampled: GuidedSample) -> None:
-        """Store what the current step sampled and advance the step counter."""
-        self.token_ids_NL.index_copy_(1, self._step_1, sampled.token_ids[:, None])
-        stats = torch.stack([torch.stack(sampled.conditional), torch.stack(sampled.guided)])
-        self._stats_NL.index_copy_(3, self._step_1, stats[..., None])
+        `settings` are those of `guided_sample`.
+        """
+        token_ids_N = guided_sample_step(
+            cond_NV, uncond_NV, self._uniforms_NL, self._step_1,
+            self.token_ids_NL, *self._stats_NL, **settings,
+        )  # fmt: skip
         self._step_1 += 1
+        return token_ids_N
 
     def trace(self, mask_NL: Tensor) -> Trace:
         """The statistics of the first L steps on the CPU, L from the mask; 0 where it is False."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from iris_kernels import TokenStats, guided_sample, uses_triton
+from iris_kernels import TokenStats, uses_triton
 from torch import Tensor
 
 from iris_fast.config import SamplingConfig
@@ -186,18 +186,16 @@ class Sampler:
         def step() -> None:
             logits_BV = logits(decode(embeds_BD))
             cond, uncond = logits_BV.chunk(2) if guided else (logits_BV, None)
-            sampled = guided_sample(
+            token_ids_N = buffer.sample(
                 cond,
                 uncond,
-                buffer.uniforms_N(),
                 cfg_weight=config.cfg_weight,
                 temperature=0.0 if self.greedy else config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
                 min_p=config.min_p,
             )
-            buffer.append(sampled)
-            embeds_ND = embed(sampled.token_ids)
+            embeds_ND = embed(token_ids_N)
             embeds_BD.copy_(torch.cat([embeds_ND, embeds_ND]) if guided else embeds_ND)
 
         def stop(steps_done: int) -> bool:

@@ -18,6 +18,7 @@ from .decode_linear import decode_linear as decode_linear
 from .decode_linear import decode_linear_partials as decode_linear_partials
 from .guided_sample import GuidedSample as GuidedSample
 from .guided_sample import guided_sample as guided_sample
+from .guided_sample import guided_sample_step as guided_sample_step
 from .linear_token_stats import linear_token_stats as linear_token_stats
 from .quantize_rows import QuantizedRows as QuantizedRows
 from .quantize_rows import quantize_rows as quantize_rows

@@ -20,14 +20,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ops = torch.ops.iris_kernels
 
 PATHS = {"torch": ["sample_torch"], "triton": ["sample_triton"]}
-# name: (rows, V, dtype). A row is split into L <= 512 lanes of Q columns, in loads of 16 bytes.
+# name: (rows, V, dtype). A row is one tile or several, of groups of 16 bytes.
 REGIMES = {
     "one_class": (2, 1, torch.float32),
-    "fewer_classes_than_lanes": (7, 11, torch.float32),
+    "fewer_classes_than_groups": (7, 11, torch.float32),
     "unaligned_rows": (5, 257, torch.bfloat16),
-    "one_load_per_lane": (3, 1000, torch.float16),
+    "one_group_per_thread": (3, 1000, torch.float16),
     "image_vocabulary": (2, 16384, torch.bfloat16),
-    "several_loads_per_lane_and_a_tail": (2, 20001, torch.float32),
+    "several_tiles": (2, 20000, torch.bfloat16),
+    "several_unaligned_tiles": (2, 20001, torch.float32),
 }
 SETTINGS = {
     "plain": {},

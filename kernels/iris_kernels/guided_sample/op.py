@@ -64,14 +64,14 @@ def _guided_sample_op(
         greedy, top_k, top_p, min_p, vocab_size,
     )  # fmt: skip
     if not uses_triton(cond):
-        tokens, stats = _sample(sample_torch, *arguments)
+        tokens, stats = sample(sample_torch, *arguments)
         conditional, guided = (torch.stack(each) for each in zip(*stats, strict=True))
         return tokens.view(shape), conditional.view(4, *shape), guided.view(4, *shape)
-    out = _sample(sample_triton, *arguments)
+    out = sample(sample_triton, *arguments)
     return out[0].view(shape), out[1].view(4, *shape), out[2].view(4, *shape)
 
 
-def _sample(
+def sample(
     run, cond, uncond, uniform, cfg_weight, temperature, greedy, top_k, top_p, min_p, vocab_size
 ):
     """`run` (one of both paths) at the threshold of the truncation."""
@@ -147,29 +147,14 @@ def guided_sample(
         ValueError: an argument of the wrong shape, dtype, device or range; `uniform` outside
             [0, 1), which is checked on the CPU only; on a GPU it is clamped.
     """
-    check_logits("cond_logits", cond_logits)
-    if cond_logits.dtype == torch.float64:
-        raise ValueError("cond_logits has dtype torch.float64: cast it with .float()")
     rows = cond_logits.shape[:-1]
-    check_per_row("uniform", uniform, rows, cond_logits.device)
-    if uniform.dtype != torch.float32:
-        raise ValueError(f"uniform has dtype {uniform.dtype}: pass float32")
-    if uncond_logits is not None:
-        check_same_layout(cond_logits, uncond_logits)
-        uncond_logits = last_dim_contiguous(uncond_logits.detach())
-    check_scalar("cfg_weight", cfg_weight, cond_logits)
-    if not isinstance(cfg_weight, Tensor):
-        check_range("cfg_weight", cfg_weight, -math.inf < cfg_weight < math.inf, "a finite number")
-    check_temperature(temperature, cond_logits, zero_allowed=True)
-    greedy = not isinstance(temperature, Tensor) and temperature == 0
-    check_truncation(top_k, top_p, min_p)
-    vocab_size = check_vocab_size(vocab_size, cond_logits.shape[-1])
-    temperature = 1.0 if greedy else temperature
-    truncation = (greedy, top_k, float(top_p), float(min_p), vocab_size)
-    cond_logits = last_dim_contiguous(cond_logits.detach())
+    cond_logits, uncond_logits, temperature, truncation = checked(
+        cond_logits, uncond_logits, cfg_weight, temperature, top_k, top_p, min_p, vocab_size
+    )
+    check_uniform("uniform", uniform, rows, cond_logits.device)
     if calls_torch_path(cond_logits) and uniform.numel():
         numbers = float(cfg_weight), float(temperature)
-        tokens, stats = _sample(
+        tokens, stats = sample(
             sample_torch, cond_logits, uncond_logits, uniform.detach(), *numbers, *truncation
         )
         if len(rows) != 1:
@@ -182,6 +167,33 @@ def guided_sample(
         *truncation,
     )  # fmt: skip
     return GuidedSample(token_ids, TokenStats(*conditional), TokenStats(*guided))
+
+
+def checked(cond, uncond, cfg_weight, temperature, top_k, top_p, min_p, vocab_size):
+    """The logits without gradients, the temperature, and (greedy, top_k, top_p, min_p, V)."""
+    check_logits("cond_logits", cond)
+    if cond.dtype == torch.float64:
+        raise ValueError("cond_logits has dtype torch.float64: cast it with .float()")
+    if uncond is not None:
+        check_same_layout(cond, uncond)
+        uncond = last_dim_contiguous(uncond.detach())
+    check_scalar("cfg_weight", cfg_weight, cond)
+    if not isinstance(cfg_weight, Tensor):
+        check_range("cfg_weight", cfg_weight, -math.inf < cfg_weight < math.inf, "a finite number")
+    check_temperature(temperature, cond, zero_allowed=True)
+    greedy = not isinstance(temperature, Tensor) and temperature == 0
+    check_truncation(top_k, top_p, min_p)
+    vocab_size = check_vocab_size(vocab_size, cond.shape[-1])
+    truncation = (greedy, top_k, float(top_p), float(min_p), vocab_size)
+    cond = last_dim_contiguous(cond.detach())
+    return cond, uncond, 1.0 if greedy else temperature, truncation
+
+
+def check_uniform(name: str, uniform: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError unless these are random numbers of this shape on the device."""
+    check_per_row(name, uniform, shape, device)
+    if uniform.dtype != torch.float32:
+        raise ValueError(f"{name} has dtype {uniform.dtype}: pass float32")
 
 
 def guided_sample_reference(

@@ -7,7 +7,9 @@ Shapes: R rows, V columns, tiles of G groups x K columns, a group being 16 bytes
 """
 
 import math
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._backend import jit, tl, triton
@@ -75,7 +77,7 @@ def _sum_pair(a, b):
 
 @jit
 def _store_stats(
-    out, row, rows, x, m,  # [4, R], its row, R, the token's logit, the row's maximum
+    out, rows, room, inside, x, m,  # [4, R, L] at the row and step; the token's logit, the maximum
     sum_exp, sum_exp_d, sum_d,  # sums, see `_accumulate`; the first without the token's group
     x_group, is_other,  # logits of the token's group, and whether they count as others
     scale, inv_temperature, min_d, V, log_V,
@@ -92,14 +94,16 @@ def _store_stats(
         d_token, e_token, m, m_safe, sum_exp_others, sum_exp_d, sum_d, inv_temperature, V, log_V
     )
     for i in tl.static_range(4):
-        tl.store(out + i * rows + row, stats[i])
+        tl.store(out + i * rows * room, stats[i], mask=inside)
 
 
 @jit
 def _sample_kernel(
-    # Logits [R, V_held], uncond may be None; uniform [R]; the smallest logit kept [R] or None
+    # Logits [R, V_held], uncond may be None; uniform [R, L]; the smallest logit kept [R] or None
     cond, uncond, uniform, threshold,
-    token_ids, conditional, guided,  # outputs [R], [4, R], [4, R]
+    token_ids, conditional, guided,  # outputs [R], [4, R, L], [4, R, L]
+    # The column of L that is read and written [1], and where the token is recorded [R, L]; or None
+    step, recorded, room,
     # Layouts of the rows of cond and uncond, see `fold_rows`
     cond_inner, cond_stride_outer, cond_stride_inner,
     uncond_inner, uncond_stride_outer, uncond_stride_inner,
@@ -113,6 +117,12 @@ def _sample_kernel(
     TILES: tl.constexpr, TILES_POW2: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
+    place = row.to(tl.int64) * room  # in [R, L]
+    inside = True
+    if step is not None:
+        column = tl.load(step)
+        inside = (column >= 0) & (column < room)
+        place += column
     GUIDED: tl.constexpr = uncond is not None
     cond += row_offset(row, cond_inner, cond_stride_outer, cond_stride_inner)
     if GUIDED:
@@ -170,7 +180,8 @@ def _sample_kernel(
     if GREEDY:
         position = total * 0
     else:
-        position = (tl.load(uniform + row).to(tl.float64) * total.to(tl.float64)).to(tl.int64)
+        number = tl.load(uniform + place, mask=inside, other=0.0).to(tl.float64)
+        position = (number * total.to(tl.float64)).to(tl.int64)
         position = tl.minimum(position, total - 1)
     start = 0
     if TILES > 1:
@@ -191,6 +202,8 @@ def _sample_kernel(
     token = start + group * K + tl.sum(is_before.to(tl.int32), axis=0)
     token = tl.where(total == 0, 0, token)
     tl.store(token_ids + row, token.to(tl.int64))
+    if recorded is not None:
+        tl.store(recorded + place, token.to(tl.int64), mask=inside)
 
     token_group = token % (G * K) // K
     is_counted = groups != token_group
@@ -200,12 +213,12 @@ def _sample_kernel(
     c, u = _load_pair(cond, uncond, others, V, GUIDED, True)
     c_token, u_token = _load_pair(cond, uncond, token, V, GUIDED, True)
     _store_stats(
-        conditional, row, rows, as_float32(c_token), m_c,
+        conditional + place, rows, room, inside, as_float32(c_token), m_c,
         exp_c, exp_d_c, d_c, as_float32(c), others != token,
         unit_scale, 1.0, unit_min_d, V, log_V,
     )  # fmt: skip
     _store_stats(
-        guided, row, rows, _mix(c_token, u_token, cfg_weight, GUIDED), m_g,
+        guided + place, rows, room, inside, _mix(c_token, u_token, cfg_weight, GUIDED), m_g,
         exp_g, exp_d_g, d_g, _mix(c, u, cfg_weight, GUIDED), others != token,
         scale, inv_temperature, min_d, V, log_V,
     )  # fmt: skip
@@ -239,17 +252,39 @@ def sample_launch(vocab_size: int, itemsize: int, small: bool = False) -> dict[s
     }
 
 
-def sample_triton(cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size):
-    """One launch: token_ids [R], conditional [4, R], guided [4, R]."""
+class Recording(NamedTuple):
+    """Where a step of a decoding loop is recorded: the column `step` [1] of L."""
+
+    step: Tensor
+    token_ids: Tensor  # [R, L]
+    conditional: Tensor  # [4, R, L]
+    guided: Tensor  # [4, R, L]
+
+
+def sample_triton(
+    cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size,
+    recording: Recording | None = None,
+):  # fmt: skip
+    """One launch: token_ids [R], conditional [4, R], guided [4, R].
+
+    With a `recording`, uniform is [R L], and the statistics are those of the recording.
+    """
     cond, uncond = (t if t is None or fold_rows(t) else t.contiguous() for t in (cond, uncond))
     outer, inner, *strides = fold_rows(cond)
     rows = outer * inner
     _, *uncond_layout = (1, 1, 0, 0) if uncond is None else fold_rows(uncond)
-    token_ids, conditional, guided = empty_outputs(cond, (rows,))
+    if recording is None:
+        token_ids, conditional, guided = empty_outputs(cond, (rows,))
+        step, recorded, room = None, None, 1
+    else:
+        token_ids = cond.new_empty(rows, dtype=torch.int64)
+        step, recorded, conditional, guided = recording
+        room = recorded.shape[1]
     aligned = all(n % 16 == 0 for n in (vocab_size, *strides, *uncond_layout[1:]))
     small = threshold is not None or not aligned
     _sample_kernel[(rows,)](
         cond, uncond, uniform.contiguous(), threshold, token_ids, conditional, guided,
+        step, recorded, room,
         inner, *strides, *uncond_layout, rows, vocab_size, math.log(vocab_size),
         cfg_weight, temperature, W_IN_MEMORY=isinstance(cfg_weight, Tensor),
         T_IN_MEMORY=isinstance(temperature, Tensor), GREEDY=greedy,
