@@ -11,7 +11,7 @@ from kernel_oracle import EPS, assert_close, rounding
 ops = torch.ops.iris_kernels
 
 # name: (B, H, Hkv, S, Dh, dtype). Chunks have 256 entries, of which a slot takes every L-th,
-# L = 8192 / Dh: 64 at Dh = 128.
+# L = 4096 / Dh: 32 at Dh = 128.
 REGIMES = {
     "one_round_of_slots": (3, 2, 2, 40, 128, torch.float32),
     "several_rounds": (2, 2, 2, 150, 128, torch.bfloat16),

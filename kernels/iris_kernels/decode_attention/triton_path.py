@@ -19,6 +19,8 @@ from .._overlap import overlap_options, wait_for_previous_kernel
 from .._row_stats import LOG2_E
 
 CHUNK = 256  # entries, of fp8 twice as many: reducing the slots after each costs instructions
+TILE = 4096  # elements of a key or value tile
+STAGES = 3  # two tiles are in flight while one is multiplied
 SPLIT_BELOW = 256  # programs: fewer than about two per multiprocessor of an H200
 MERGED_AT_ONCE = 16  # chunks whose results are loaded together
 
@@ -48,7 +50,7 @@ def _merge(m, l, acc, m_other, l_other, acc_other):
 @jit
 def _attend_chunk(
     q, keys, values, first, last, key_stride, value_stride,
-    L: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    L: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """m the maximum score of the entries [first, last), l = sum exp2(score - m), acc [D] the sum of
     values with these weights.
@@ -60,10 +62,12 @@ def _attend_chunk(
     l = tl.zeros([L], tl.float32)
     acc = tl.zeros([L, D], tl.float32)
     d = tl.arange(0, D)
-    for start in range(first, last, L):
+    for start in tl.range(first, last, L, num_stages=STAGES):
         s = start + tl.arange(0, L)
         is_live = s < last
-        mask = is_live[:, None] & (d[None, :] < WIDTH)
+        mask = is_live[:, None]
+        if WIDTH < D:
+            mask = mask & (d[None, :] < WIDTH)
         k = tl.load(keys + s[:, None] * key_stride + d[None, :], mask=mask, other=0.0)
         v = tl.load(values + s[:, None] * value_stride + d[None, :], mask=mask, other=0.0)
         score = tl.sum(q[None, :] * k.to(tl.float32), axis=1)
@@ -84,12 +88,13 @@ def _attend_chunk(
 def _attend(
     q, keys, values, first, last, key_stride, value_stride, m, l, acc,
     CHUNK: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Merge the chunks of the entries [first, last) into m, l and acc, in order."""
     for start in range(first, last, CHUNK):
         end = tl.minimum(start + CHUNK, last)
         m_chunk, l_chunk, acc_chunk = _attend_chunk(
-            q, keys, values, start, end, key_stride, value_stride, L, WIDTH, D
+            q, keys, values, start, end, key_stride, value_stride, L, WIDTH, D, STAGES
         )
         m, l, acc = _merge(m, l, acc, m_chunk, l_chunk, acc_chunk)
     return m, l, acc
@@ -137,7 +142,8 @@ def _decode_kernel(
     nk_b, nk_h, nv_b, nv_h, table_p, c_b, c_h,
     # H / Hkv; Dh, and that rounded up to a power of two; slots; the largest fp8 or 0
     HEADS_PER_KV: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
-    CHUNK: tl.constexpr, SPLIT: tl.constexpr, FP8_MAX: tl.constexpr, OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FP8_MAX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence; SPLIT: one chunk of it, those of the prefix first."""
     h = tl.program_id(0)
@@ -192,7 +198,7 @@ def _decode_kernel(
             prefix_last = tl.minimum(first + CHUNK, prefix_length)
         m, l, acc = _attend(
             q, prefix_keys + n * pk_n + kv * pk_h, prefix_values + n * pv_n + kv * pv_h,
-            first, prefix_last, pk_s, pv_s, m, l, acc, CHUNK, L, WIDTH, D,
+            first, prefix_last, pk_s, pv_s, m, l, acc, CHUNK, L, WIDTH, D, STAGES,
         )  # fmt: skip
         first = 0
     if SPLIT:
@@ -201,7 +207,7 @@ def _decode_kernel(
         last = tl.minimum(first + CHUNK, length)
     m, l, acc = _attend(
         q, keys + b * k_b + kv * k_h, values + b * v_b + kv * v_h,
-        first, last, k_s, v_s, m, l, acc, CHUNK, L, WIDTH, D,
+        first, last, k_s, v_s, m, l, acc, CHUNK, L, WIDTH, D, STAGES,
     )  # fmt: skip
     if SPLIT:
         chunks = tl.num_programs(2)
@@ -240,14 +246,15 @@ def _merge_kernel(
 
 
 def decode_launch(head_width: int, cache_bytes: int) -> dict[str, int | bool]:
-    """Chunks, and 32 elements of a key and of a value tile per thread, 16 if they have 4 bytes; for
-    any number of sequences."""
+    """Chunks, and 16 elements of a key and of a value tile per thread: two programs (Triton 3.6) or
+    three (3.9) share a multiprocessor of an H200, each with 32 KB in flight, for any number of
+    sequences."""
     D = max(16, triton.next_power_of_2(head_width))
-    per_thread = 16 if cache_bytes == 4 else 32
-    slots = max(16, min(256 * per_thread // D, CHUNK))
-    warps = max(slots * D // (32 * per_thread), 1)
-    chunk = 2 * CHUNK if cache_bytes == 1 else CHUNK
-    return {"D": D, "L": slots, "CHUNK": chunk, "num_warps": warps, "enable_fp_fusion": True}
+    slots = max(16, min(TILE // D, CHUNK))
+    return {
+        "D": D, "L": slots, "CHUNK": 2 * CHUNK if cache_bytes == 1 else CHUNK, "STAGES": STAGES,
+        "num_warps": max(slots * D // 512, 1), "enable_fp_fusion": True,
+    }  # fmt: skip
 
 
 def decode_triton(
