@@ -24,7 +24,7 @@ from iris_fast.grpo.policy import build_models
 from iris_fast.grpo.update import Learner
 from iris_fast.models.compilation import require_compiler
 from iris_fast.models.images import decode_images
-from iris_fast.preflight.dry_run import dry_run, open_checked
+from iris_fast.preflight.dry_run import dry_run, keeps_rollout_memory, open_checked
 from iris_fast.preflight.inputs import check_device
 from iris_fast.prompts import PromptSource
 from iris_fast.records import Prompt, Scored
@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> None:
         check_environment(config, ranks)
         rewards = load_rewards(config.reward_funcs or [])  # before the model: it takes longer
         inputs = open_checked(config, ranks)
-        models = build_models(inputs, config, ranks)
+        models = build_models(inputs, config, ranks, keeps_rollout_memory(config, inputs, ranks))
         prompts = PromptSource(inputs.prompts, config.seed)
         decode = functools.partial(decode_images, models.vq)
         scorer = Scorer.of(config, rewards, inputs.prompts, decode)

@@ -211,9 +211,67 @@ def test_the_cache_holds_each_prefix_once():
 def test_steps_stop_when_asked_to():
     ran = []
     between = [False, False, True]
-    done = run_steps(lambda: ran.append(0), 10, False, lambda done: between[done - 1])
+    done = run_steps(lambda: ran.append(0), 10, lambda done: between[done - 1])
     assert (done, len(ran)) == (3, 3)
-    assert run_steps(lambda: None, 4, False, lambda done: False) == 4
+    assert run_steps(lambda: None, 4, lambda done: False) == 4
+
+
+# --- Memory that is kept --------------------------------------------------------------------------
+
+
+def kept_sampler(opened: LoadedJanus) -> Sampler:
+    config = SamplingConfig(rollout_engine="static", max_completion_length=7, cot=True)
+    return Sampler(opened.model, opened.tokenizer, config, image_tokens=9, keep_memory=True)
+
+
+def addresses(sampler: Sampler) -> list[int]:
+    caches = [decoding._cache for decoding in sampler._kept.values()]
+    return [keys.data_ptr() for cache in caches for keys, _ in cache._prefix + cache._own]
+
+
+def test_a_rollout_in_kept_memory_samples_the_same():
+    opened = make_model()
+    sampler, numbers = kept_sampler(opened), list(range(len(PROMPTS)))
+    first = sampler.rollout([Prompt(text) for text in PROMPTS], numbers)
+    codes, before = first.codes_NI.clone(), addresses(sampler)
+    other = [Prompt(text) for text in ["two green spheres", *PROMPTS[1:]]]
+    second = sampler.rollout(other, numbers)
+    fresh = kept_sampler(opened).rollout(other, numbers)
+    assert addresses(sampler) == before
+    assert second.cot_ids == fresh.cot_ids
+    assert torch.equal(second.codes_NI, fresh.codes_NI)
+    assert torch.equal(second.image.guided.logprob, fresh.image.guided.logprob)
+    assert torch.equal(first.codes_NI, codes)
+
+
+def test_memory_is_replaced_if_a_batch_does_not_fit_or_weights_have_moved():
+    opened = make_model()
+    sampler, numbers = kept_sampler(opened), list(range(len(PROMPTS)))
+    sampler.rollout([Prompt(text) for text in PROMPTS], numbers)
+    before = addresses(sampler)
+    longer = [Prompt("cube " * 70)] * len(PROMPTS)
+    assert torch.equal(
+        sampler.rollout(longer, numbers).codes_NI,
+        kept_sampler(opened).rollout(longer, numbers).codes_NI,
+    )
+    assert addresses(sampler) != before
+    before = addresses(sampler)
+    opened.model.lm_head.weight = torch.nn.Parameter(opened.model.lm_head.weight.flip(0))
+    assert (
+        sampler.rollout(longer, numbers).cot_ids
+        == kept_sampler(opened).rollout(longer, numbers).cot_ids
+    )
+    assert addresses(sampler) != before
+
+
+def test_fewer_samples_get_memory_of_their_own():
+    opened = make_model()
+    sampler = kept_sampler(opened)
+    sampler.rollout([Prompt(text) for text in PROMPTS], list(range(len(PROMPTS))))
+    one = sampler.rollout([Prompt(PROMPTS[0])], [0])
+    assert torch.equal(
+        one.codes_NI, kept_sampler(opened).rollout([Prompt(PROMPTS[0])], [0]).codes_NI
+    )
 
 
 # --- The fused decoder ----------------------------------------------------------------------------

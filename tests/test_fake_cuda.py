@@ -208,6 +208,16 @@ def test_a_step_is_captured_without_waits_or_copies(gpu, size, name):
         assert len(gpu.waits) - before <= 6
 
 
+def test_a_kept_graph_is_replayed_from_the_first_token(gpu):
+    """The second rollout captures nothing, and the step's memory stays where it was."""
+    config = settings("1B", max_completion_length=16, image_token_num_per_image=16)
+    sampler = dataclasses.replace(make_sampler(shallow("1B"), config), keep_memory=True)
+    samples = prompts_of(config, 8)
+    for _ in range(2):
+        sampler.rollout(samples, list(range(8)))
+        assert len(gpu.captured) == 2  # text and image
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,9 @@ class Models:
     vq: VQModel
 
 
-def build_models(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
+def build_models(
+    inputs: Inputs, config: TrainConfig, ranks: Ranks, keep_rollout_memory: bool = False
+) -> Models:
     """Make policy, sampler and reference of the opened model, on their devices.
 
     Its weights are read from where they are, such as files, and become those of the policy: float32
@@ -41,9 +43,13 @@ def build_models(inputs: Inputs, config: TrainConfig, ranks: Ranks) -> Models:
     opened = inputs.loaded
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     policy, vq = opened.model, opened.vq.to(ranks.device)
+    if ranks.device.type == "cpu":
+        vq.to(memory_format=torch.channels_last)  # a quarter faster, image by image
     set_attention(policy, config, ranks.device)
     frozen = frozen_copy(policy, dtype, ranks.device)
-    sampler = Sampler(frozen, opened.tokenizer, config, inputs.image_tokens)
+    sampler = Sampler(
+        frozen, opened.tokenizer, config, inputs.image_tokens, keep_memory=keep_rollout_memory
+    )
     reference: Janus | lora.Base | None = None
     adapters = lora.Lora.of(config)
     if adapters is not None:

@@ -29,6 +29,12 @@ def estimate_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Estimate:
     return estimate(config, inputs.loaded.config, ranks.world_size, gpu, mean_length)
 
 
+def keeps_rollout_memory(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> bool:
+    """Whether caches and CUDA graphs stay allocated between rollouts: on a GPU, if they fit."""
+    on_gpu = ranks.device.type == "cuda"
+    return on_gpu and estimate_run(config, inputs, ranks).caches_fit_beside_training
+
+
 def open_checked(config: TrainConfig, ranks: Ranks) -> Inputs:
     """Open model, mapped from its files, and prompts; UserError if a GPU is used and cannot hold
     the run."""

@@ -3,6 +3,7 @@
 Shapes: N samples, L steps.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,26 +15,32 @@ from iris_fast.records import Trace
 WARM_UP_STEPS = 2  # before a capture: compilation, library handles and workspaces
 
 
-def run_steps(
-    step: Callable[[], None],
-    max_steps: int,
-    use_cuda_graph: bool,
-    should_stop: Callable[[int], bool],
-) -> int:
-    """Call `step` up to `max_steps` times and return how often it ran.
+class CapturedStep:
+    """A decoding step: called `WARM_UP_STEPS` times, then captured as a CUDA graph, and from then
+    on replayed. Without `use_cuda_graph` it is always called.
 
-    `use_cuda_graph`: after `WARM_UP_STEPS` calls the step is captured and from then on replayed; it
-    must not synchronise with the device or depend on host state. `should_stop(steps_done)` is
-    called after each step.
+    A captured step must not synchronise with the device or depend on host state.
     """
-    run = step
-    for steps_done in range(1, max_steps + 1):
-        if use_cuda_graph and steps_done == WARM_UP_STEPS + 1:
+
+    def __init__(self, step: Callable[[], None], use_cuda_graph: bool) -> None:
+        self._step, self._run = step, step
+        self._until_capture = WARM_UP_STEPS if use_cuda_graph else math.inf
+
+    def __call__(self) -> None:
+        """Run one step."""
+        if self._until_capture == 0:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):  # it synchronises, and capturing does not run the step
-                step()
-            run = graph.replay
-        run()
+                self._step()
+            self._run, self._until_capture = graph.replay, math.inf
+        self._until_capture -= 1
+        self._run()
+
+
+def run_steps(step: Callable[[], None], max_steps: int, should_stop: Callable[[int], bool]) -> int:
+    """Call `step` up to `max_steps` times, until `should_stop(steps_done)`; how often it ran."""
+    for steps_done in range(1, max_steps + 1):
+        step()
         if should_stop(steps_done):
             return steps_done
     return max_steps
@@ -51,6 +58,11 @@ class StepBuffer:
         self.token_ids_NL = torch.zeros_like(uniforms_NL, dtype=torch.int64)
         self._stats_NL = uniforms_NL.new_zeros(2, 4, *uniforms_NL.shape)
         self._step_1 = uniforms_NL.new_zeros(1, dtype=torch.int64)
+
+    def restart(self, uniforms_NL: Tensor) -> None:
+        """Start over with other random numbers, in the same memory."""
+        self._uniforms_NL.copy_(uniforms_NL)
+        self._step_1.zero_()
 
     def sample(self, cond_NV: Tensor, uncond_NV: Tensor | None, **settings: float) -> Tensor:
         """Sample the current step's tokens [N] and store them; advance the step counter.

@@ -14,6 +14,7 @@ Shapes: B sequences, D hidden width, H query heads, J key/value heads, I MLP wid
 """
 
 import functools
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
 from iris_fast.models.decoder import Decoder, DecoderLayer, RMSNorm
-from iris_fast.rollout.shared_cache import SharedKVCache
 
 FP8_MULTIPLE = 16  # of the sizes that `scaled_mm` takes
 # Up to here `decode_linear` is used, above it torch's products. Every tile of its weight is
@@ -38,26 +38,52 @@ FP8_MULTIPLE = 16  # of the sizes that `scaled_mm` takes
 FEW_ROWS = 64
 
 
-def fuse_storage(parameters: list[nn.Parameter]) -> Tensor:
+class StepCache(Protocol):
+    """What a step needs of a key-value cache."""
+
+    def step_inputs(self) -> tuple[Tensor, ...]:
+        """What `append_and_attend` takes in every layer of the next step."""
+        ...
+
+    def append_and_attend(
+        self,
+        layer_index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        inputs: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Rotate and store the new token of every sequence; its context [B, H, d]."""
+        ...
+
+    def advance(self) -> None:
+        """Count the tokens that a step has stored."""
+        ...
+
+
+def fuse_storage(parameters: list[nn.Parameter], by_input: bool = False) -> Tensor:
     """Move parameters into one allocation, of which they become views, and return it.
 
-    Parameters that already follow one another in memory are not moved, so that earlier results of
-    this function stay valid.
+    `by_input`: weights [outputs, inputs] are stored as [inputs, outputs]. Parameters that already
+    follow one another in memory are not moved, so that earlier results of this function stay valid.
     """
-    first = parameters[0].detach()
+    first, lengths = parameters[0].detach(), [len(parameter) for parameter in parameters]
+    shape = (sum(lengths), *first.shape[1:])
+    strides = first.stride() if by_input else torch.empty(shape, device="meta").stride()
     storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
-    fused = True
+    fused = not by_input or strides[0] == 1
     for parameter in parameters:
         fused &= parameter.untyped_storage().data_ptr() == storage
-        fused &= parameter.storage_offset() == offset and parameter.is_contiguous()
-        offset += parameter.numel()
-    lengths = [len(parameter) for parameter in parameters]
-    if fused:
-        return first.as_strided((sum(lengths), *first.shape[1:]), first.stride())
-    copied = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, copied.split(lengths), strict=True):
-        parameter.data = part
-    return copied
+        fused &= parameter.storage_offset() == offset and parameter.stride() == strides
+        offset += len(parameter) * strides[0]
+    if not fused:
+        copied = torch.cat([parameter.detach() for parameter in parameters])
+        if by_input:
+            copied = copied.t().contiguous().t()
+        for parameter, part in zip(parameters, copied.split(lengths), strict=True):
+            parameter.data = part
+        return copied
+    return first.as_strided(shape, strides)
 
 
 class FusedLinear:
@@ -80,7 +106,9 @@ class FusedLinear:
 
     def refresh(self) -> None:
         """Use the layers' current weights: fuse those that were replaced, quantize them for fp8."""
-        self._weight = fuse_storage([layer.weight for layer in self._layers])
+        # MKL multiplies few rows faster by weights that are stored by input channel.
+        by_input = self._layers[0].weight.is_cpu and not self._fp8
+        self._weight = fuse_storage([layer.weight for layer in self._layers], by_input)
         biased = self._layers[0].bias is not None
         self._bias = fuse_storage([layer.bias for layer in self._layers]) if biased else None
         if not self._fp8:
@@ -163,10 +191,11 @@ class FusedDecoder:
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 linear.refresh()
 
-    def step(self, embeds_BD: Tensor, cache: SharedKVCache) -> Tensor:
+    def step(self, embeds_BD: Tensor, cache: StepCache) -> Tensor:
         """Final-norm hidden states [B, D] of the next token of every sequence, which the cache then
-        holds. Neither synchronises with the device nor depends on host state."""
-        config, stream_BD, rope = self._decoder.config, embeds_BD.clone(), cache.rope()
+        holds. With a `SharedKVCache`, neither synchronises with the device nor depends on host
+        state."""
+        config, stream_BD, inputs = self._decoder.config, embeds_BD.clone(), cache.step_inputs()
 
         def add_norm(norm: RMSNorm, delta: Tensor | None) -> Tensor:
             return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta)
@@ -176,7 +205,7 @@ class FusedDecoder:
             normed_BD = add_norm(fused.layer.input_layernorm, delta)
             parts = fused.project(normed_BD, few).split(fused.qkv.sizes, dim=-1)
             query, key, value = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
-            context_BHd = cache.append_and_attend(index, query, key, value, rope)
+            context_BHd = cache.append_and_attend(index, query, key, value, inputs)
             delta = fused.attention_output(context_BHd.flatten(-2), few)
             normed_BD = add_norm(fused.layer.post_attention_layernorm, delta)
             delta = fused.mlp_output(normed_BD, few)

@@ -7,7 +7,7 @@ by rounding.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -16,18 +16,13 @@ from torch import Tensor
 
 from iris_fast.config import SamplingConfig
 from iris_fast.models import templates
-from iris_fast.models.attention import rows_and_positions
 from iris_fast.models.janus import Janus
 from iris_fast.models.tokenizer import JanusTokenizer
 from iris_fast.records import Prompt, Rollout, Trace
-from iris_fast.rollout.decode_loop import StepBuffer, run_steps
-from iris_fast.rollout.fused_decoder import FusedDecoder
-from iris_fast.rollout.kv_cache import KVCache
+from iris_fast.rollout.decode_loop import StepBuffer
+from iris_fast.rollout.decoding import Decoding
+from iris_fast.rollout.fused_decoder import FusedDecoder, fuse_storage
 from iris_fast.rollout.random_streams import uniforms
-from iris_fast.rollout.shared_cache import SharedKVCache, SharedPrefixes
-
-# One decoding step: embeddings [B, D] of every sequence's next token -> final-norm hidden states.
-DecodingStep = Callable[[Tensor], Tensor]
 
 CALLBACK_STEPS = 64  # image steps between two calls of `callback`
 # Text steps between two checks of the device's "all ended" flag: a check stalls a GPU.
@@ -43,6 +38,8 @@ class Sampler:
     config: SamplingConfig
     image_tokens: int
     greedy: bool = False
+    keep_memory: bool = False  # of the static engine: caches and graphs serve the next rollout
+    _kept: dict[str, Decoding] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +65,10 @@ class Sampler:
 
     @functools.cached_property
     def fused(self) -> FusedDecoder:
-        """The decoder of the static engine, which shares this model's weights."""
+        """The decoder for single tokens, which shares this model's weights."""
+        head = self.janus.model.generation_head
+        for layer in (self.janus.lm_head, head.proj_out, head.vision_head):
+            fuse_storage([layer.weight], by_input=layer.weight.is_cpu)
         return FusedDecoder(self.janus.model.language_model, self.config.rollout_weight_dtype)
 
     @torch.no_grad()
@@ -83,8 +83,7 @@ class Sampler:
         `callback` is called before the image and every `CALLBACK_STEPS` of its steps, equally often
         on every rank; it may raise to stop the rollout.
         """
-        if self.uses_static_engine:
-            self.fused.refresh()  # weights may have been written since
+        self.fused.refresh()  # weights may have been written since
         template = templates.TEMPLATES[self.config.template]
         texts = [prompt.text for prompt in prompts]
         cot_prompt_ids: list[list[int]] = [[] for _ in prompts]
@@ -175,66 +174,21 @@ class Sampler:
         `unconditional` holds the rows that guide those of `prompt_ids`, or nothing; both rows of a
         sample receive the same token. `should_stop` is given the tokens [N, steps] so far.
         """
-        config, janus, guided = self.config, self.janus, bool(unconditional)
-        logits, embed = janus.text_logits, janus.embed_text
-        if stream == "image":
-            logits, embed = janus.image_logits, janus.embed_image
-        uniforms_NL = uniforms(config.seed, stream, sample_numbers, max_steps)
-        buffer = StepBuffer(uniforms_NL.to(self.device))
-        embeds_BD, decode = self._prefill(prompt_ids + unconditional, room=max_steps)
-
-        def step() -> None:
-            logits_BV = logits(decode(embeds_BD))
-            cond, uncond = logits_BV.chunk(2) if guided else (logits_BV, None)
-            token_ids_N = buffer.sample(
-                cond,
-                uncond,
-                cfg_weight=config.cfg_weight,
-                temperature=0.0 if self.greedy else config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                min_p=config.min_p,
-            )
-            embeds_ND = embed(token_ids_N)
-            embeds_BD.copy_(torch.cat([embeds_ND, embeds_ND]) if guided else embeds_ND)
-
-        def stop(steps_done: int) -> bool:
-            return should_stop(buffer.token_ids_NL[:, :steps_done])
-
-        steps = run_steps(step, max_steps, self.uses_cuda_graph, stop)
-        return buffer.token_ids_NL[:, :steps].cpu(), buffer
-
-    def _prefill(self, sequences: list[list[int]], room: int) -> tuple[Tensor, DecodingStep]:
-        """Run all but the last token of each sequence through the decoder.
-
-        Returns the embeddings [B, D] of the last tokens, which the first step takes, and the
-        decoding step, whose cache has room for `room` of them.
-        """
-        device, dtype = self.device, self.janus.lm_head.weight.dtype
-        config, attn_implementation = self.janus.config.decoder, self.janus.attn_implementation
-        prefixes = [ids[:-1] for ids in sequences]
-        if self.uses_static_engine:
-            shared = SharedPrefixes.of(prefixes)
-            prefixes = shared.prefixes
-            dtype = torch.float8_e4m3fn if self.config.kv_cache_dtype == "fp8" else dtype
-            cache = SharedKVCache(config, shared, room, dtype, device, attn_implementation)
-            attention = cache.prefill_attention()
-            decode = functools.partial(self.fused.step, cache=cache)
-        else:
-            slots = max(map(len, prefixes)) + room
-            cache = KVCache(config, len(prefixes), slots, dtype, device, attn_implementation)
-            attention = cache.prefill_attention([len(ids) for ids in prefixes])
-            decode = functools.partial(self._plain_step, cache=cache)
-        ids_T = torch.tensor([token for ids in prefixes for token in ids], device=device)
-        _, positions_T = rows_and_positions([len(ids) for ids in prefixes], device)
-        self.janus.hidden_states(self.janus.embed_text(ids_T), positions_T, attention)
-        last_B = torch.tensor([ids[-1] for ids in sequences], device=device)
-        return self.janus.embed_text(last_B), decode
-
-    def _plain_step(self, embeds_BD: Tensor, cache: KVCache) -> Tensor:
-        hidden_BD = self.janus.hidden_states(embeds_BD, cache.lengths_B, cache.decode_attention())
-        cache.advance()
-        return hidden_BD
+        decoding = self._kept.get(stream) or Decoding(
+            self.janus,
+            self.fused,
+            self.config,
+            stream,
+            static=self.uses_static_engine,
+            use_cuda_graph=self.uses_cuda_graph,
+            keep=self.keep_memory,
+            greedy=self.greedy,
+        )
+        if self.keep_memory:
+            self._kept[stream] = decoding
+        numbers_NL = uniforms(self.config.seed, stream, sample_numbers, max_steps)
+        decoding.start(prompt_ids + unconditional, numbers_NL)
+        return decoding.run(should_stop), decoding.buffer
 
 
 def empty_trace(samples: int) -> Trace:

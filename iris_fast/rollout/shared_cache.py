@@ -18,6 +18,8 @@ from torch import Tensor
 from iris_fast.models.attention import PackedAttention, rows_and_positions
 from iris_fast.models.decoder import AttentionStrategy, DecoderConfig, rope_tables
 
+SPARE_PREFIXES, SPARE_TOKENS = 8, 64
+
 
 @dataclass(frozen=True)
 class SharedPrefixes:
@@ -57,7 +59,8 @@ class SharedKVCache:
 
     Memory: 2 * layers * kv_heads * head_dim * (B * room + P * longest prefix) elements of `dtype`,
     which may be float8_e4m3fn whatever the model's is. `attn_implementation` is that of the
-    prefill, as for `PackedAttention`.
+    prefill, as for `PackedAttention`. `spare`: with room for more and longer prefixes, P rounded up
+    to a multiple of 8 and their length to one of 64, for `restart`.
     """
 
     def __init__(
@@ -68,33 +71,53 @@ class SharedKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         attn_implementation: str = "sdpa",
+        spare: bool = False,
     ) -> None:
-        self._prefix_lengths = [len(prefix) for prefix in shared.prefixes]
         self._dtype, self._attn_implementation = dtype, attn_implementation
-        batch, longest = len(shared.index), max(self._prefix_lengths)
+        batch, count = len(shared.index), len(shared.prefixes)
+        longest = max(map(len, shared.prefixes))
+        if spare:
+            count, longest = _round_up(count, SPARE_PREFIXES), _round_up(longest, SPARE_TOKENS)
 
         def allocate(rows: int, slots: int) -> list[tuple[Tensor, Tensor]]:
             shape = (rows, config.num_kv_heads, slots, config.head_dim)
             empty = functools.partial(torch.empty, shape, dtype=dtype, device=device)
             return [(empty(), empty()) for _ in range(config.num_layers)]
 
-        self._prefix, self._own = allocate(len(shared.prefixes), longest), allocate(batch, room)
-        self._index_B = torch.tensor(shared.index, device=device)
-        self._prefix_lengths_B = torch.tensor(shared.lengths, device=device)
+        self._prefix, self._own = allocate(count, longest), allocate(batch, room)
+        self._index_B, self._prefix_lengths_B = torch.empty(
+            2, batch, dtype=torch.int64, device=device
+        ).unbind()
         positions_S = torch.arange(longest + room, device=device)
         tables = rope_tables(positions_S, config.head_dim, config.rope_theta)
         half = config.head_dim // 2  # both halves of a table are the same
         cos, sin = (table[:, 0, :half].contiguous() for table in tables)
         self._rope = cos, sin
         # Stored tokens of each sequence, and the same including the current one.
-        self._counts_2B = torch.tensor([[0] * batch, [1] * batch], device=device)
+        self._counts_2B = torch.empty(2, batch, dtype=torch.int64, device=device)
         self._own_B, self._live_B = self._counts_2B
+        fits = self.restart(shared)
+        assert fits
+
+    def restart(self, shared: SharedPrefixes) -> bool:
+        """Start over with other prefixes in the same memory; False if they do not fit."""
+        keys, _ = self._prefix[0]
+        longest = max(map(len, shared.prefixes))
+        if len(shared.prefixes) > keys.shape[0] or longest > keys.shape[2]:
+            return False
+        assert len(shared.index) == len(self._own_B)
+        self.prefixes = shared.prefixes
+        self._index_B.copy_(torch.tensor(shared.index))
+        self._prefix_lengths_B.copy_(torch.tensor(shared.lengths))
+        self._own_B.fill_(0)
+        self._live_B.fill_(1)
+        return True
 
     def prefill_attention(self) -> AttentionStrategy:
         """Attention for the prefixes, packed in their order: causal inside each; all are stored."""
-        device = self._own_B.device
-        packed = PackedAttention(self._prefix_lengths, device, self._attn_implementation)
-        row_T, position_T = rows_and_positions(self._prefix_lengths, device)
+        device, lengths = self._own_B.device, [len(prefix) for prefix in self.prefixes]
+        packed = PackedAttention(lengths, device, self._attn_implementation)
+        row_T, position_T = rows_and_positions(lengths, device)
 
         def attention(layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = self._prefix[layer_index]
@@ -104,7 +127,7 @@ class SharedKVCache:
 
         return attention
 
-    def rope(self) -> tuple[Tensor, Tensor]:
+    def step_inputs(self) -> tuple[Tensor, Tensor]:
         """Cosine and sine for `append_and_attend`, the same in all layers: of each sequence's next
         position, [B, d / 2] fp32; with Triton the whole tables, whose rows the kernel chooses."""
         if uses_triton(self._rope[0]):
@@ -119,9 +142,9 @@ class SharedKVCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        rope: tuple[Tensor, Tensor],
+        inputs: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Context [B, H, d] of one new token per sequence: query and key are rotated by `rope`, key
+        """Context [B, H, d] of one new token per sequence: query and key are rotated, key
         and value stored, then the query attends to all stored tokens of its sequence."""
         own, (prefix_keys, prefix_values) = self._own[layer_index], self._prefix[layer_index]
         prefix = {
@@ -131,8 +154,8 @@ class SharedKVCache:
             "prefix_index": self._index_B,
         }
         if uses_triton(query):
-            return rope_append_attention(query, key, value, *rope, *own, self._own_B, **prefix)
-        rotated = rope_append(query, key, value, *rope, *own, self._own_B)
+            return rope_append_attention(query, key, value, *inputs, *own, self._own_B, **prefix)
+        rotated = rope_append(query, key, value, *inputs, *own, self._own_B)
         return decode_attention(rotated, *own, self._live_B, **prefix)
 
     def _convert(self, x_BJd: Tensor) -> Tensor:
@@ -145,3 +168,7 @@ class SharedKVCache:
     def advance(self) -> None:
         """Count the tokens that a step has stored."""
         self._counts_2B += 1
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
