@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> None:
         folder = run_folder.choose(config, ranks)
         check_environment(config, ranks)
         rewards = load_rewards(config.reward_funcs or [])  # before the model: it takes longer
-        inputs = open_checked(config, ranks)
+        inputs = open_checked(config, ranks, folder.path)
         models = build_models(inputs, config, ranks, keeps_rollout_memory(config, inputs, ranks))
         prompts = PromptSource(inputs.prompts, config.seed)
         decode = functools.partial(decode_images, models.vq)

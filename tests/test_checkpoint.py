@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
-from disks import mount, small_disk
+from disks import small_disk
 from iris_kernels import TokenStats
 from small_runs import checkpoints, flags, metrics, quick, tensors, tree
 
@@ -177,9 +177,21 @@ def test_a_crash_during_a_save_leaves_the_earlier_checkpoints(here, three_steps)
 
 
 def test_a_full_disk_is_a_user_error_and_leaves_the_earlier_checkpoints(here):
-    """Space for one checkpoint of 24 MB and not for two; then more space."""
-    with small_disk(here / "disk", megabytes=40) as disk:
-        settings = flags(**KEEP_ALL, max_steps=3, output_dir=disk / "run")
+    """Space for three checkpoints of 24 MB, which something else takes; then it is freed."""
+    with small_disk(here / "disk", megabytes=120) as disk:
+        (here / "fills.py").write_text(
+            "import shutil\n"
+            "calls = []\n"
+            "def reward(prompts, images):\n"
+            "    calls.append(1)\n"
+            "    if len(calls) == 2:\n"
+            "        free = shutil.disk_usage('disk').free\n"
+            "        with open('disk/filler', 'wb') as file:\n"
+            "            file.write(bytes(free - (10 << 20)))\n"
+            "    return [0.0] * len(prompts)\n"
+        )
+        filling = {"reward_funcs": "[fills:reward]"}
+        settings = flags(**KEEP_ALL | filling, max_steps=3, output_dir=disk / "run")
         finished = run("iris_fast.train", *settings, cwd=here)
         assert finished.code == 2
         assert "output_dir: " in finished.error_line
@@ -188,13 +200,17 @@ def test_a_full_disk_is_a_user_error_and_leaves_the_earlier_checkpoints(here):
         assert "Traceback" not in finished.error_line
         assert checkpoints(disk / "run") == ["step_00001"]
         assert find_fault(disk / "run" / "checkpoints" / "step_00001") is None
-        mount("-o", "remount,size=120m", str(disk))
-        train(quick(disk / "run", **KEEP_ALL, max_steps=3, resume_from_checkpoint=True))
+        (disk / "filler").unlink()
+        again = flags(
+            **KEEP_ALL | filling, max_steps=3, output_dir=disk / "run", resume_from_checkpoint=True
+        )
+        (here / "fills.py").write_text("def reward(prompts, images): return [0.0] * len(prompts)")
+        assert run("iris_fast.train", *again, cwd=here).code == 0
         assert checkpoints(disk / "run") == ["step_00001", "step_00002", "step_00003"]
 
 
 def test_a_disk_that_fills_up_between_two_steps_is_a_user_error(here):
-    with small_disk(here / "disk", megabytes=40) as disk:
+    with small_disk(here / "disk", megabytes=100) as disk:
         (here / "fills.py").write_text(
             "calls = []\n"
             "def reward(prompts, images):\n"

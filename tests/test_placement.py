@@ -89,7 +89,7 @@ def test_a_rank_copies_one_block_at_a_time(folder, units, kind):
     master = torch.bfloat16 if adapted else torch.float32
     compute = torch.bfloat16 if config.bf16 else torch.float32
     with distributed.start("cpu", 60.0) as ranks:
-        inputs = open_checked(config, ranks)
+        inputs = open_checked(config, ranks, Path("unused"))
         units.watch(inputs.loaded.model)
         stored = {name: p.detach().clone() for name, p in inputs.loaded.model.named_parameters()}
         models = build_models(inputs, config, ranks)

@@ -1,8 +1,11 @@
-"""`--dry_run true`, and the same estimate as a check before a run starts on a GPU."""
+"""`--dry_run true`, and the same estimate as a check before a run starts."""
+
+from pathlib import Path
 
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
 from iris_fast.models.templates import TEMPLATES, image_prompt_ids
+from iris_fast.preflight.disk import check_disk
 from iris_fast.preflight.estimate import Estimate, check_fits, estimate, this_gpu
 from iris_fast.preflight.inputs import Inputs, check_device, open_inputs
 
@@ -17,6 +20,10 @@ def dry_run(config: TrainConfig, ranks: Ranks) -> None:
     if ranks.is_first:
         print(needs.table())
     check_fits(needs, config)
+    if config.output_dir:
+        with ranks.on_first_rank() as mine:
+            if mine:
+                check_disk(config, needs.checkpoint_bytes, Path(config.output_dir))
 
 
 def estimate_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Estimate:
@@ -35,10 +42,14 @@ def keeps_rollout_memory(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> b
     return on_gpu and estimate_run(config, inputs, ranks).caches_fit_beside_training
 
 
-def open_checked(config: TrainConfig, ranks: Ranks) -> Inputs:
+def open_checked(config: TrainConfig, ranks: Ranks, run_folder: Path) -> Inputs:
     """Open model, mapped from its files, and prompts; UserError if a GPU is used and cannot hold
-    the run."""
+    the run, or if the disk of `run_folder` cannot hold its checkpoints."""
     inputs = open_inputs(config, None)
+    needs = estimate_run(config, inputs, ranks)
     if ranks.device.type == "cuda":
-        check_fits(estimate_run(config, inputs, ranks), config)
+        check_fits(needs, config)
+    with ranks.on_first_rank() as mine:
+        if mine:
+            check_disk(config, needs.checkpoint_bytes, run_folder)
     return inputs

@@ -1,4 +1,4 @@
-"""Estimate of a run before anything is loaded: memory per part and GPU, time per step.
+"""Estimate of a run before anything is loaded: memory per part and GPU, disk, time per step.
 
 Memory is computed from the shapes that the code allocates. Time is a lower bound: FLOPs at the
 GPU's matrix rate and bytes at its copy rate, without any overhead.
@@ -47,6 +47,7 @@ class Estimate:
     rollout_bytes: dict[str, float]
     training_bytes: dict[str, float]
     seconds: dict[str, float]
+    checkpoint_bytes: float  # on disk, of all ranks together
 
     @property
     def peak_bytes(self) -> float:
@@ -73,6 +74,7 @@ class Estimate:
             for name, size in parts.items():
                 lines.append(f"  {title:<14} {name:<28} {size / GIB:9.2f} GiB")
         lines.append(f"  {'peak':<43} {self.peak_bytes / GIB:9.2f} GiB")
+        lines.append(f"  {'one checkpoint on disk':<43} {self.checkpoint_bytes / GIB:9.2f} GiB")
         lines.append("time per step, at least")
         for name, value in (self.seconds | {"whole step": sum(self.seconds.values())}).items():
             lines.append(f"  {name:<43} {value:9.2f} s")
@@ -140,6 +142,7 @@ def estimate(
     read_bytes = (total - fp8_bytes) * item + fp8_bytes
     step_bytes = read_bytes + (prompts + rows * image / 2) * kv_token_bytes
 
+    saved = 4 * (trained if config.use_peft else total) + _moment_bytes(config) * trained
     flops = 2 * total * batch * tokens * config.gradient_accumulation_steps
     passes = 3 + config.gradient_checkpointing + bool(config.beta) + (config.num_iterations > 1)
     return Estimate(
@@ -161,6 +164,7 @@ def estimate(
             "rollout": (image + text) * step_bytes / gpu.copy_bytes_per_s,
             "training and reference passes": passes * flops / gpu.flops_per_s,
         },
+        checkpoint_bytes=saved,
     )
 
 

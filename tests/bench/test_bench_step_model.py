@@ -37,7 +37,6 @@ def test_memory_is_that_of_weights_and_live_entries(steps, rows):
     layer = janus.model.language_model.layers[0]
     read = [*layer.self_attn.parameters(), *layer.mlp.parameters()]
     read += janus.model.generation_head.parameters()
-    read += janus.model.generation_aligner.parameters()  # the embedding of the sampled codes
     weights = 2 * sum(p.numel() for p in read if p.dim() == 2)
     slot = 2 * 2 * config.decoder.num_kv_heads * config.decoder.head_dim
     # 8 samples of a group share a prompt, all unconditional rows share one.
