@@ -23,13 +23,13 @@ else that a step passes from kernel to kernel stays in the L2 cache of 60 MB. Th
     share COPY_RATE, at most bytes in flight / (LATENCY_S + TILE_S)
 
 where a multiprocessor holds as many programs as 16 warps make, and a program has in flight: of
-`_linear_kernel`, all but one stage of its weight tiles; of attention, one tile of keys and values
-(TILE_S, its arithmetic, during which nothing is in flight, is 0 for all other kernels). The last
-wave of programs is counted by itself. torch's products are taken to occupy the GPU.
+`_linear_kernel` and attention, all but one stage of its tiles (attention without stages one tile,
+and in TILE_S, its arithmetic, nothing is in flight). The last wave of programs is counted by
+itself. torch's products are taken to occupy the GPU.
 
-A PDL kernel after a Triton kernel starts while that one runs, and `_linear_kernel` then fetches up
-to 32 KB of weights per program into the L2 cache: in the time that the previous kernel leaves the
-memory idle, up to COPY_RATE.
+A PDL kernel after a Triton kernel starts while that one runs, and `_linear_kernel` then fetches the
+first LINES cache lines of its rows of the weight into the L2 cache: in the time that the previous
+kernel leaves the memory idle, up to COPY_RATE.
 
 Constants, and where they are from ("optimistic" in parentheses):
 
@@ -74,6 +74,7 @@ from pathlib import Path
 import torch
 
 from bench.harness.fake_cuda import Launch, fake_cuda
+from bench.harness.rows import rounded
 from bench.trainer.models import NumberTokenizer, make_model, model_configs
 from bench.trainer.rollout import CFG_WEIGHT, PROMPT_TOKENS, make_prompts, step_bytes
 from iris_fast.config import SamplingConfig
@@ -246,14 +247,16 @@ def _attention(launch: Launch, config: JanusConfig, sequences: int) -> Node:
     own = sequences * config.image_tokens / 2
     prefixes = launch.tensors["prefix_keys"].shape[0] if "prefix_keys" in launch.tensors else 0
     from_memory = (own + prefixes * (PROMPT_TOKENS - 1) + sequences) * slot
+    stages = launch.options.get("STAGES", 1)  # all but the one that is multiplied are in flight
     tile = 2 * launch.options["L"] * launch.options["D"] * item
     programs = 1
     for size in launch.grid:
         programs *= size
     return Node(
         launch.name, from_memory, (own + sequences * PROMPT_TOKENS) * slot,
-        programs=programs, warps=launch.options.get("num_warps", DEFAULT_WARPS), in_flight=tile,
-        tile_s=TILE_S, pdl=bool(launch.options.get("launch_pdl")), triton=True,
+        programs=programs, warps=launch.options.get("num_warps", DEFAULT_WARPS),
+        in_flight=max(stages - 1, 1) * tile, tile_s=TILE_S if stages == 1 else 0.0,
+        pdl=bool(launch.options.get("launch_pdl")), triton=True,
     )  # fmt: skip
 
 
@@ -318,11 +321,11 @@ def main() -> int:
             rows: {
                 "nodes": len(step.nodes),
                 "pdl": sum(node.pdl for node in step.nodes),
-                "floor_us": step.floor_s * 1e6,
-                "step_us": step.total_s * 1e6,
-                "fraction_of_floor": step.fraction,
-                "optimistic": optimistic(step),
-                "new_graph_ms": new_graph_s(step) * 1e3,
+                "floor_us": rounded(step.floor_s * 1e6),
+                "step_us": rounded(step.total_s * 1e6),
+                "fraction_of_floor": rounded(step.fraction),
+                "optimistic": rounded(optimistic(step)),
+                "new_graph_ms": rounded(new_graph_s(step) * 1e3),
             }
             for rows, step in steps.items()
         }
