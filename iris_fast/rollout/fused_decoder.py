@@ -107,7 +107,8 @@ class FusedLinear:
     def refresh(self) -> None:
         """Use the layers' current weights: fuse those that were replaced, quantize them for fp8."""
         # MKL multiplies few rows faster by weights that are stored by input channel.
-        by_input = self._layers[0].weight.is_cpu and not self._fp8
+        weight = self._layers[0].weight
+        by_input = weight.is_cpu and not self._fp8 and not uses_triton(weight)
         self._weight = fuse_storage([layer.weight for layer in self._layers], by_input)
         biased = self._layers[0].bias is not None
         self._bias = fuse_storage([layer.bias for layer in self._layers]) if biased else None
