@@ -142,7 +142,7 @@ class Decoding:
         )
         table = self._codes_KD if is_image else self._janus.model.language_model.embed_tokens.weight
         embeds_ND = F.embedding(token_ids_N, table)
-        self._embeds_BD.copy_(torch.cat([embeds_ND, embeds_ND]) if guided else embeds_ND)
+        self._embeds_BD.unflatten(0, (-1, len(embeds_ND))).copy_(embeds_ND)  # both rows of a sample
 
     def _embed_codes(self) -> Tensor:
         """Every code's embedding [K, D]: a row of it costs a step less than running the aligner."""

@@ -194,9 +194,9 @@ class FusedDecoder:
 
     def step(self, embeds_BD: Tensor, cache: StepCache) -> Tensor:
         """Final-norm hidden states [B, D] of the next token of every sequence, which the cache then
-        holds. With a `SharedKVCache`, neither synchronises with the device nor depends on host
-        state."""
-        config, stream_BD, inputs = self._decoder.config, embeds_BD.clone(), cache.step_inputs()
+        holds. Overwrites `embeds_BD`. With a `SharedKVCache`, neither synchronises with the device
+        nor depends on host state."""
+        config, stream_BD, inputs = self._decoder.config, embeds_BD, cache.step_inputs()
 
         def add_norm(norm: RMSNorm, delta: Tensor | None) -> Tensor:
             return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta)
