@@ -269,10 +269,11 @@ def build(
     return learner, models.sampler.janus
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_peak_memory_of_a_training_pass_is_the_estimate(size):
-    """Without moments, which `test_estimate` counts: they are made in the first step."""
+def test_peak_memory_of_a_training_pass_with_recomputation_is_the_estimate():
+    """Without moments, which `test_estimate` counts: on a GPU their step is compiled."""
+    size = "7B"
     config = settings(size, gradient_accumulation_steps=1)
+    assert config.gradient_checkpointing
     with quiet(custom_ops=False) as gpu, distributed.start("cuda", 60.0) as ranks:
         learner, copy = build(gpu, ranks, config, SIZES[size])
         gpu.reset_peak()
@@ -291,6 +292,34 @@ SMALL = {
     "num_generations": 2,
     "max_completion_length": 8,
 }
+
+
+def test_peak_memory_of_a_whole_step_is_the_estimate():
+    """A second step, with moments, and with the caches of the rollout beside the training pass."""
+    config = settings("1B", gradient_accumulation_steps=1)
+    needs = estimate(config, SIZES["1B"], 1, H200, prompt_tokens(config))
+    assert needs.caches_fit_beside_training
+    with quiet(custom_ops=False) as gpu, distributed.start("cuda", 60.0) as ranks:
+        with gpu.fake_host():
+            models = build_models(load(gpu, SIZES["1B"]), config, ranks, True)
+        optimizer = make_optimizer(models.policy, config)
+        learner = Learner(models.policy, models.reference, optimizer, config, ranks)
+        for parameter in (p for p in models.policy.parameters() if p.requires_grad):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        learner.discard_gradients()
+        gpu.reset_peak()
+        samples = prompts_of(config, config.prompts_per_step * config.num_generations)
+        rollout = models.sampler.rollout(samples, list(range(len(samples))))
+        zeros = torch.zeros(len(samples))
+        learner.update(learner.prepare(Scored(rollout, {}, zeros, zeros), None), 1)
+        learner.copy_weights_to(models.sampler.janus)
+        del learner, models, optimizer, parameter
+    parts = (needs.always_bytes, needs.rollout_bytes, needs.training_bytes)
+    expected = sum(sum(part.values()) for part in parts)
+    assert gpu.peak_bytes == pytest.approx(expected, rel=CLOSE), needs.table()
+
+
 STEPS = {
     "1B": ("1B", {}),
     "7B": ("7B", {}),
