@@ -340,6 +340,20 @@ def test_one_sum_over_tiles_is_held_at_a_time(device, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_products_are_added_without_a_temporary():
+    torch.use_deterministic_algorithms(False)
+    a, b = (torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    total = torch.randn(2048, 2048, device="cuda")
+    expected = total.double() + a.double() @ b.double()
+    module.add_matmul(torch.zeros_like(total), a, b)  # the library's workspace
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    module.add_matmul(total, a, b)
+    assert torch.cuda.max_memory_allocated() - before < total.nbytes
+    torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("trained", [True, False])
 def test_memory(trained, monkeypatch):
     monkeypatch.undo()
