@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from iris_kernels import guided_sample
 from iris_kernels.guided_sample import sample_launch, sample_triton
+from iris_kernels.guided_sample.triton_path import Recording
 from iris_kernels.token_stats import token_stats_reference
 from torch import Tensor
 
@@ -136,11 +137,18 @@ def _work(vocab_size: int, dtype: torch.dtype) -> list[Work]:
 
 
 def _gate_variants() -> None:
-    """Numbers and a threshold in memory; without guidance, greedy."""
+    """Numbers and a threshold in memory; without guidance, greedy; recorded as a step."""
     row = meta(GATE_ROWS, 16384, dtype=torch.bfloat16)
     number, uniform = torch.empty((), device="meta"), meta(GATE_ROWS)
     sample_triton(row, row, uniform, meta(GATE_ROWS), number, number, False, 16384)
     sample_triton(row, None, uniform, None, 1.0, 1.0, True, 16384)
+    steps = 576
+    buffers = meta(1, dtype=torch.int64), meta(GATE_ROWS, steps, dtype=torch.int64)
+    stats = (meta(4, GATE_ROWS, steps) for _ in range(2))
+    recording = Recording(*buffers, *stats)
+    sample_triton(
+        row, row, meta(GATE_ROWS * steps), None, 5.0, 1.0, False, 16384, recording=recording
+    )
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:

@@ -72,9 +72,7 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in the dtype of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif (
-        a.is_cuda
-    ):  # the product adds: half the traffic of a temporary that is added, and no memory
+    elif a.is_cuda:  # the product adds: half the traffic of a temporary, and none of its memory
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += matmul_fp32(a, b)

@@ -310,7 +310,7 @@ def forward_launch(columns: int, itemsize: int) -> dict[str, int | bool]:
     instructions than eight at 16384 columns.
     """
     per_lane = 16 // itemsize
-    warps = 1 if columns <= 1024 else 2 if columns <= 32768 else 4
+    warps = 1 if columns <= 4096 else 2 if columns <= 32768 else 4
     return {
         "PARTIAL": columns % (4 * 32 * warps * per_lane) != 0,
         "L": 32 * warps,
