@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.plots import draw
-from bench.harness.results import Run, load_all, merge
+from bench.harness.results import Run, load_all, merge, read
 from bench.harness.rows import CEILINGS, Row
-from bench.harness.tables import brief_table, percent, profile_table, shape, table
+from bench.harness.tables import brief_table, gates_table, percent, profile_table, shape, table
 
 ROOT = Path(__file__).parent.parent
+GATES = "compile-gates.json"
 HOURS = "hours_for_800_steps"
 BEGIN, END = "<!-- benchmark table -->", "<!-- end of benchmark table -->"
 
@@ -33,7 +34,8 @@ def main() -> int:
         print(f"no results in {results}: run `python -m bench.run` first")
         return 1
     plots = {stem: draw(stem, run, root / "bench" / "plots") for stem, run in runs.items()}
-    (root / "bench" / "RESULTS.md").write_text(results_page(runs, plots), encoding="utf-8")
+    text = results_page(runs, plots) + gates_section(results / GATES)
+    (root / "bench" / "RESULTS.md").write_text(text, encoding="utf-8")
     page = root / "docs" / "benchmarks.md"
     page.write_text(with_table(page.read_text("utf-8"), summary(runs)), encoding="utf-8")
     print(f"rendered {len(runs)} runs")
@@ -64,6 +66,23 @@ def results_page(runs: dict[str, Run], plots: dict[str, list[str]]) -> str:
                     parts += _profile(name.removeprefix(f"{suite}/"), profile)
         parts += _errors(run["rows"])
     return "\n\n".join(parts) + "\n"
+
+
+def gates_section(path: Path) -> str:
+    """What `bench.kernels.compile_gates --json` found for sm_90, if it was written."""
+    if not path.is_file():
+        return ""
+    run = read(path)
+    versions = "; ".join(f"{name} {value}" for name, value in run["head"].items())
+    parts = [
+        "## Compiled kernels",
+        f"`python -m bench.kernels.compile_gates --json bench/results/{GATES}` for sm_90, without "
+        f"a GPU ({versions}). Instructions per element in loops, per warp outside of them, and per "
+        "element in all; the time to issue them on an H200 and the time to move the bytes, "
+        "modelled as `bench/harness/sass.py` says. Not measured.",
+        gates_table(run["gates"]),
+    ]
+    return "\n" + "\n\n".join(parts) + "\n"
 
 
 def _head_line(run: Run) -> str:

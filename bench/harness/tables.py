@@ -149,3 +149,21 @@ def _short_error(peer: Row) -> str:
 
 def _mebibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.0f}"
+
+
+def gates_table(gates: list[dict[str, Any]]) -> str:
+    """The kernels for which the compile gates model issue and memory time."""
+    lines = [
+        "| case | registers | in loops | outside | per element | issue us | memory us | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for gate in gates:
+        if model := gate["model"]:
+            issue, memory = model["issue_us"], model["memory_us"]
+            cells = [
+                gate["case"], gate["registers"], f"{model['in_loops']:.1f}",
+                model["outside_loops"], f"{model['per_element']:.1f}",
+                f"{issue:.3g}", f"{memory:.3g}", f"{issue / memory:.2f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)

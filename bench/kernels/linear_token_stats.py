@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.harness import peers
 from bench.harness.case import Call, Case, check_close
-from bench.harness.gates import GateCase, Work, meta, vectors, vocabulary_cases
+from bench.harness.gates import ISSUE_LIMIT, GateCase, Work, meta, vectors, vocabulary_cases
 from bench.kernels import token_stats
 from bench.kernels.token_stats import OUTPUTS
 
@@ -219,9 +219,10 @@ def _gate_tile(vocab_size: int, dtype: torch.dtype) -> None:
 
 def _tile_work(vocab_size: int, dtype: torch.dtype) -> list[Work]:
     elements = TILE_SIDE**2
+    trips = token_stats.forward_trips(TILE_SIDE, torch.float32)
     return [
-        Work(elements, elements * 4, token_stats.forward_trips(TILE_SIDE, torch.float32)),
-        Work(elements, elements * (4 + dtype.itemsize)),
+        Work(elements, elements * 4, trips, ISSUE_LIMIT),
+        Work(elements, elements * (4 + dtype.itemsize), (), ISSUE_LIMIT),
     ]
 
 

@@ -1,5 +1,6 @@
 """The rendered pages, tables and plots; the committed ones match the committed JSON."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from bench import report
 from bench.harness import plots
-from bench.harness.results import write
+from bench.harness.results import load_all, write
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nlast line\n"
@@ -148,3 +149,15 @@ def test_the_committed_pages_match_the_committed_json(tmp_path, monkeypatch):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), name
     rendered = {p.name for p in (tmp_path / "bench" / "plots").glob("*.svg")}
     assert rendered <= {p.name for p in (ROOT / "bench" / "plots").glob("*.svg")}
+
+
+def test_compiled_kernels_are_a_section_and_not_a_run(tmp_path):
+    model = {"issue_us": 2.0, "memory_us": 4.0, "in_loops": 10.25, "outside_loops": 300}
+    gate = {"case": "op V=8", "registers": 56, "model": model | {"per_element": 12.0}}
+    document = {"head": {"triton": "3.6.0"}, "gates": [gate, gate | {"model": None}]}
+    (tmp_path / report.GATES).write_text(json.dumps(document))
+    assert load_all(tmp_path) == {}
+    section = report.gates_section(tmp_path / report.GATES)
+    assert "triton 3.6.0" in section
+    assert section.count("| op V=8 | 56 | 10.2 | 300 | 12.0 | 2 | 4 | 0.50 |") == 1
+    assert report.gates_section(tmp_path / "none.json") == ""
