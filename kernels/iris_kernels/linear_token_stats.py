@@ -10,17 +10,19 @@ Sums over tiles are accumulated in fp32, also for half-precision gradients: for 
 chunk at a time; for a half-precision `weight` one column block at a time, in a second loop over the
 tiles. Backward thus costs three products of R V D multiply-adds, four if such a weight is trained,
 two if the weight is frozen; forward costs one. Memory besides inputs and gradients stays under
-64 MB for any R and V.
+64 MB for any R and V. On a CPU, fp32 logits of up to `KEPT_LOGITS_BYTES` are kept where a gradient
+is needed, and backward saves the product that computes them again.
 
 Shapes: R rows, D hidden width, V columns (classes), tiles [C, B].
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ._backend import uses_triton
+from ._backend import calls_torch_path, uses_triton
 from ._checks import (
     LOGIT_DTYPES,
     check_ids_in_range,
@@ -38,11 +40,13 @@ from .token_stats import (
     backward_triton,
     forward_torch,
     forward_triton,
+    token_stats,
     token_stats_reference,
 )
 
 TILE_ELEMENTS = 1 << 22  # on a GPU: 17 MB of fp32 logits, which fit the L2 cache
 SUM_ELEMENTS = 1 << 22  # of an fp32 sum over tiles: 17 MB, on a CPU as much for its summand
+KEPT_LOGITS_BYTES = 32 << 20  # on a CPU: logits up to here are kept for the backward pass
 MIN_TILE_SIDE = 128  # below that, a tile's matrix product is slow
 
 
@@ -340,9 +344,36 @@ def linear_token_stats(
         raise ValueError(
             f"weight has dtype {weight.dtype} but hidden has {hidden.dtype}: cast one of them"
         )
+    if _keeps_logits(hidden, weight, bias, vocab_size):
+        return _with_logits(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
     temperature = to_scalar_tensor(temperature, hidden)
     out = _linear_token_stats_op(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
     return TokenStats(*out[:4])
+
+
+def _keeps_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) -> bool:
+    """Whether all logits are computed once and kept until their gradient overwrites them: in eager
+    mode on a CPU, if a gradient is needed and they take at most `KEPT_LOGITS_BYTES`."""
+    tensors = [t for t in (hidden, weight, bias) if t is not None]
+    size = math.prod(hidden.shape[:-1]) * vocab_size * hidden.element_size()
+    return (
+        size <= KEPT_LOGITS_BYTES
+        and hidden.dtype == compute_dtype(hidden)
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in tensors)
+        and calls_torch_path(hidden, with_gradient=True)
+    )
+
+
+def _with_logits(hidden, weight, bias, token_ids, mask, temperature, vocab_size) -> TokenStats:
+    """The same by one product, whose result the backward pass overwrites by its gradient."""
+    if vocab_size < weight.shape[0]:
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        return token_stats(
+            logits, token_ids, temperature=temperature, mask=mask, inplace_backward=True
+        )
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -27,6 +27,7 @@ REGIMES = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     small = {"CHUNK_ELEMENTS": 160, "TILE_ELEMENTS": 160, "SUM_ELEMENTS": 64, "MIN_TILE_SIDE": 4}
+    small["KEPT_LOGITS_BYTES"] = 0
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
 
@@ -91,6 +92,31 @@ def test_budget(regime, bias, backend, device, tiles):
     forward = {(first, count) for name, first, count in tiles if name.startswith("forward")}
     assert sum(count for _, count in forward) == V
     assert (len(forward) > 1) == ("tile" in regime and regime != "one_tile")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_logits_that_fit_are_kept(frozen, tiles, monkeypatch):
+    """On a CPU: no tile is computed, and results agree with the tiles' also for padding, masks and
+    a frozen weight."""
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
+    head, token_ids = case(10, 101, 16, torch.float32, "cpu")
+    token_ids = token_ids.clamp(max=89)
+    token_ids[3], mask = -100, torch.arange(10) != 6
+    gradients, results = upstream_gradients((10,), "cpu"), []
+    for kept_bytes in (10 * 90 * 4, 10 * 90 * 4 - 1):
+        monkeypatch.setattr(module, "KEPT_LOGITS_BYTES", kept_bytes)
+        tiles.clear()
+        leaves = [t.clone().requires_grad_(i == 0 or not frozen) for i, t in enumerate(head)]
+        hidden, weight, bias = leaves
+        options = {"temperature": 0.7, "mask": mask, "vocab_size": 90}
+        out = linear_token_stats(hidden, weight, token_ids, bias, **options)
+        torch.autograd.backward(out, gradients)
+        assert bool(tiles) == (kept_bytes < 10 * 90 * 4)
+        results.append([*out, *(leaf.grad for leaf in leaves)])
+    for kept, tiled in zip(*results, strict=True):
+        assert (kept is None) == (tiled is None)
+        if kept is not None:
+            torch.testing.assert_close(kept, tiled, rtol=1e-4, atol=1e-5)
 
 
 def test_sums_over_tiles_are_kept_in_fp32(device, monkeypatch):
