@@ -22,7 +22,7 @@ from bench.harness.gates import DTYPES, WIDTHS, GateCase, Work, meta
 SUITE = "kernels"
 EPS = 1e-6
 GPU_GRID = ((64, 256), (2048, 4096), torch.bfloat16)
-CPU_GRID = ((64,), (2048,), torch.float32)
+CPU_GRID = ((16, 64), (2048,), torch.float32)
 
 
 class Inputs(NamedTuple):

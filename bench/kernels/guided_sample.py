@@ -24,7 +24,7 @@ SUITE = "kernels"
 CFG_WEIGHT = 5.0
 CDF_TOLERANCE = 1e-5  # distance of the uniform number from the token's CDF step
 GPU_GRID = ((16, 64, 256), (16384,), torch.bfloat16)
-CPU_GRID = ((64,), (16384,), torch.float32)
+CPU_GRID = ((16, 64), (16384,), torch.float32)
 
 
 class Inputs(NamedTuple):

@@ -26,7 +26,7 @@ from bench.kernels.token_stats import OUTPUTS
 SUITE = "kernels"
 SAMPLED_ROWS = 16  # of the forward pass, checked in float64
 GPU_GRID = ((4608,), 2048, (16384, 102400), torch.bfloat16)
-CPU_GRID = ((256,), 256, (16384,), torch.float32)
+CPU_GRID = ((16, 256), 256, (16384,), torch.float32)
 MATMULS = {"forward": 1, "forward+backward": 3, "forward+backward, frozen weight": 2}
 
 

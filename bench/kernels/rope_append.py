@@ -24,7 +24,7 @@ SUITE = "kernels"
 SLOTS, WIDTH = 8, 128  # few slots: only one is touched, and the inputs must exceed the cache
 THETA = 10000.0
 GPU_GRID = ((16, 32), (64, 256), torch.bfloat16)
-CPU_GRID = ((16,), (64,), torch.float32)
+CPU_GRID = ((16,), (16, 64), torch.float32)
 
 
 class Inputs(NamedTuple):

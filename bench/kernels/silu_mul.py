@@ -23,7 +23,7 @@ from bench.harness.gradients import check_gradients, forward_backward
 SUITE = "kernels"
 TRAINING_ROWS = 40320
 GPU_GRID = ((64, 256), (5632, 11008), torch.bfloat16)
-CPU_GRID = ((64,), (5632,), torch.float32)
+CPU_GRID = ((16, 64), (5632,), torch.float32)
 
 Compute = Callable[[Tensor], Tensor]
 

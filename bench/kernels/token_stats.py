@@ -29,8 +29,8 @@ from bench.harness.gates import ISSUE_LIMIT, GateCase, Work, meta, vectors, voca
 SUITE = "kernels"
 SAMPLED_ROWS = 16  # checked in float64
 GPU_GRID = ((4608, 36864), (16384, 102400, 151936), torch.bfloat16)
-# One shape: whether malloc reuses memory, without page faults, depends on what else has run.
-CPU_GRID = ((1152,), (16384,), torch.float32)
+# Few shapes: whether malloc reuses memory, without page faults, depends on what else has run.
+CPU_GRID = ((16, 1152), (16384,), torch.float32)
 
 
 class Inputs(NamedTuple):

@@ -153,7 +153,7 @@ class T2IR1:
         self._trained = [p.requires_grad_(True) for m in modules for p in m.parameters()]
         self._masters = [p.detach().float().clone() for p in self._trained]
         self._optimizer = torch.optim.AdamW(
-            self._masters, lr=config.learning_rate, weight_decay=config.weight_decay
+            self._masters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.device = janus.lm_head.weight.device
 

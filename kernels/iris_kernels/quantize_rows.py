@@ -21,7 +21,7 @@ from ._checks import check_contiguous
 from ._fp8 import FP8, FP8_MAX
 from ._ops import add_op_namespace_prefix
 from ._overlap import overlap_options, wait_for_previous_kernel
-from ._row_stats import compute_dtype
+from ._row_stats import compute_dtype, workspace
 
 MAX_CHANNELS = 32768  # one program holds a row
 
@@ -81,7 +81,8 @@ def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.maximum(wide.amax(dim=-1, keepdim=True), wide.amin(dim=-1, keepdim=True).neg_())
     scales = largest.div_(FP8_MAX)
     scales = scales.masked_fill_(scales == 0, 1.0)
-    return (wide / scales).to(FP8), scales
+    quotients = workspace(tuple(x.shape), torch.float32, x.device)
+    return torch.div(wide, scales, out=quotients).to(FP8), scales
 
 
 # --- Custom op ------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def rope_append_triton(query, key, value, cos, sin, key_cache, value_cache, slot
 
 def rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots) -> Tensor:
     """The same in torch."""
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = (torch.cat((table, table), dim=-1)[:, None] for table in (cos, sin))
     rotated_key = _rotate(key, cos, sin)
     rows = torch.arange(len(slots), device=slots.device)
     if not slots.is_cpu:  # where slots have not been checked, write nothing outside the cache
@@ -140,13 +140,11 @@ def rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads [B, H, Dh] rotated by tables [B, 1, Dh/2], contiguous."""
-    wide = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    first, second = x.float().chunk(2, dim=-1)
-    low, high = wide.chunk(2, dim=-1)
-    torch.mul(first, cos, out=low).sub_(second * sin)
-    torch.mul(second, cos, out=high).add_(first * sin)
-    return wide.to(x.dtype)
+    """Heads [B, H, Dh] rotated by tables [B, 1, Dh], contiguous."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1).mul_(sin)
+    return (wide * cos).add_(turned).to(x.dtype)
 
 
 # --- Custom op ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._inverse_cdf import likely_tokens, sample_tokens
+from .._parallel import share_rows
 from .._row_stats import (
     MIN_D,
     all_finite,
@@ -45,11 +46,17 @@ def sample_torch(
 ) -> tuple[Tensor, list[Tensor]]:
     """Tokens [R]; logprob, nsc, entropy and lse, each [2, R]: conditional and guided."""
     cond, uncond = flat_rows(cond, vocab_size), flat_rows(uncond, vocab_size)
-    rows, most, parts = len(cond), chunk_rows(2 * vocab_size), []
-    for start in range(0, rows, most):
-        part = slice(start, min(start + most, rows)) if rows > most else slice(None)
-        each = (None if t is None else t[part] for t in (cond, uncond, uniform, threshold))
-        parts.append(_sample_chunk(*each, cfg_weight, temperature, greedy))
+    rows, most = len(cond), chunk_rows(2 * vocab_size)
+
+    def sample_part(part: slice) -> list[tuple[Tensor, ...]]:
+        found = []
+        for start in range(part.start, part.stop, most):
+            chunk = slice(start, min(start + most, part.stop))
+            each = (None if t is None else t[chunk] for t in (cond, uncond, uniform, threshold))
+            found.append(_sample_chunk(*each, cfg_weight, temperature, greedy))
+        return found
+
+    parts = [each for part in share_rows(sample_part, rows, 2 * vocab_size) for each in part]
     tokens, *sums = parts[0]
     if len(parts) > 1:
         tokens, *sums = (torch.cat(each, -1) for each in zip(*parts, strict=True))

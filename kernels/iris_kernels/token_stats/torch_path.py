@@ -1,8 +1,11 @@
 """`token_stats` in torch: chunks of rows that stay in the cache, in buffers that every call reuses.
 
+The rows are shared among threads once per call (see `_parallel`).
+
 Shapes: R rows, V columns of the block, chunks [C, V].
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import ids_in_range, kept_rows, row_parts
+from .._parallel import share_rows
 from .._row_stats import (
     MIN_D,
     RowSums,
@@ -25,16 +29,27 @@ from .._row_stats import (
 from .columns import Columns, merge
 
 
-def chunks(logits: Tensor, V: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """(flat row numbers, logits [C, V_held], buffer [C, V], buffer [C, V]) of every chunk."""
-    most, dtype = chunk_rows(V), compute_dtype(logits)
-    whole = [(slice(0, len(logits)), logits)]
-    for rows, part in whole if logits.dim() == 2 else row_parts(logits, levels=1):
-        flat = part if part.dim() == 2 else part.view(-1, part.shape[-1])
-        for start in range(rows.start, rows.stop, most):
-            stop = min(start + most, rows.stop)
-            a, b = workspace((2, stop - start, V), dtype, logits.device)
-            yield slice(start, stop), flat[start - rows.start : stop - rows.start], a, b
+def flat_parts(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Flat number of the first row, and logits [r, V_held], of parts that are views."""
+    if logits.dim() == 2:
+        yield 0, logits
+        return
+    for rows, part in row_parts(logits, levels=1):
+        yield rows.start, part.view(-1, part.shape[-1])
+
+
+def chunks(part: slice, V: int, like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row numbers of every chunk of a part, and two buffers [C, V]."""
+    most, dtype = chunk_rows(V), compute_dtype(like)
+    for start in range(part.start, part.stop, most):
+        stop = min(start + most, part.stop)
+        a, b = workspace((2, stop - start, V), dtype, like.device)
+        yield slice(start, stop), a, b
+
+
+def shifted(rows: slice, first: int) -> slice:
+    """Flat row numbers of rows of a part whose first row has the number `first`."""
+    return slice(rows.start + first, rows.stop + first) if first else rows
 
 
 def forward_torch(
@@ -45,21 +60,32 @@ def forward_torch(
     `all_here`: every token is known to be among these columns.
     """
     ids = token_ids.long() if columns.first == 0 else token_ids.long() - columns.first
-    all_here, state, parts = all_here or ids_in_range(ids, columns.count), columns.state, []
-    for rows, x, d, e in chunks(logits, columns.count):
-        x = x if x.shape[-1] == columns.count else x[:, : columns.count]
-        x = x if columns.bias is None else x + columns.bias
-        sums = chunk_sums(x, ids[rows], temperature, d, e, all_here)
-        if not columns.is_first:
-            sums = merge(RowSums(*state[:, rows]), columns.first, sums, columns.count, temperature)
-        if not columns.is_last:
-            torch.stack(sums, out=state[:, rows])
-        parts.append(sums)
+    all_here, state, V = all_here or ids_in_range(ids, columns.count), columns.state, columns.count
+
+    def sums_of(flat: Tensor, first: int, part: slice) -> list[RowSums]:
+        found = []
+        for place, d, e in chunks(part, V, flat):
+            x, rows = flat[place], shifted(place, first)
+            x = x if x.shape[-1] == V else x[:, :V]
+            x = x if columns.bias is None else x + columns.bias
+            sums = chunk_sums(x, ids[rows], temperature, d, e, all_here)
+            if not columns.is_first:
+                before = RowSums(*state[:, rows])
+                sums = merge(before, columns.first, sums, columns.count, temperature)
+            if not columns.is_last:
+                torch.stack(sums, out=state[:, rows])
+            found.append(sums)
+        return found
+
+    found: list[RowSums] = []
+    for first, flat in flat_parts(logits.detach()):
+        for part in share_rows(functools.partial(sums_of, flat, first), len(flat), V):
+            found += part
     # Ids that all lie among these columns include none of a row without a token.
     ignored = None if all_here and mask is None else ~kept_rows(token_ids, mask)
     if not columns.is_last:
         return None if ignored is None else state.masked_fill_(ignored, 0.0)
-    sums = parts[0] if len(parts) == 1 else RowSums(*map(torch.cat, zip(*parts, strict=True)))
+    sums = found[0] if len(found) == 1 else RowSums(*map(torch.cat, zip(*found, strict=True)))
     results = stats_from_row_sums(sums, columns.row_width, temperature)
     if ignored is not None:
         results = tuple(result.masked_fill(ignored, 0.0) for result in results)
@@ -83,28 +109,34 @@ def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, 
         coef_token = torch.where(column == ids, coef_token, 0.0)
     row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
     flat_grad = None if grad is logits else grad.view(-1, grad.shape[-1])
-    for rows, part, d, e in chunks(logits, V):
-        out_padded = part if flat_grad is None else flat_grad[rows]
-        out = out_padded[:, :V]
-        x = part[:, :V] if columns.bias is None else part[:, :V] + columns.bias
-        distances(x, d, row_max[rows], temperature)
-        exp_rows(d, e)
-        g = out if out.dtype == e.dtype else e
-        factor = coef_e[rows, None]
-        if coef_ed is not None:
-            d.clamp_(min=MIN_D)
-            factor = torch.addcmul(factor, d, coef_ed[rows, None], value=-1, out=d)
-        if coef_all is None:
-            torch.mul(e, factor, out=g)
-        else:
-            torch.addcmul(coef_all[rows, None], e, factor, out=g)
-        g.scatter_add_(1, column[rows, None], coef_token[rows, None])
-        if ignored is not None:
-            g.masked_fill_(ignored[rows, None], 0.0)
-        if g is not out:
-            out.copy_(g)
-        if out_padded.shape[-1] > V:
-            out_padded[:, V:] = 0
+
+    def gradients_of(flat: Tensor, first: int, part: slice) -> None:
+        for place, d, e in chunks(part, V, flat):
+            rows = shifted(place, first)
+            out_padded = flat[place] if flat_grad is None else flat_grad[rows]
+            x, out = flat[place, :V], out_padded[:, :V]
+            x = x if columns.bias is None else x + columns.bias
+            distances(x, d, row_max[rows], temperature)
+            exp_rows(d, e)
+            g = out if out.dtype == e.dtype else e
+            factor = coef_e[rows, None]
+            if coef_ed is not None:
+                d.clamp_(min=MIN_D)
+                factor = torch.addcmul(factor, d, coef_ed[rows, None], value=-1, out=d)
+            if coef_all is None:
+                torch.mul(e, factor, out=g)
+            else:
+                torch.addcmul(coef_all[rows, None], e, factor, out=g)
+            g.scatter_add_(1, column[rows, None], coef_token[rows, None])
+            if ignored is not None:
+                g.masked_fill_(ignored[rows, None], 0.0)
+            if g is not out:
+                out.copy_(g)
+            if out_padded.shape[-1] > V:
+                out_padded[:, V:] = 0
+
+    for first, flat in flat_parts(logits):
+        share_rows(functools.partial(gradients_of, flat, first), len(flat), V)
 
 
 def _coefficients(saved, upstream, temperature, columns: Columns):
