@@ -57,10 +57,10 @@ def tile_shape(R: int, V: int, D: int, on_cpu: bool, *, sum_columns: bool = Fals
     """Rows and columns of a tile; the sum over tiles is [rows, D], or [columns, D]."""
     elements = CHUNK_ELEMENTS if on_cpu else TILE_ELEMENTS
     summed = min(max(MIN_TILE_SIDE, SUM_ELEMENTS // D), 512 if on_cpu else 2048)
-    rows, columns = (elements // summed, summed)
-    if not sum_columns:  # few rows: more columns
-        rows, columns = summed, elements // min(summed, max(R, 1))
-    if not sum_columns and columns >= V:  # few classes: take more rows
+    if sum_columns:
+        return min(elements // summed, max(R, 1)), min(summed, V)
+    rows, columns = summed, elements // min(summed, max(R, 1))
+    if columns >= V:  # few classes: take more rows
         rows = min(max(rows, elements // V), max(MIN_TILE_SIDE, SUM_ELEMENTS // D))
     return min(rows, max(R, 1)), min(columns, V)
 
