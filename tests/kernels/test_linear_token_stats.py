@@ -11,7 +11,8 @@ from iris_kernels.linear_token_stats import linear_token_stats_reference, tile_s
 from kernel_oracle import EPS, FIELDS, assert_close, rounding, upstream_gradients
 
 ops = torch.ops.iris_kernels
-module = importlib.import_module("iris_kernels.linear_token_stats")
+module = importlib.import_module("iris_kernels.linear_token_stats.tiles")
+op = importlib.import_module("iris_kernels.linear_token_stats.op")
 INPUTS = ("hidden", "weight", "bias")
 # name: (rows, V, D, dtype). Tiles have up to 160 elements and sums up to 64: with D = 16, 4 rows
 # by 40 columns, or 40 by 4 in the loop for a half-precision weight.
@@ -27,7 +28,7 @@ REGIMES = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     small = {"CHUNK_ELEMENTS": 160, "TILE_ELEMENTS": 160, "SUM_ELEMENTS": 64, "MIN_TILE_SIDE": 4}
-    small["KEPT_LOGITS_BYTES"] = 0
+    monkeypatch.setattr(op, "KEPT_LOGITS_BYTES", 0)
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
 
@@ -104,7 +105,7 @@ def test_logits_that_fit_are_kept(frozen, tiles, monkeypatch):
     token_ids[3], mask = -100, torch.arange(10) != 6
     gradients, results = upstream_gradients((10,), "cpu"), []
     for kept_bytes in (10 * 90 * 4, 10 * 90 * 4 - 1):
-        monkeypatch.setattr(module, "KEPT_LOGITS_BYTES", kept_bytes)
+        monkeypatch.setattr(op, "KEPT_LOGITS_BYTES", kept_bytes)
         tiles.clear()
         leaves = [t.clone().requires_grad_(i == 0 or not frozen) for i, t in enumerate(head)]
         hidden, weight, bias = leaves
