@@ -71,11 +71,13 @@ def calls_torch_path(tensor: Tensor, *others: Tensor | None, with_gradient: bool
     """Whether an op calls its torch path as a plain function instead of its custom op.
 
     True in eager mode on a CPU, where the dispatch of a custom op costs 8 to 300 us per call. A
-    graph (torch.compile, make_fx, fake tensors), a torch.func transform, the Triton path and,
-    unless `with_gradient`, arguments of which one needs a gradient take the custom op.
+    graph (torch.compile, make_fx, torch.jit.trace, fake tensors), a torch.func transform, the
+    Triton path and, unless `with_gradient`, arguments of which one needs a gradient take the custom
+    op.
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and tensor.is_cpu
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not is_in_torch_dispatch_mode()

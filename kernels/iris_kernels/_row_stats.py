@@ -109,21 +109,24 @@ def stats_from_sums(
 # Elements of a buffer that one thread works on: two of 512 KB stay in its L2 cache.
 THREAD_ELEMENTS = 1 << 17
 CHUNK_ELEMENTS = 1 << 20  # of all threads together: 4 MB of fp32 per buffer
+WORKSPACE_BYTES = 64 << 20  # of a thread: the chunks of all ops fit
 _workspaces = threading.local()
 
 
 def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialized tensor, on a CPU in memory that this thread's next call gets again: pages of
-    new memory take longer to map than to fill."""
-    if device.type != "cpu":
+    new memory take longer to map than to fill. More than `WORKSPACE_BYTES` are not kept."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size > WORKSPACE_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
     last = getattr(_workspaces, "last", None)
     if last is None or last.shape != shape or last.dtype != dtype:
-        size = math.prod(shape) * dtype.itemsize
         memory = getattr(_workspaces, "memory", None)
         with torch.inference_mode(False):  # such a tensor could not be written outside of it
             if memory is None or len(memory) < size:
-                memory = _workspaces.memory = torch.empty(size, dtype=torch.uint8)
+                # Not on torch's default device, which may be another one.
+                memory = torch.empty(size, dtype=torch.uint8, device=device)
+                _workspaces.memory = memory
             last = _workspaces.last = memory[:size].view(dtype).view(shape)
     return last
 
@@ -185,7 +188,8 @@ def exp_rows(d: Tensor, out: Tensor) -> Tensor:
         return out.masked_fill_(row_max == -math.inf, 0.0)
     smallest = 1.1 * torch.finfo(d.dtype).tiny
     lowest = math.log(smallest)
-    if d.is_cpu and float(d.amin()) > lowest:
+    # Where all results lie above the threshold below, which must not depend on the other rows.
+    if d.is_cpu and float(d.amin()) > lowest + math.log(1.2):
         return torch.exp(d, out=out)
     # On a CPU, an exponential that underflows takes 20 to 200 times as long as one that does not.
     torch.clamp(d, min=lowest, out=out)

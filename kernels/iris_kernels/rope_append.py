@@ -205,7 +205,7 @@ def rope_append(
             which is checked on the CPU only (on a GPU such a token is not written).
     """
     _check(query, key, value, cos, sin, key_cache, value_cache, slots)
-    if calls_torch_path(query) and query.numel():
+    if calls_torch_path(query, key, value, key_cache, value_cache) and query.numel():
         check_values_in_range("slots", slots, 0, key_cache.shape[2] - 1)
         return rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots)
     return _rope_append_op(query, key, value, cos, sin, key_cache, value_cache, slots)

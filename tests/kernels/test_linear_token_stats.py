@@ -424,3 +424,16 @@ def test_wrong_arguments_are_named(message):
     positional, keywords = WRONG_ARGUMENTS[message]
     with pytest.raises(ValueError, match=message):
         linear_token_stats(*positional, **keywords)
+
+
+@pytest.mark.parametrize("kept", [0, op.KEPT_LOGITS_BYTES], ids=["tiles", "kept_logits"])
+def test_a_graph_that_is_kept_gives_each_gradient(kept, monkeypatch):
+    monkeypatch.setattr(op, "KEPT_LOGITS_BYTES", kept)
+    (hidden, weight, _), token_ids = case(5, 33, 8, torch.float32, "cpu", bias=False)
+    hidden.requires_grad_()
+    out = linear_token_stats(hidden, weight, token_ids)
+    wanted = linear_token_stats_reference(hidden, weight, token_ids)
+    for name in FIELDS:
+        (found,) = torch.autograd.grad(getattr(out, name).sum(), hidden, retain_graph=True)
+        (grad,) = torch.autograd.grad(getattr(wanted, name).sum(), hidden, retain_graph=True)
+        torch.testing.assert_close(found, grad, rtol=1e-4, atol=1e-5)

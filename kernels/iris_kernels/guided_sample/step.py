@@ -51,7 +51,9 @@ def _step_torch(cond, uncond, uniforms, recording: Recording, *arguments) -> Ten
     """The same on the torch path."""
     step, *buffers = recording
     if step.is_cpu:
-        column = int(step)
+        column, room = int(step), uniforms.shape[1]
+        if not 0 <= column < room:
+            raise IndexError(f"step is {column}: it must lie in [0, {room})")
         places = [buffer[..., column] for buffer in (uniforms, *buffers)]
         uniform = places[0].contiguous()
     else:  # without reading the counter on the host

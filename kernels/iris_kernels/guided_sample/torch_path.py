@@ -61,7 +61,7 @@ def sample_torch(
     if len(parts) > 1:
         tokens, *sums = (torch.cat(each, -1) for each in zip(*parts, strict=True))
     stats = stats_from_distances(*sums, vocab_size, all_finite(sums[2]))
-    return tokens, [each.expand(2, rows) for each in stats[:4]]
+    return tokens, [each if len(each) == 2 else each.repeat(2, 1) for each in stats[:4]]
 
 
 def _sample_chunk(cond, uncond, uniform, threshold, cfg_weight, temperature, greedy):

@@ -172,10 +172,11 @@ class _TokenStats(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         logits, token_ids, mask, *saved = ctx.saved_tensors
-        if ctx.inplace:
+        # A graph that is kept is run again, and needs the logits then.
+        if ctx.inplace and not torch._C._autograd._get_current_graph_task_keep_graph():
             grad = logits = logits.detach()
         else:
-            grad = prefer_huge_pages(torch.empty(logits.shape, dtype=logits.dtype))
+            grad = prefer_huge_pages(logits.new_empty(logits.shape))
         _run_backward(
             logits, grad, token_ids, mask, saved, upstream[:4], ctx.temperature, ctx.vocab_size
         )
@@ -225,7 +226,8 @@ def token_stats(
             logits are not used.
         vocab_size: columns from here on are padding; their gradient is 0. None: no padding.
         inplace_backward: write the gradient over the logits, which saves R * V_held elements.
-            Autograd then refuses the backward of any other operation that saved those logits.
+            Autograd then refuses the backward of any other operation that saved those logits. In
+            eager mode on a CPU, a backward pass with retain_graph=True writes a new gradient.
 
     Returns:
         TokenStats(logprob, nsc, entropy, lse), each float32 (...).
