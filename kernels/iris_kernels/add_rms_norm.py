@@ -42,7 +42,8 @@ def _add_rms_norm_kernel(
     if delta is not None:
         added = tl.load(delta + row + d, mask=inside, other=0.0).to(tl.float32)
         for p in tl.static_range(1, PARTS):
-            added += tl.load(delta + p * part + row + d, mask=inside, other=0.0)
+            place = tl.cast(part, tl.int64) * p + row
+            added += tl.load(delta + place + d, mask=inside, other=0.0)
         if PARTS:
             added = added.to(x.dtype).to(tl.float32)  # as a product is rounded
         x = (x.to(tl.float32) + added).to(x.dtype)

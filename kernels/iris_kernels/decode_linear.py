@@ -89,7 +89,7 @@ def _linear_kernel(
     # Nothing but the weight, which no kernel of a decoding step writes, is worth fetching now.
     _prefetch(weight, n, N, K, first_k, LINES, LINE, OVERLAP)
     w = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    up_weight = weight + N.to(tl.int64) * K
+    up_weight = weight + tl.cast(N, tl.int64) * K  # an N of 1 is a constant, without `to`
     u = w
     if GATED:
         _prefetch(up_weight, n, N, K, first_k, LINES, LINE, OVERLAP)

@@ -26,6 +26,7 @@ from ._ops import add_op_namespace_prefix
 def _rotate(x, out, row, h, heads, x_t, x_h, c, s, i, HALF: tl.constexpr):
     """Heads `h` of one row of `x`, rotated, to contiguous `out`."""
     mask = (h < heads)[:, None] & (i < HALF)[None, :]
+    h = h.to(tl.int64)  # heads may be further apart than rows
     source = x + row * x_t + h[:, None] * x_h + i[None, :]
     target = out + (row * heads + h[:, None]) * 2 * HALF + i[None, :]
     low = tl.load(source, mask=mask, other=0.0)

@@ -14,13 +14,17 @@ from bench.harness import sass
 ROOT = Path(__file__).parents[2]
 
 
-def run_gates(path: Path, *arguments: str) -> list[dict]:
-    """In a process of its own, where triton compiles instead of interpreting."""
+def run_python(*arguments: str) -> str:
+    """In a process of its own, where triton compiles instead of interpreting; what it prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "bench.kernels.compile_gates"]
-    command += ["--json", str(path), *arguments]
+    command = [sys.executable, "-W", "ignore", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_gates(path: Path, *arguments: str) -> list[dict]:
+    run_python("-m", "bench.kernels.compile_gates", "--json", str(path), *arguments)
     return json.loads(path.read_text())["gates"]
 
 
@@ -79,6 +83,22 @@ $__internal_0_$slow:
         /*00a0*/                   FADD R4, R4, R5 ;
         /*00b0*/              @!P1 BRA `(.L_x_4) ;
 """
+
+
+def test_sizes_of_one():
+    """Triton compiles an argument of 1 as a constant, which the interpreter does not."""
+    script = """
+import torch
+from bench.harness.gates import meta
+from bench.kernels.compile_gates import captured
+from iris_kernels.decode_linear import linear_triton
+with captured(90) as compiled:
+    for rows, outputs, partial in ((1, 1, False), (3, 1, True)):
+        tensors = (meta(n, 64, dtype=torch.bfloat16) for n in (rows, outputs))
+        linear_triton(*tensors, None, False, partial)
+print(len(compiled))
+"""
+    assert run_python("-c", script) == "2\n"
 
 
 def test_instruction_count():

@@ -98,6 +98,20 @@ def test_strided_rows_tables_and_gradients(backend, device):
         )
 
 
+def test_heads_further_apart_than_32_bits(backend, device, tmp_path):
+    query, key, cos, sin = case(1, 3, 3, 16, torch.bfloat16, device)
+    apart = 2**30 + 8
+    size = 2 * apart + 16
+    if device == "cpu":  # a file without blocks: no memory is needed
+        storage = torch.from_file(str(tmp_path / "rows"), True, size, dtype=torch.bfloat16)
+    else:
+        storage = torch.empty(size, dtype=torch.bfloat16, device=device)
+    distant = storage.as_strided(query.shape, (16, apart, 1))
+    distant.copy_(query)
+    found = rope(distant, key, cos, sin)
+    assert all(torch.equal(*pair) for pair in zip(found, rope(query, key, cos, sin), strict=True))
+
+
 def test_a_row_does_not_depend_on_other_rows(backend, device):
     inputs = case(3, 2, 2, 16, torch.bfloat16, device)
     together = rope(*inputs)

@@ -112,6 +112,22 @@ def test_a_sequence_does_not_depend_on_other_sequences(backend, device):
         torch.testing.assert_close(out, together[part], rtol=2e-2, atol=2e-2)
 
 
+def test_lengths_outside_the_cache_write_nothing(backend, device):
+    """The launcher itself: the op checks lengths where it can read them."""
+    if backend == "torch":
+        pytest.skip("on a CPU the torch path is not reached")
+    query, key, value, cos, sin, keys, values, lengths = make_inputs(*REGIMES["float32"], device)[0]
+    before = keys.clone(), values.clone()
+    # Entry -1 of a sequence is the last one of the sequence before it.
+    lengths = torch.full_like(lengths, -1)
+    lengths[0] = S
+    new = triton_path.NewToken(key, value, cos, sin)
+    out = triton_path.decode_triton(query, keys, values, lengths, (None,) * 4, 0.25, new)
+    for cache, given in zip((keys, values), before, strict=True):
+        torch.testing.assert_close(cache, given, rtol=0, atol=0, equal_nan=True)
+    assert out[1:].isfinite().all()  # the new token alone
+
+
 def test_steps_that_follow_one_another(backend, device):
     """Three tokens one by one: each attends to those before it."""
     generator = torch.Generator().manual_seed(4)

@@ -159,7 +159,7 @@ def _decode_kernel(
         n = tl.load(prefix_index + b).to(tl.int64)
         if n >= 0:
             prefix_length = tl.minimum(tl.load(prefix_lengths + b).to(tl.int32), prefix_S)
-    position = tl.minimum(prefix_length + length, P - 1).to(tl.int64)
+    position = tl.maximum(tl.minimum(prefix_length + length, P - 1), 0).to(tl.int64)
     length = tl.minimum(length, S)
     if new_key is None:
         q = tl.load(query + b * q_b + h * q_h + d, mask=d < WIDTH, other=0.0)
@@ -185,7 +185,8 @@ def _decode_kernel(
             # Query heads that share keys compute the same ones; the first of them stores them.
             # Nobody reads the entry in this launch: `length` does not include it.
             if h % HEADS_PER_KV == 0:
-                to_store = d < tl.where(length < S, WIDTH, 0)  # nothing outside the cache
+                # Nothing outside the cache.
+                to_store = d < tl.where((length >= 0) & (length < S), WIDTH, 0)
                 entry = length.to(tl.int64)
                 tl.store(keys + b * k_b + kv * k_h + entry * k_s + d, k, mask=to_store)
                 tl.store(values + b * v_b + kv * v_h + entry * v_s + d, v, mask=to_store)
