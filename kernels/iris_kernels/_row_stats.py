@@ -177,23 +177,24 @@ def rounds_alike(tensor: Tensor) -> bool:
     return not tensor.is_cpu or torch.backends.mkl.is_available()
 
 
-def exp_rows(d: Tensor, out: Tensor) -> Tensor:
-    """exp(d), d <= 0, into `out`, 0 instead of denormal numbers; each element is rounded alike
-    wherever it stands."""
+def exp_rows(d: Tensor, out: Tensor, finite: bool | None = None) -> Tensor:
+    """exp(d), d <= 0, into `out`, at least the smallest normal number where d is finite; each
+    element is rounded alike wherever it stands. `finite`: no d is -inf; None: not known."""
     if not rounds_alike(d):
         torch.softmax(d, -1, out=out)  # works row by row
         # It is relative to the row's maximum, which may be below 0, or -inf.
         row_max = d.amax(-1, keepdim=True)
         out.mul_(row_max.exp() / out.amax(-1, keepdim=True))
         return out.masked_fill_(row_max == -math.inf, 0.0)
-    smallest = 1.1 * torch.finfo(d.dtype).tiny
-    lowest = math.log(smallest)
-    # Where all results lie above the threshold below, which must not depend on the other rows.
-    if d.is_cpu and float(d.amin()) > lowest + math.log(1.2):
-        return torch.exp(d, out=out)
+    lowest = math.log(1.1 * torch.finfo(d.dtype).tiny)
+    if finite is None:
+        smallest = float(d.amin()) if d.is_cpu else -math.inf
+        if smallest > lowest:
+            return torch.exp(d, out=out)
+        finite = smallest > -math.inf
     # On a CPU, an exponential that underflows takes 20 to 200 times as long as one that does not.
-    torch.clamp(d, min=lowest, out=out)
-    return torch.nn.functional.threshold_(out.exp_(), 1.1 * smallest, 0.0)
+    torch.clamp(d, min=lowest, out=out).exp_()
+    return out if finite else out.masked_fill_(d == -math.inf, 0.0)
 
 
 def any_row(rows: Tensor) -> bool:
@@ -207,26 +208,25 @@ def all_finite(values: Tensor) -> bool:
     return values.is_cpu and math.isfinite(float(values.sum()))
 
 
-def row_distances(x: Tensor, d: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's maximum and sum of d = (x - maximum) / temperature, which goes into `d`.
-
-    A maximum of -inf counts as 0 in d, and d is clamped to `MIN_D` after it has been summed.
-    """
+def row_distances(x: Tensor, d: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Each row's maximum, its sum of d = (x - maximum) / temperature, which goes into `d`, and
+    whether all d are finite. A maximum of -inf counts as 0."""
     maximum = x.amax(-1).to(d.dtype)
     distances(x, d, maximum, temperature)
     sum_d = row_sum(d)
-    if not all_finite(sum_d):  # a logit is infinite or NaN
-        distances(x, d, maximum.masked_fill(maximum == -math.inf, 0.0), temperature)
-        sum_d = row_sum(d)
-        d.clamp_(min=MIN_D)
-    return maximum, sum_d
+    if finite := all_finite(sum_d):
+        return maximum, sum_d, finite
+    distances(x, d, maximum.masked_fill(maximum == -math.inf, 0.0), temperature)
+    return maximum, row_sum(d), finite
 
 
 def chunk_sums(x, token_ids, temperature, d, e, all_here: bool) -> RowSums:
     """Sums of a chunk [C, V]; `d`, `e` are buffers [C, V]; `all_here`: every id of `token_ids` [C]
     lies in [0, V)."""
-    maximum, sum_d = row_distances(x, d, temperature)
-    exp_rows(d, e)
+    maximum, sum_d, finite = row_distances(x, d, temperature)
+    exp_rows(d, e, finite)
+    if not finite:
+        d.clamp_(min=MIN_D)  # e d is then 0 where d is -inf
     column = (token_ids if all_here else token_ids.clamp(0, x.shape[-1] - 1))[:, None]
     x_token = x.gather(1, column)[:, 0].to(d.dtype)
     e_column = 0.0

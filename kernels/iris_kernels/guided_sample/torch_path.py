@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._inverse_cdf import likely_tokens, sample_tokens
-from .._parallel import share_rows
 from .._row_stats import (
     MIN_D,
     all_finite,
     chunk_rows,
+    distances,
     exp_rows,
     is_one,
     row_sum,
@@ -22,6 +22,7 @@ from .._row_stats import (
     sums_from_exp,
     workspace,
 )
+from .._threads import alone_if_busy
 
 
 def mix(cond: Tensor, uncond: Tensor | None, cfg_weight: float | Tensor) -> Tensor:
@@ -46,17 +47,12 @@ def sample_torch(
 ) -> tuple[Tensor, list[Tensor]]:
     """Tokens [R]; logprob, nsc, entropy and lse, each [2, R]: conditional and guided."""
     cond, uncond = flat_rows(cond, vocab_size), flat_rows(uncond, vocab_size)
-    rows, most = len(cond), chunk_rows(2 * vocab_size)
-
-    def sample_part(part: slice) -> list[tuple[Tensor, ...]]:
-        found = []
-        for start in range(part.start, part.stop, most):
-            chunk = slice(start, min(start + most, part.stop))
+    rows, most, parts = len(cond), 2 * chunk_rows(2 * vocab_size), []
+    with alone_if_busy(cond):
+        for start in range(0, rows, most):
+            chunk = slice(start, min(start + most, rows))
             each = (None if t is None else t[chunk] for t in (cond, uncond, uniform, threshold))
-            found.append(_sample_chunk(*each, cfg_weight, temperature, greedy))
-        return found
-
-    parts = [each for part in share_rows(sample_part, rows, 2 * vocab_size) for each in part]
+            parts.append(_sample_chunk(*each, cfg_weight, temperature, greedy))
     tokens, *sums = parts[0]
     if len(parts) > 1:
         tokens, *sums = (torch.cat(each, -1) for each in zip(*parts, strict=True))
@@ -68,12 +64,10 @@ def _sample_chunk(cond, uncond, uniform, threshold, cfg_weight, temperature, gre
     """Tokens [C], and what `stats_from_distances` takes, each [D, C]."""
     (C, V), D = cond.shape, 1 if uncond is None and is_one(temperature) else 2
     d, e, cumulative = _buffers(C, V, D, cond.device)
-    _both_logits(cond, uncond, cfg_weight, d)
-    maximum = m_safe = d.amax(-1)
-    _subtract(d, m_safe, temperature)
+    maximum = m_safe = _distances(cond, uncond, cfg_weight, temperature, d)
     sum_d = row_sum(d)
     if finite := all_finite(sum_d):
-        exp_rows(d, e)
+        exp_rows(d, e, finite)
 
     def exact_tokens(rows: Tensor | slice) -> Tensor:
         """Tokens of some rows, by the integer weights."""
@@ -95,11 +89,14 @@ def _sample_chunk(cond, uncond, uniform, threshold, cfg_weight, temperature, gre
             d[1].copy_(mix(cond, uncond, cfg_weight))
         maximum = d.amax(-1)
         m_safe = maximum.masked_fill(maximum == -math.inf, 0.0)
-        _subtract(d, m_safe, temperature)
+        d.sub_(m_safe[..., None])
+        if not is_one(temperature):
+            d[-1].div_(temperature)
         sum_d = row_sum(d)
     d_token = d.gather(-1, column)[..., 0]
     if not finite:
-        exp_rows(d.clamp_(min=MIN_D), e)
+        exp_rows(d, e, finite)
+        d.clamp_(min=MIN_D)  # e d is then 0 where d is -inf
     if not is_one(temperature):
         m_safe = torch.stack([m_safe[0], m_safe[1] / temperature])
     return tokens, *sums_from_exp(d, e, column), sum_d, d_token, m_safe, maximum
@@ -112,19 +109,19 @@ def _buffers(C: int, V: int, D: int, device: torch.device) -> tuple[Tensor, Tens
     return d, e, memory[: 2 * C * V].view(torch.float64).view(C, V)
 
 
-def _both_logits(cond: Tensor, uncond: Tensor | None, cfg_weight, out: Tensor) -> None:
-    """Conditional and mixed logits into `out` [D, C, V]; what is not finite is not handled."""
-    out[0].copy_(cond)
+def _distances(cond: Tensor, uncond: Tensor | None, cfg_weight, temperature, d: Tensor) -> Tensor:
+    """d = (logits - maximum) / T of the conditional logits (T = 1) and the mixed ones into `d`
+    [D, C, V], and the maximums [D, C]; what is not finite is not handled."""
+    maximum = cond.amax(-1).float()
+    distances(cond, d[0], maximum, 1.0)
+    if len(d) == 1:
+        return maximum[None]
+    mixed = d[1]
     if uncond is None:
-        if len(out) == 2:
-            out[1].copy_(cond)
-        return
-    u = uncond.float()
-    torch.sub(out[0], u, out=out[1]).mul_(cfg_weight).add_(u)
-
-
-def _subtract(logits: Tensor, maximum: Tensor, temperature: float | Tensor) -> None:
-    """logits - maximum, in place, and of the guided distribution divided by the temperature."""
-    logits.sub_(maximum[..., None])
-    if not is_one(temperature):
-        logits[-1].div_(temperature)
+        mixed.copy_(cond)
+    else:
+        c, u = cond.float(), uncond.float()
+        torch.sub(c, u, out=mixed).mul_(cfg_weight).add_(u)
+    mixed_maximum = mixed.amax(-1)
+    distances(mixed, mixed, mixed_maximum, temperature)
+    return torch.stack([maximum, mixed_maximum])

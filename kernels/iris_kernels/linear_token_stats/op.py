@@ -30,7 +30,7 @@ from .._checks import (
     check_vocab_size,
 )
 from .._ops import add_op_namespace_prefix
-from .._row_stats import compute_dtype
+from .._row_stats import CHUNK_ELEMENTS, compute_dtype
 from .._scalars import to_scalar_tensor
 from ..token_stats import TokenStats, token_stats, token_stats_reference
 from .tiles import backward_tiles, flatten, forward_tiles
@@ -187,15 +187,16 @@ def linear_token_stats(
 
 
 def _keeps_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) -> bool:
-    """Whether all logits are computed once and kept until their gradient overwrites them: in eager
-    mode on a CPU, if a gradient is needed and they take at most `KEPT_LOGITS_BYTES`."""
+    """Whether all logits are computed at once, and kept until their gradient overwrites them: in
+    eager mode on a CPU, if they take at most `KEPT_LOGITS_BYTES`, or without a gradient one tile.
+    """
     tensors = [t for t in (hidden, weight, bias) if t is not None]
-    size = math.prod(hidden.shape[:-1]) * vocab_size * hidden.element_size()
+    elements = math.prod(hidden.shape[:-1]) * vocab_size
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    most = KEPT_LOGITS_BYTES // hidden.element_size() if needs_gradient else CHUNK_ELEMENTS
     return (
-        size <= KEPT_LOGITS_BYTES
+        elements <= most
         and hidden.dtype == compute_dtype(hidden)
-        and torch.is_grad_enabled()
-        and any(t.requires_grad for t in tensors)
         and calls_torch_path(hidden, with_gradient=True)
     )
 

@@ -1,11 +1,8 @@
 """`token_stats` in torch: chunks of rows that stay in the cache, in buffers that every call reuses.
 
-The rows are shared among threads once per call (see `_parallel`).
-
 Shapes: R rows, V columns of the block, chunks [C, V].
 """
 
-import functools
 import math
 from collections.abc import Iterator
 
@@ -13,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._checks import ids_in_range, kept_rows, row_parts
-from .._parallel import share_rows
 from .._row_stats import (
     MIN_D,
     RowSums,
@@ -26,6 +22,7 @@ from .._row_stats import (
     stats_from_row_sums,
     workspace,
 )
+from .._threads import alone_if_busy
 from .columns import Columns, merge
 
 
@@ -38,12 +35,12 @@ def flat_parts(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield rows.start, part.view(-1, part.shape[-1])
 
 
-def chunks(part: slice, V: int, like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Row numbers of every chunk of a part, and two buffers [C, V]."""
-    most, dtype = chunk_rows(V), compute_dtype(like)
-    for start in range(part.start, part.stop, most):
-        stop = min(start + most, part.stop)
-        a, b = workspace((2, stop - start, V), dtype, like.device)
+def chunks(flat: Tensor, V: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row numbers of every chunk, and two buffers [C, V]."""
+    most, dtype = chunk_rows(V), compute_dtype(flat)
+    for start in range(0, len(flat), most):
+        stop = min(start + most, len(flat))
+        a, b = workspace((2, stop - start, V), dtype, flat.device)
         yield slice(start, stop), a, b
 
 
@@ -62,9 +59,9 @@ def forward_torch(
     ids = token_ids.long() if columns.first == 0 else token_ids.long() - columns.first
     all_here, state, V = all_here or ids_in_range(ids, columns.count), columns.state, columns.count
 
-    def sums_of(flat: Tensor, first: int, part: slice) -> list[RowSums]:
+    def sums_of(flat: Tensor, first: int) -> list[RowSums]:
         found = []
-        for place, d, e in chunks(part, V, flat):
+        for place, d, e in chunks(flat, V):
             x, rows = flat[place], shifted(place, first)
             x = x if x.shape[-1] == V else x[:, :V]
             x = x if columns.bias is None else x + columns.bias
@@ -78,9 +75,9 @@ def forward_torch(
         return found
 
     found: list[RowSums] = []
-    for first, flat in flat_parts(logits.detach()):
-        for part in share_rows(functools.partial(sums_of, flat, first), len(flat), V):
-            found += part
+    with alone_if_busy(logits):
+        for first, flat in flat_parts(logits.detach()):
+            found += sums_of(flat, first)
     # Ids that all lie among these columns include none of a row without a token.
     ignored = None if all_here and mask is None else ~kept_rows(token_ids, mask)
     if not columns.is_last:
@@ -110,8 +107,8 @@ def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, 
     row_max = row_max.masked_fill(row_max == -math.inf, 0.0)
     flat_grad = None if grad is logits else grad.view(-1, grad.shape[-1])
 
-    def gradients_of(flat: Tensor, first: int, part: slice) -> None:
-        for place, d, e in chunks(part, V, flat):
+    def gradients_of(flat: Tensor, first: int) -> None:
+        for place, d, e in chunks(flat, V):
             rows = shifted(place, first)
             out_padded = flat[place] if flat_grad is None else flat_grad[rows]
             x, out = flat[place, :V], out_padded[:, :V]
@@ -135,8 +132,9 @@ def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, 
             if out_padded.shape[-1] > V:
                 out_padded[:, V:] = 0
 
-    for first, flat in flat_parts(logits):
-        share_rows(functools.partial(gradients_of, flat, first), len(flat), V)
+    with alone_if_busy(logits):
+        for first, flat in flat_parts(logits):
+            gradients_of(flat, first)
 
 
 def _coefficients(saved, upstream, temperature, columns: Columns):
