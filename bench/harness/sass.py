@@ -13,8 +13,10 @@ docstring counts.
 
 The model is a bound, not a prediction: a kernel needs at least the larger of both times. Every
 instruction outside of loops counts as executed, also where a branch skips it; subroutines that only
-a call reaches (divisions of subnormal numbers) do not. Latency, stalls and the last wave of
-programs are left out.
+a call reaches (divisions of subnormal numbers) do not. Left out are latency, stalls, the last wave
+of programs, the multiprocessors that a launch of fewer than 132 programs leaves idle (64 rows of
+guided_sample occupy 64, which doubles their issue time), and that some units accept an instruction
+only every second cycle (minimum, comparison, integers) or every eighth (exp2, square root).
 """
 
 import re
