@@ -1,4 +1,4 @@
-"""The GPU's code on a GPU that is not there: devices, dtypes, waits, captured steps, peak memory.
+"""The GPU's code on fake CUDA tensors: devices, dtypes, waits, captured steps, peak memory.
 
 Models have true sizes unless a test says otherwise; `bench.harness.fake_cuda` replaces the device.
 """
@@ -298,7 +298,7 @@ def test_peak_memory_of_a_whole_step_is_the_estimate():
     """A second step, with moments, and with the caches of the rollout beside the training pass."""
     config = settings("1B", gradient_accumulation_steps=1)
     needs = estimate(config, SIZES["1B"], 1, H200, prompt_tokens(config))
-    assert needs.caches_fit_beside_training
+    assert needs.caches_fit_during_training
     with quiet(custom_ops=False) as gpu, distributed.start("cuda", 60.0) as ranks:
         with gpu.fake_host():
             models = build_models(load(gpu, SIZES["1B"]), config, ranks, True)

@@ -1,4 +1,4 @@
-"""A CUDA device that is not there: the code for the GPU runs, and no kernel computes anything.
+"""Fake CUDA tensors: the code for the GPU runs on a CPU, and no kernel computes anything.
 
     with fake_cuda() as gpu:
         ...  # torch.device("cuda") works; so do CUDA graphs, autograd and Triton launches

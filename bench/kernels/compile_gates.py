@@ -4,7 +4,7 @@
 
 For sm_80, sm_90 and sm_100 and for real vocabularies: registers, shared memory, spills, and the
 widths of global loads and stores. For sm_90 also the instructions per element and how long issuing
-them takes, beside the memory time of the same launch: `bench.harness.sass` has the formula and its
+them takes, next to the memory time of the same launch: `bench.harness.sass` has the formula and its
 constants, which are those of an H200. Each op's benchmark gives the cases (`gate_cases`). The
 launchers themselves run, on tensors without storage; only the kernel launch is replaced by a
 compilation.

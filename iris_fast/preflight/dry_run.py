@@ -39,7 +39,7 @@ def estimate_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Estimate:
 def keeps_rollout_memory(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> bool:
     """Whether caches and CUDA graphs stay allocated between rollouts: on a GPU, if they fit."""
     on_gpu = ranks.device.type == "cuda"
-    return on_gpu and estimate_run(config, inputs, ranks).caches_fit_beside_training
+    return on_gpu and estimate_run(config, inputs, ranks).caches_fit_during_training
 
 
 def open_checked(config: TrainConfig, ranks: Ranks, run_folder: Path) -> Inputs:

@@ -56,7 +56,7 @@ class Estimate:
         return sum(self.always_bytes.values()) + max(sum(phase.values()) for phase in phases)
 
     @property
-    def caches_fit_beside_training(self) -> bool:
+    def caches_fit_during_training(self) -> bool:
         """Whether the rollout's caches can stay allocated during the training pass."""
         both = sum(self.rollout_bytes.values()) + sum(self.training_bytes.values())
         most = USABLE_SHARE * self.gpu.memory_bytes

@@ -12,10 +12,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# Of the load average: this process alone, with a thread per core, already makes it vary about the
+# number of cores.
+MARGIN = 0.7
+
 
 def is_busy() -> bool:
-    """Whether more threads wanted to run in the last minute than there are cores."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
+    """Whether more threads wanted to run in the last minute than there are cores, by the load
+    average."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + MARGIN
 
 
 @contextmanager

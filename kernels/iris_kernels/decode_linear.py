@@ -33,7 +33,7 @@ BLOCK_N, BLOCK_K = 64, 64  # gated: that many gates and as many ups
 WIDE_ROWS = 64  # from here on twice as many columns per program, so that x is read half as often
 PROGRAMS = 132  # multiprocessors of an H100 or H200
 MAX_PARTS = 8  # of K: every part costs 4 M N bytes written and read
-SHARED_BYTES = 96 << 10  # so that the next kernel's tiles fit beside them on sm_90
+SHARED_BYTES = 96 << 10  # so that the next kernel's tiles fit next to them on sm_90
 # Of the weight, into the L2 cache while the previous kernel ends: what memory delivers in 2 us,
 # about as long as the norm between two products takes, which leaves memory idle.
 PREFETCH_BYTES = 8 << 20

@@ -25,7 +25,7 @@ def test_operations_run_on_one_thread_if_busy(busy, threads, two_threads, monkey
 
 def test_busy_is_a_load_above_the_number_of_cores(monkeypatch):
     monkeypatch.setattr(_threads.os, "cpu_count", lambda: 4)
-    for load, busy in ((3.9, False), (4.1, True)):
+    for load, busy in ((4.3, False), (4.9, True)):
         monkeypatch.setattr(_threads.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
         assert _threads.is_busy() == busy
 
