@@ -160,7 +160,9 @@ class FakeCuda(TorchDispatchMode):
             with self._fake:
                 layout = func(*args, **kwargs)
             return torch.zeros(layout.shape, dtype=layout.dtype)
-        dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+        # With `out_dtype`, the sum and the output are of another dtype than the factors.
+        factors = args[1:] if func is aten.addmm.dtype_out else tensors
+        dtypes = {t.dtype for t in factors if isinstance(t, Tensor) and t.is_floating_point()}
         if func.overloadpacket in ONE_DTYPE and len(dtypes) > 1:
             raise RuntimeError(f"{name}: operands must have the same dtype, got {dtypes}")
         if func is aten._pin_memory.default:

@@ -123,3 +123,8 @@ def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
             moved = 2 * (N * K + M * K + M * (N // 2 if kind == "gated" else N))
             work = Work(N * K, moved, (part_k // BLOCK_K,))  # an element is one of the weight
             yield GateCase(f"decode_linear {name} M={M} bfloat16", launch, [work])
+    x, weight, bias = (
+        meta(*shape, dtype=torch.bfloat16) for shape in ((64, 2048), (2048, 2048), (2048,))
+    )
+    launch = partial(linear_triton, x, weight, bias, False, False, gelu=True)
+    yield GateCase("decode_linear gelu M=64 bfloat16", launch)

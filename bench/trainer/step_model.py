@@ -13,7 +13,7 @@ The kernels of a step depend on each other and run one after another. The time o
     dram      bytes from memory that the kernel must read or write, over its bandwidth; less what it
               has fetched before (see below)
     l2        bytes that pass the L2 cache / L2_RATE: as above, and what programs read again
-    products  2 M N K / MATRIX_RATE
+    products  2 M N K / MATRIX_RATE, of `_linear_kernel` over the share of multiprocessors in use
     start     LAUNCH_S after a kernel in the same graph, or PDL_S if it is launched by PDL; and
               LATENCY_S until its first data arrive
 
@@ -29,7 +29,9 @@ itself. torch's products are taken to occupy the GPU.
 
 A PDL kernel after a Triton kernel starts while that one runs, and `_linear_kernel` then fetches the
 first LINES cache lines of its rows of the weight into the L2 cache: in the time that the previous
-kernel leaves the memory idle, up to COPY_RATE.
+kernel leaves the memory idle, up to COPY_RATE. Attention does the same with the first
+entries of the sequences whose programs run at once; they do not shorten its LATENCY_S, as it reads
+lengths first.
 
 Constants, and where they are from ("optimistic" in parentheses):
 
@@ -166,7 +168,7 @@ class Step:
                 early = min(node.early / COPY_RATE, idle + start)
             dram = max(node.memory_s(self.machine) - early, 0.0)
             busy = max(dram, node.l2 / L2_RATE, node.operations / MATRIX_RATE)
-            if early:
+            if early and node.name != ATTENTION:
                 start -= self.machine.latency_s  # its first data are in the L2 cache
             self.seconds[node.name] += start + busy
             self.start_s += start
@@ -220,7 +222,8 @@ def node_of(launch: Launch, config: JanusConfig, sequences: int) -> Node:
         )
         return Node(
             name, weight.bytes, launch.bytes + (tiles - 1) * operands["x"].bytes,
-            2.0 * rows * weight.bytes / 2, programs, warps, early=lines, pdl=pdl, triton=True,
+            rows * weight.bytes * max(MULTIPROCESSORS / programs, 1.0), programs, warps,
+            early=lines, pdl=pdl, triton=True,
             in_flight=stage * (options["num_stages"] - 1),
         )  # fmt: skip
     if name.startswith(("aten.mm.", "aten.addmm.")):
@@ -252,9 +255,12 @@ def _attention(launch: Launch, config: JanusConfig, sequences: int) -> Node:
     programs = 1
     for size in launch.grid:
         programs *= size
+    warps = launch.options["num_warps"]
+    resident = min(programs, MULTIPROCESSORS * max(WARPS // warps, 1))
+    entries = 2 * launch.options["EARLY"] * launch.options["WIDTH"] * item  # a key and a value
     return Node(
         launch.name, from_memory, (own + sequences * PROMPT_TOKENS) * slot,
-        programs=programs, warps=launch.options.get("num_warps", DEFAULT_WARPS),
+        programs=programs, warps=warps, early=resident * entries,
         in_flight=max(stages - 1, 1) * tile, tile_s=TILE_S if stages == 1 else 0.0,
         pdl=bool(launch.options.get("launch_pdl")), triton=True,
     )  # fmt: skip

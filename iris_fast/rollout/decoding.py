@@ -18,7 +18,7 @@ from iris_fast.config import SamplingConfig
 from iris_fast.models.attention import rows_and_positions
 from iris_fast.models.janus import Janus
 from iris_fast.rollout.decode_loop import CapturedStep, StepBuffer, run_steps
-from iris_fast.rollout.fused_decoder import FusedDecoder
+from iris_fast.rollout.fused_decoder import FusedDecoder, image_logits
 from iris_fast.rollout.kv_cache import KVCache
 from iris_fast.rollout.shared_cache import SharedKVCache, SharedPrefixes
 
@@ -127,7 +127,10 @@ class Decoding:
         with the device nor depends on host state."""
         hidden_BD = self._fused.step(self._embeds_BD, self._cache)
         is_image = self._stream == "image"
-        logits_BV = (self._janus.image_logits if is_image else self._janus.text_logits)(hidden_BD)
+        head = self._janus.model.generation_head
+        logits_BV = (
+            image_logits(head, hidden_BD) if is_image else self._janus.text_logits(hidden_BD)
+        )
         guided = len(logits_BV) > len(self.buffer.token_ids_NL)
         cond, uncond = logits_BV.chunk(2) if guided else (logits_BV, None)
         config = self._config

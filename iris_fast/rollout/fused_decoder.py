@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
 from iris_fast.models.decoder import Decoder, DecoderLayer, RMSNorm
+from iris_fast.models.janus import GenerationHead
 
 FP8_MULTIPLE = 16  # of the sizes that `scaled_mm` takes
 # Up to here `decode_linear` is used, above it torch's products. Every tile of its weight is
@@ -86,6 +87,21 @@ def fuse_storage(parameters: list[nn.Parameter], by_input: bool = False) -> Tens
     return first.as_strided(shape, strides)
 
 
+def few_rows_fit(x_BD: Tensor) -> bool:
+    """Whether `decode_linear` is used for products of these inputs."""
+    narrow = x_BD.dtype in (torch.bfloat16, torch.float16)
+    return narrow and len(x_BD) <= FEW_ROWS and uses_triton(x_BD)
+
+
+def image_logits(head: GenerationHead, hidden_BD: Tensor) -> Tensor:
+    """Logits [B, K] by `head` of final-norm hidden rows; of few rows two launches."""
+    if not few_rows_fit(hidden_BD):
+        return head(hidden_BD)
+    first, last = head.proj_out, head.vision_head
+    hidden_BD = decode_linear(hidden_BD, first.weight, first.bias, gelu=True)
+    return decode_linear(hidden_BD, last.weight, last.bias)
+
+
 class FusedLinear:
     """Linear layers with the same input and frozen weights, as one matrix product.
 
@@ -133,8 +149,7 @@ class FusedLinear:
 
     def takes_few_rows(self, x_BD: Tensor) -> bool:
         """Whether `few_rows` and the like run the product of these inputs."""
-        narrow = x_BD.dtype in (torch.bfloat16, torch.float16)
-        return not self._fp8 and narrow and len(x_BD) <= FEW_ROWS and uses_triton(x_BD)
+        return not self._fp8 and few_rows_fit(x_BD)
 
     def few_rows(self, x_BD: Tensor) -> Tensor:
         """The same product by `decode_linear`."""

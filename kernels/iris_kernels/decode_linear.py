@@ -2,6 +2,7 @@
 
     out = x @ weight.T + bias
     out = silu(gate) * up                  (gate, up) = x @ weight.T, `gated`
+    out = gelu(x @ weight.T + bias)        gelu(v) = v (1 + erf(v / sqrt(2))) / 2, `gelu`
     partial_s = x[:, part s] @ weight[:, part s].T, whose sum over s is x @ weight.T
 
 The weight is read once. It is the left operand of the tensor cores' product, whose right operand
@@ -9,10 +10,10 @@ may be as narrow as 16 columns; these are the rows of x. Where N is small, K is 
 programs (split-K) to occupy the GPU, and whoever reads the result adds the partial sums in their
 order: `add_rms_norm` does. There are no atomics.
 
-Sums are fp32. Gate and up are rounded to the dtype of x, and silu(gate) as well, as by separate
-operations. How K is divided depends on N and K and not on M, so every row adds the same products in
-the same order, whatever the other rows; that the tensor cores add the products of one instruction
-in an order that does not depend on its width is not documented by the vendor.
+Sums are fp32. Gate and up are rounded to the dtype of x, and silu(gate) and the input of gelu as
+well, as by separate operations. How K is divided depends on N and K and not on M, so every row adds
+the same products in the same order, whatever the other rows; that the tensor cores add the products
+of one instruction in an order that does not depend on its width is not documented by the vendor.
 
 Bytes moved for b-byte elements: b (N K + M K + M N) (gated: N/2 in the last term), partial sums
 b (N K + M K) + 4 S M N. x comes from the L2 cache once per tile of columns.
@@ -34,6 +35,9 @@ WIDE_ROWS = 64  # from here on twice as many columns per program, so that x is r
 PROGRAMS = 132  # multiprocessors of an H100 or H200
 MAX_PARTS = 8  # of K: every part costs 4 M N bytes written and read
 SHARED_BYTES = 96 << 10  # so that the next kernel's tiles fit next to them on sm_90
+# Where programs are fewer than half of the multiprocessors, each one has more bytes in flight; one
+# program of attention still fits next to it.
+FEW_PROGRAMS_SHARED_BYTES = 144 << 10
 # Of the weight, into the L2 cache while the previous kernel ends: what memory delivers in 2 us,
 # about as long as the norm between two products takes, which leaves memory idle.
 PREFETCH_BYTES = 8 << 20
@@ -75,7 +79,8 @@ def _linear_kernel(
     # [M, N], or PARTS partial sums in fp32 [PARTS, M, N]
     out,
     M, N, K,
-    GATED: tl.constexpr, PARTIAL: tl.constexpr, PART_K: tl.constexpr, EVEN: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, PARTIAL: tl.constexpr, PART_K: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     LINES: tl.constexpr, LINE: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -117,6 +122,9 @@ def _linear_kernel(
         gate = product.to(x.dtype.element_ty).to(tl.float32)
         silu = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty)
         product = silu.to(tl.float32) * up.to(x.dtype.element_ty).to(tl.float32)
+    if GELU:
+        v = product.to(x.dtype.element_ty).to(tl.float32)
+        product = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     if PARTIAL:
         out += part * M * N
     to = out + m[None, :] * N + n[:, None]
@@ -134,15 +142,17 @@ def parts_of(N: int, K: int) -> tuple[int, int]:
     return -(-tiles // tiles_per_part), tiles_per_part * BLOCK_K
 
 
-def linear_launch(M: int, gated: bool) -> dict[str, int | bool]:
+def linear_launch(M: int, N: int, parts: int, gated: bool) -> dict[str, int | bool]:
     """Tile sizes, and as many pipeline stages as fit, for 2-byte elements."""
     block_m = max(16, triton.next_power_of_2(M))
     wide = block_m >= WIDE_ROWS
     block_n = 2 * BLOCK_N if wide and not gated else BLOCK_N
     stage_bytes = 2 * BLOCK_K * (block_m + (2 * block_n if gated else block_n))
+    few = -(-N // block_n) * parts <= PROGRAMS // 2
+    shared = FEW_PROGRAMS_SHARED_BYTES if few else SHARED_BYTES
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": BLOCK_K,
-        "num_stages": min(SHARED_BYTES // stage_bytes, 6), "num_warps": 8 if wide else 4,
+        "num_stages": min(shared // stage_bytes, 6), "num_warps": 8 if wide else 4,
         "maxnreg": 192 if wide else None,  # sm_80 spills at the number that the compiler chooses
         "enable_fp_fusion": True,
     }  # fmt: skip
@@ -155,16 +165,17 @@ def prefetched_lines(weight_rows: int, parts: int, part_k: int) -> int:
 
 
 def linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, partial: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, partial: bool, gelu: bool = False
 ) -> Tensor:
     """One launch, one program per tile of columns and part of K."""
     (M, K), N = x.shape, weight.shape[0] // (2 if gated else 1)
     parts, part_k = parts_of(N, K) if partial else (1, -(-K // BLOCK_K) * BLOCK_K)
     out = x.new_empty(parts, M, N, dtype=torch.float32) if partial else x.new_empty(M, N)
-    options = linear_launch(M, gated)
+    options = linear_launch(M, N, parts, gated)
     _linear_kernel[(-(-N // options["BLOCK_N"]), parts)](
         x, weight, bias, out, M, N, K,
-        GATED=gated, PARTIAL=partial, PART_K=part_k, EVEN=K % BLOCK_K == 0, WIDEN=interpreted(),
+        GATED=gated, GELU=gelu, PARTIAL=partial, PART_K=part_k, EVEN=K % BLOCK_K == 0,
+        WIDEN=interpreted(),
         LINES=prefetched_lines(len(weight), parts, part_k), LINE=LINE_BYTES // 2,
         **options, **overlap_options(),
     )  # fmt: skip
@@ -175,7 +186,7 @@ def linear_triton(
 
 
 def linear_torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, partial: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, partial: bool, gelu: bool = False
 ) -> Tensor:
     """The same in torch."""
     if partial:
@@ -184,7 +195,7 @@ def linear_torch(
         return torch.stack([rows @ columns.t() for rows, columns in pairs])
     product = torch.nn.functional.linear(x, weight, bias)
     if not gated:
-        return product
+        return torch.nn.functional.gelu(product) if gelu else product
     gate, up = product.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
@@ -194,12 +205,12 @@ def linear_torch(
 
 @torch.library.custom_op(add_op_namespace_prefix("decode_linear"), mutates_args=())
 def _decode_linear_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, partial: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, partial: bool, gelu: bool = False
 ) -> Tensor:
     if not x.shape[0]:
         return _empty(x, weight, gated, partial)
     run = linear_triton if uses_triton(x) else linear_torch
-    return run(x, weight, bias, gated, partial)
+    return run(x, weight, bias, gated, partial, gelu)
 
 
 def _empty(x: Tensor, weight: Tensor, gated: bool, partial: bool) -> Tensor:
@@ -210,7 +221,7 @@ def _empty(x: Tensor, weight: Tensor, gated: bool, partial: bool) -> Tensor:
 
 
 @_decode_linear_op.register_fake
-def _(x, weight, bias, gated, partial):
+def _(x, weight, bias, gated, partial, gelu=False):
     return _empty(x, weight, gated, partial)
 
 
@@ -218,7 +229,12 @@ def _(x, weight, bias, gated, partial):
 
 
 def decode_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gated: bool = False,
+    gelu: bool = False,
 ) -> Tensor:
     """x @ weight.T + bias for few rows; `gated`: silu of its first half times its second half.
 
@@ -229,6 +245,7 @@ def decode_linear(
         weight: (N, K) of the same dtype, contiguous; gated: N/2 gates, then N/2 ups.
         bias: (N) of the same dtype; not with `gated`.
         gated: return the input of a SwiGLU's last product, as `silu_mul` of the product.
+        gelu: return gelu of the sum, exact (by erf); not with `gated`.
 
     Returns:
         (M, N), or (M, N/2) if gated, in the dtype of `x`.
@@ -238,6 +255,8 @@ def decode_linear(
     """
     _check(x, weight)
     N = weight.shape[0]
+    if gated and gelu:
+        raise ValueError("gated and gelu are both True: pass one of them")
     if gated and (bias is not None or N % 2):
         raise ValueError(
             f"gated with weight of shape {tuple(weight.shape)} and bias "
@@ -250,8 +269,8 @@ def decode_linear(
             f"of shape {(N,)} on {x.device}"
         )
     if calls_torch_path(x, weight, bias) and len(x):
-        return linear_torch(x, weight, bias, gated, False)
-    return _decode_linear_op(x, weight, bias, gated, False)
+        return linear_torch(x, weight, bias, gated, False, gelu)
+    return _decode_linear_op(x, weight, bias, gated, False, gelu)
 
 
 def decode_linear_partials(x: Tensor, weight: Tensor) -> Tensor:
@@ -281,10 +300,16 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 
 def decode_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gated: bool = False,
+    gelu: bool = False,
 ) -> Tensor:
     """`decode_linear` in eager torch."""
     product = torch.nn.functional.linear(x, weight, bias)
+    if gelu:
+        return product * (1 + (product / 2**0.5).erf()) / 2
     if not gated:
         return product
     gate, up = product.chunk(2, dim=-1)

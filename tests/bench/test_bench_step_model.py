@@ -91,3 +91,21 @@ def test_the_command_prints_the_table_and_writes_json(tmp_path, monkeypatch, cap
     assert step_model.main() == 0
     assert "modelled, not measured" in capsys.readouterr().out
     assert '"fraction_of_floor"' in out.read_text()
+
+
+def test_early_entries_of_attention_do_not_shorten_its_latency():
+    """It reads lengths before them: only their bytes are saved."""
+    before = Node("n", 0.0, 1e6, pdl=True, triton=True)
+    times = {}
+    for early in (0.0, 4.3e6):
+        node = Node(step_model.ATTENTION, 1e9, 1e9, early=early, pdl=True, triton=True)
+        times[early] = Step([before, node], 1.0).total_s
+    assert times[0.0] - times[4.3e6] == pytest.approx(4.3e6 / step_model.COPY_RATE)
+
+
+def test_products_use_the_multiprocessors_that_have_a_program(steps):
+    """Query, key and value of 16 rows: 96 tiles."""
+    first = next(node for node in steps[1, 16].nodes if node.name == step_model.LINEAR)
+    assert first.programs == 96
+    share = first.programs / step_model.MULTIPROCESSORS
+    assert first.operations == pytest.approx(2 * 16 * 6144 * 2048 / share)

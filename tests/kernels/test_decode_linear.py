@@ -46,15 +46,15 @@ def budget(truth, K, dtype):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("kind", ["plain", "bias", "gated"])
+@pytest.mark.parametrize("kind", ["plain", "bias", "gated", "gelu"])
 def test_budget(regime, kind, backend, device):
     M, N, K, dtype = REGIMES[regime]
     x, weight, bias = make_inputs(M, N, K, dtype, device)
-    arguments = (bias if kind == "bias" else None, kind == "gated")
-    out = decode_linear(x, weight, arguments[0], gated=arguments[1])
+    arguments = (bias if kind in ("bias", "gelu") else None, kind == "gated", kind == "gelu")
+    out = decode_linear(x, weight, arguments[0], gated=arguments[1], gelu=arguments[2])
     assert out.dtype == dtype and out.shape == (M, N // 2 if kind == "gated" else N)
     wide = [None if t is None else t.double() for t in (x, weight, arguments[0])]
-    truth = decode_linear_reference(*wide, arguments[1])
+    truth = decode_linear_reference(*wide, *arguments[1:])
     eager = decode_linear_reference(x, weight, *arguments)
     assert_close("product", out, eager, truth, budget(truth, K, dtype))
 
@@ -133,7 +133,13 @@ def test_nan_stays_in_its_row(backend, device):
 
 def test_opcheck_and_fullgraph(backend, device):
     x, weight, bias = make_inputs(3, 32, 64, torch.bfloat16, device)
-    for arguments in ((bias, False, False), (None, True, False), (None, False, True)):
+    flags = (
+        (False, False, False),
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    )
+    for arguments in ((None if any(f[:2]) else bias, *f) for f in flags):
         torch.library.opcheck(ops.decode_linear.default, (x, weight, *arguments))
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -160,6 +166,7 @@ WRONG_ARGUMENTS = {
     r"bias is torch.bfloat16 of shape \(5,\)": ((X, W, W[0, :5]), {}),
     r"gated with weight of shape \(5, 16\)": ((X, W[:5]), {"gated": True}),
     r"gated with .* bias \(6,\)": ((X, W, W[0, :6]), {"gated": True}),
+    r"gated and gelu are both True": ((X, W), {"gated": True, "gelu": True}),
 }
 
 

@@ -1,5 +1,6 @@
 """A decoding step of the trainer's fused decoder on both backends, in the dtype that GPUs use."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -9,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import Decoder, DecoderConfig, RMSNorm
+from iris_fast.models.janus import GenerationHead
 from iris_fast.rollout import fused_decoder
-from iris_fast.rollout.fused_decoder import FusedDecoder
+from iris_fast.rollout.fused_decoder import FusedDecoder, image_logits
 from iris_fast.rollout.shared_cache import SharedKVCache, SharedPrefixes
 
 SIZES = DecoderConfig(
@@ -90,3 +92,18 @@ def test_few_rows_take_our_product(rows, backend, device, monkeypatch):
         FusedDecoder(decoder).step(decoder.embed_tokens(start.expand(rows) + 2), cache)
     ours = 4 * SIZES.num_layers if backend == "triton" and rows == 2 else 0
     assert launches.found["decode_linear"] == ours
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_the_image_head(rows, backend, device, monkeypatch):
+    """Few rows take two launches; logits are as accurate as the module's."""
+    monkeypatch.setattr(fused_decoder, "FEW_ROWS", 2)
+    torch.manual_seed(4)
+    head = GenerationHead(64, 48).requires_grad_(False).to(device, torch.bfloat16)
+    hidden = torch.randn(rows, 64, device=device, dtype=torch.bfloat16)
+    with Launches() as launches:
+        logits = image_logits(head, hidden)
+    assert launches.found["decode_linear"] == (2 if backend == "triton" and rows == 2 else 0)
+    eager, truth = head(hidden), copy.deepcopy(head).double()(hidden.double())
+    floor = 4 * rounding(torch.bfloat16) * float(truth.abs().max())
+    assert_close("logits", logits, eager, truth, floor)

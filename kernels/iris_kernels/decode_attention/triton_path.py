@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .._backend import jit, tl, triton
 from .._fp8 import FP8, FP8_MAX, saturate
-from .._overlap import overlap_options, wait_for_previous_kernel
+from .._overlap import LINE_BYTES, overlap_options, prefetch_to_l2, wait_for_previous_kernel
 from .._row_stats import LOG2_E
 
 CHUNK = 256  # entries, of fp8 twice as many: reducing the slots after each costs instructions
 TILE = 4096  # elements of a key or value tile
-STAGES = 3  # two tiles are in flight while one is multiplied
+STAGES = 3  # two tiles are in flight while one is multiplied; of fp32, whose are larger, one
+EARLY_TILES = 2  # of a sequence's own entries, fetched into L2 while the previous kernel ends
 SPLIT_BELOW = 256  # programs: fewer than about two per multiprocessor of an H200
 MERGED_AT_ONCE = 16  # chunks whose results are loaded together
 
@@ -32,6 +33,18 @@ class NewToken(NamedTuple):
     value: Tensor
     cos: Tensor
     sin: Tensor
+
+
+@jit
+def _prefetch_entries(
+    cache, stride, S,
+    ENTRIES: tl.constexpr, WIDTH: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The first ENTRIES entries of a head, live or not: how many are live is not known yet."""
+    entries = tl.minimum(tl.arange(0, ENTRIES), S - 1)
+    columns = tl.minimum(tl.arange(0, LINES) * LINE, WIDTH - 1)
+    prefetch_to_l2(cache + entries[:, None] * stride + columns[None, :], OVERLAP)
 
 
 @jit
@@ -143,13 +156,18 @@ def _decode_kernel(
     # H / Hkv; Dh, and that rounded up to a power of two; slots; the largest fp8 or 0
     HEADS_PER_KV: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FP8_MAX: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence; SPLIT: one chunk of it, those of the prefix first."""
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     kv = h // HEADS_PER_KV
     d = tl.arange(0, D)
+    if EARLY:
+        own = keys + b * k_b + kv * k_h
+        _prefetch_entries(own, k_s, S, EARLY, WIDTH, LINE, LINES, OVERLAP)
+        own = values + b * v_b + kv * v_h
+        _prefetch_entries(own, v_s, S, EARLY, WIDTH, LINE, LINES, OVERLAP)
     # The projections and, some kernels earlier, the lengths and entries were written in this step.
     wait_for_previous_kernel(OVERLAP)
     length = tl.load(lengths + b).to(tl.int32)
@@ -253,7 +271,8 @@ def decode_launch(head_width: int, cache_bytes: int) -> dict[str, int | bool]:
     D = max(16, triton.next_power_of_2(head_width))
     slots = max(16, min(TILE // D, CHUNK))
     return {
-        "D": D, "L": slots, "CHUNK": 2 * CHUNK if cache_bytes == 1 else CHUNK, "STAGES": STAGES,
+        "D": D, "L": slots, "CHUNK": 2 * CHUNK if cache_bytes == 1 else CHUNK,
+        "STAGES": STAGES - 1 if cache_bytes == 4 else STAGES,  # sm_80 spills with 3
         "num_warps": max(slots * D // 512, 1), "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -281,13 +300,17 @@ def decode_triton(
     strides += [0] * 6 if not prefix_S else [s for t in prefix[:2] for s in t.stride()[:3]]
     strides += [0] * 5 if new is None else [s for t in new[:2] for s in t.stride()[:2]]
     strides += [] if new is None else [new.cos.stride(0)]
-    overlap = overlap_options()
+    overlap, line = overlap_options(), LINE_BYTES // keys.element_size()
+    # Not of fp32 caches: the addresses' registers would spill.
+    early = overlap["OVERLAP"] and not split and keys.element_size() < 4
     _decode_kernel[(H, B, chunks if split else 1)](
         query, keys, values, lengths, *prefix, *new_tensors, out, parts,
         scale * LOG2_E, H, S, prefix_S, 1 if new is None else len(new.cos),
         *strides, *context.stride()[:2],
         HEADS_PER_KV=H // keys.shape[1], WIDTH=width, SPLIT=split,
-        FP8_MAX=FP8_MAX if keys.dtype == FP8 else 0, **options, **overlap,
+        FP8_MAX=FP8_MAX if keys.dtype == FP8 else 0,
+        EARLY=EARLY_TILES * options["L"] if early else 0, LINE=line,
+        LINES=triton.next_power_of_2(-(-width // line)), **options, **overlap,
     )  # fmt: skip
     if split:
         _merge_kernel[(B * H,)](
