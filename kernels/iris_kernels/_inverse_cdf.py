@@ -138,7 +138,7 @@ def likely_tokens(e: Tensor, uniform: Tensor, cumulative: Tensor) -> tuple[Tenso
     found = torch.searchsorted(cumulative, both.mul_(cumulative[:, -1:]), right=True)
     first, last = found.unbind(-1)
     # Beyond the last column if the position is within the margin of the total.
-    return first, (first == last) & (last < V)
+    return first.contiguous(), (first == last) & (last < V)
 
 
 def sample_tokens(
