@@ -12,15 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Of the load average: this process alone, with a thread per core, already makes it vary about the
-# number of cores.
-MARGIN = 0.7
+# Threads that want to run, per core: one of this process, and waiting threads of OpenMP add to it.
+BUSY = 2.0
 
 
 def is_busy() -> bool:
-    """Whether more threads wanted to run in the last minute than there are cores, by the load
-    average."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) + MARGIN
+    """Whether other processes kept the cores busy in the last minute, by the load average."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > BUSY * (os.cpu_count() or 1)
 
 
 @contextmanager

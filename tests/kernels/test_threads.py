@@ -23,9 +23,9 @@ def test_operations_run_on_one_thread_if_busy(busy, threads, two_threads, monkey
     assert torch.get_num_threads() == 2
 
 
-def test_busy_is_a_load_above_the_number_of_cores(monkeypatch):
+def test_busy_is_a_load_of_twice_the_number_of_cores(monkeypatch):
     monkeypatch.setattr(_threads.os, "cpu_count", lambda: 4)
-    for load, busy in ((4.3, False), (4.9, True)):
+    for load, busy in ((7.9, False), (8.1, True)):
         monkeypatch.setattr(_threads.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
         assert _threads.is_busy() == busy
 
