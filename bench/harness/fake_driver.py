@@ -24,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from iris_fast.preflight.estimate import H200
+
 if TYPE_CHECKING:
     from bench.harness.fake_cuda import FakeCuda
-
-MEMORY_BYTES = 143771 * 2**20  # of an H200, by nvidia-smi
 
 
 class Graph:
@@ -51,9 +51,9 @@ class Graph:
 def stand_ins(gpu: FakeCuda) -> Iterator[Any]:
     """Patches, as context managers: an H200's properties, graphs and streams that do nothing."""
     properties = types.SimpleNamespace(
-        name="NVIDIA H200", major=9, minor=0, total_memory=MEMORY_BYTES, multi_processor_count=132,
-        L2_cache_size=60 * 2**20, warp_size=32, shared_memory_per_block_optin=232448,
-        regs_per_multiprocessor=65536,
+        name="NVIDIA H200", major=9, minor=0, total_memory=int(H200.memory_bytes),
+        multi_processor_count=132, L2_cache_size=60 * 2**20, warp_size=32,
+        shared_memory_per_block_optin=232448, regs_per_multiprocessor=65536,
     )  # fmt: skip
     nothing: Callable[..., Any] = lambda *_, **__: None  # noqa: E731
     stream = mock.MagicMock(name="Stream")
@@ -155,7 +155,7 @@ def autograd(gpu: FakeCuda) -> Iterator[None]:
     a guard that counts no devices; such a guard, of the lazy backend, is put there first.
 
     The engine asks for streams of tensors that are on an accelerator. While it passes gradients
-    from one node to the next it is told that they are on no device; inside a node, the truth.
+    from one node to the next, tensors report no device; inside a node they report their own.
     """
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * (LAZY + 1)).in_dll(library, GUARDS)

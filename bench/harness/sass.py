@@ -23,9 +23,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from iris_fast.preflight.estimate import H200
+
 SCHEDULERS = 132 * 4
 CLOCK_HZ = 1.98e9
-COPY_BYTES_PER_SECOND = 4.3e12
 THREADS_PER_WARP = 32
 
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
@@ -93,4 +94,4 @@ def issue_seconds(warp_instructions: float) -> float:
 
 def memory_seconds(moved: int) -> float:
     """The time to move the bytes at the speed of a copy."""
-    return moved / COPY_BYTES_PER_SECOND
+    return moved / H200.copy_bytes_per_s

@@ -42,17 +42,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 
 from bench.trainer.models import make_model, model_configs
+from bench.trainer.training import DATA_SHEET
 from iris_fast.grpo.packing import pack
 from iris_fast.grpo.policy import freeze_generation
 from iris_fast.models import decoder
 from iris_fast.models.janus import Janus
+from iris_fast.preflight.estimate import H200
 from iris_fast.records import Rollout
 from iris_fast.rollout.sampler import empty_trace
 
 PROMPT_TOKENS = 55  # with 575 codes, 630 tokens per sequence
-MATRIX_RATE, ATTENTION_RATE = 790e12, 250e12  # operations per second
-COPY_RATE = 4.3e12  # bytes per second, read and written
-DATA_SHEET = 989e12  # dense bf16 operations per second
+ATTENTION_RATE = 250e12  # operations per second
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 # Operations that read only what they select.
 SELECTIONS = ("index_select", "gather", "embedding", "index")
@@ -72,7 +72,7 @@ class Work:
         """The modelled time."""
         matrix = self.operations["products"] + self.operations["head"]
         attention = self.operations["attention"] / ATTENTION_RATE
-        return matrix / MATRIX_RATE + attention + self.bytes.total() / COPY_RATE
+        return matrix / H200.flops_per_s + attention + self.bytes.total() / H200.copy_bytes_per_s
 
 
 class CountedWork(TorchDispatchMode):

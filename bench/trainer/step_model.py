@@ -82,12 +82,13 @@ from bench.trainer.rollout import CFG_WEIGHT, PROMPT_TOKENS, make_prompts, step_
 from iris_fast.config import SamplingConfig
 from iris_fast.models.janus import Janus, JanusConfig
 from iris_fast.models.templates import unconditional_ids
+from iris_fast.preflight.estimate import H200
 from iris_fast.rollout.decode_loop import WARM_UP_STEPS
 from iris_fast.rollout.sampler import Sampler
 
 SEQUENCES = (2, 16, 64, 128, 256)
-COPY_RATE, L2_RATE = 4.3e12, 5.5e12  # bytes/s
-MATRIX_RATE = 790e12  # operations/s
+COPY_RATE, MATRIX_RATE = H200.copy_bytes_per_s, H200.flops_per_s  # bytes/s, operations/s
+L2_RATE = 5.5e12  # bytes/s
 LAUNCH_S, PDL_S, LATENCY_S = 1.95e-6, 0.75e-6, 0.9e-6
 TILE_S = 0.3e-6
 TRITON_SHARE, BLAS_SHARE = 0.75, 0.70

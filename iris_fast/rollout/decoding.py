@@ -59,11 +59,12 @@ class Decoding:
         `uniforms_NL`: numbers in [0, 1) for up to L tokens of each of N samples. With B = 2 N,
         sequence N + n guides sequence n, and both receive the same tokens.
         """
-        if not self._restart(sequences, uniforms_NL):
-            self._allocate(sequences, uniforms_NL)
         janus, prefixes = self._janus, [ids[:-1] for ids in sequences]
-        if isinstance(self._cache, SharedKVCache):
-            prefixes = self._cache.prefixes
+        shared = SharedPrefixes.of(prefixes) if self._static else None
+        if not self._restart(shared, len(sequences), uniforms_NL):
+            self._allocate(shared, prefixes, uniforms_NL)
+        if shared is not None:
+            prefixes = shared.prefixes
             attention = self._cache.prefill_attention()
         else:
             attention = self._cache.prefill_attention([len(ids) for ids in prefixes])
@@ -87,26 +88,24 @@ class Decoding:
         steps = run_steps(self._step, self.buffer.token_ids_NL.shape[1], stop)
         return self.buffer.token_ids_NL[:, :steps].to("cpu", copy=True)
 
-    def _restart(self, sequences: list[list[int]], uniforms_NL: Tensor) -> bool:
+    def _restart(self, shared: SharedPrefixes | None, batch: int, uniforms_NL: Tensor) -> bool:
         """Start over in the memory of the last batch, if it is kept and fits."""
         if not self._keep or self._cache is None or self._addresses != self._weight_addresses():
             return False
-        if self._embeds_BD.shape[0] != len(sequences):
+        if len(self._embeds_BD) != batch or self.buffer.token_ids_NL.shape != uniforms_NL.shape:
             return False
-        if self.buffer.token_ids_NL.shape != uniforms_NL.shape:
-            return False
-        if not self._cache.restart(SharedPrefixes.of([ids[:-1] for ids in sequences])):
+        if not self._cache.restart(shared):
             return False
         self.buffer.restart(uniforms_NL)
         return True
 
-    def _allocate(self, sequences: list[list[int]], uniforms_NL: Tensor) -> None:
-        janus, room = self._janus, uniforms_NL.shape[1]
-        dtype, prefixes = janus.lm_head.weight.dtype, [ids[:-1] for ids in sequences]
+    def _allocate(
+        self, shared: SharedPrefixes | None, prefixes: list[list[int]], uniforms_NL: Tensor
+    ) -> None:
+        janus, room, dtype = self._janus, uniforms_NL.shape[1], self._janus.lm_head.weight.dtype
         options = (self._device, janus.attn_implementation)
         self._cache = None  # freed before the new one is allocated
-        if self._static:
-            shared = SharedPrefixes.of(prefixes)
+        if shared is not None:
             cache_dtype = torch.float8_e4m3fn if self._config.kv_cache_dtype == "fp8" else dtype
             self._cache = SharedKVCache(
                 janus.config.decoder, shared, room, cache_dtype, *options, spare=self._keep
@@ -116,9 +115,10 @@ class Decoding:
             self._cache = KVCache(janus.config.decoder, len(prefixes), slots, dtype, *options)
         self.buffer = StepBuffer(uniforms_NL.to(self._device))
         width = janus.config.decoder.hidden_size
-        self._embeds_BD = torch.empty(len(sequences), width, dtype=dtype, device=self._device)
-        if self._stream == "image":
-            self._codes_KD = torch.empty_like(self._embed_codes())
+        self._embeds_BD, self._codes_KD = (
+            torch.empty(rows, width, dtype=dtype, device=self._device)
+            for rows in (len(prefixes), janus.config.vq.codebook_size)
+        )
         self._step = CapturedStep(self._decode, self._use_cuda_graph)
         self._addresses = self._weight_addresses()
 

@@ -209,3 +209,24 @@ def check_contiguous(
             f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}: pass "
             f"{dtype} of shape {tuple(shape)} on {like.device}"
         )
+
+
+def check_rotation(
+    expected: dict[str, tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]],
+) -> None:
+    """Raise ValueError unless each tensor has its shape, one of its dtypes, the device of the first
+    one and a contiguous last dimension, and `cos` and `sin` have equal strides."""
+    device = next(iter(expected.values()))[0].device
+    for name, (tensor, shape, dtypes) in expected.items():
+        if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}: pass "
+                f"{' or '.join(map(str, dtypes))} of shape {shape} on {device}"
+            )
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has strides {tensor.stride()}: its last dimension must be contiguous"
+            )
+    cos, sin = expected["cos"][0], expected["sin"][0]
+    if cos.stride(0) != sin.stride(0):
+        raise ValueError(f"cos has strides {cos.stride()} but sin {sin.stride()}: make them equal")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._backend import jit, tl, triton, uses_triton
-from ._checks import LOGIT_DTYPES
+from ._checks import LOGIT_DTYPES, check_rotation
 from ._ops import add_op_namespace_prefix
 
 # --- Triton kernel --------------------------------------------------------------------------------
@@ -173,21 +173,11 @@ def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
     if key.dim() != 3:
         raise ValueError(f"key has shape {tuple(key.shape)}: pass (T, Hkv, Dh)")
     T, _, width = query.shape
-    expected = {
-        "query": (query, tuple(query.shape), query.dtype),
-        "key": (key, (T, key.shape[1], width), query.dtype),
-        "cos": (cos, (T, width // 2), torch.float32),
-        "sin": (sin, (T, width // 2), torch.float32),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if (tuple(tensor.shape), tensor.dtype, tensor.device) != (shape, dtype, query.device):
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}: pass "
-                f"{dtype} of shape {shape} on {query.device}"
-            )
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} has strides {tensor.stride()}: its last dimension must be contiguous"
-            )
-    if cos.stride(0) != sin.stride(0):
-        raise ValueError(f"cos has strides {cos.stride()} but sin {sin.stride()}: make them equal")
+    check_rotation(
+        {
+            "query": (query, tuple(query.shape), (query.dtype,)),
+            "key": (key, (T, key.shape[1], width), (query.dtype,)),
+            "cos": (cos, (T, width // 2), (torch.float32,)),
+            "sin": (sin, (T, width // 2), (torch.float32,)),
+        }
+    )

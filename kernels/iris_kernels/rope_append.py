@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._backend import calls_torch_path, jit, tl, triton, uses_triton
-from ._checks import DECODING_DTYPES, check_values_in_range
+from ._checks import DECODING_DTYPES, check_rotation, check_values_in_range
 from ._fp8 import FP8, FP8_MAX, saturate
 from ._ops import add_op_namespace_prefix
 
@@ -227,28 +227,18 @@ def _check(query, key, value, cos, sin, key_cache, value_cache, slots) -> None:
     own, table = (query.dtype,), (torch.float32,)
     cache_dtypes = (query.dtype, FP8) if key_cache.dtype != FP8 else (FP8,)
     cache = (B, kv_heads, entries, width)
-    expected = {
-        "query": (query, tuple(query.shape), own),
-        "key": (key, (B, kv_heads, width), own),
-        "value": (value, (B, kv_heads, width), own),
-        "cos": (cos, (B, width // 2), table),
-        "sin": (sin, (B, width // 2), table),
-        "key_cache": (key_cache, cache, cache_dtypes),
-        "value_cache": (value_cache, cache, (key_cache.dtype,)),
-        "slots": (slots, (B,), (torch.int32, torch.int64)),
-    }
-    for name, (tensor, shape, dtypes) in expected.items():
-        if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}: pass "
-                f"{' or '.join(map(str, dtypes))} of shape {shape} on {query.device}"
-            )
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} has strides {tensor.stride()}: its last dimension must be contiguous"
-            )
-    if cos.stride(0) != sin.stride(0):
-        raise ValueError(f"cos has strides {cos.stride()} but sin {sin.stride()}: make them equal")
+    check_rotation(
+        {
+            "query": (query, tuple(query.shape), own),
+            "key": (key, (B, kv_heads, width), own),
+            "value": (value, (B, kv_heads, width), own),
+            "cos": (cos, (B, width // 2), table),
+            "sin": (sin, (B, width // 2), table),
+            "key_cache": (key_cache, cache, cache_dtypes),
+            "value_cache": (value_cache, cache, (key_cache.dtype,)),
+            "slots": (slots, (B,), (torch.int32, torch.int64)),
+        }
+    )
 
 
 def rope_append_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`guided_sample_step`: one step of a decoding loop, drawn, sampled and recorded in one launch.
+"""`guided_sample_step`: one step of a decoding loop, sampled and recorded in one launch.
 
 Around `guided_sample`, a loop selects the step's random numbers and copies the tokens and eight
 statistics into its buffers: some twelve small kernels per step on a GPU. Here the kernel reads and

@@ -17,6 +17,7 @@ from .._row_stats import (
     distances,
     exp_rows,
     is_one,
+    row_distances,
     row_sum,
     stats_from_distances,
     sums_from_exp,
@@ -84,15 +85,11 @@ def _sample_chunk(cond, uncond, uniform, threshold, cfg_weight, temperature, gre
         tokens = exact_tokens(slice(None))
     column = tokens.expand(D, C)[..., None]
     if not finite:  # a logit is infinite or NaN
-        d[0].copy_(cond)
+        found = [row_distances(cond, d[0], 1.0)]
         if D == 2:
-            d[1].copy_(mix(cond, uncond, cfg_weight))
-        maximum = d.amax(-1)
+            found.append(row_distances(mix(cond, uncond, cfg_weight), d[1], temperature))
+        maximum, sum_d = (torch.stack(each) for each in list(zip(*found, strict=True))[:2])
         m_safe = maximum.masked_fill(maximum == -math.inf, 0.0)
-        d.sub_(m_safe[..., None])
-        if not is_one(temperature):
-            d[-1].div_(temperature)
-        sum_d = row_sum(d)
     d_token = d.gather(-1, column)[..., 0]
     if not finite:
         exp_rows(d, e, finite)
