@@ -1,5 +1,6 @@
 """Two packages from one tree: `iris_fast` (the trainer) and `iris_kernels` (the kernels alone)."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -55,11 +56,15 @@ ATTENTION = [
     "xformers>=0.0.33",  # block-diagonal masks, split-K decoding
 ]
 
+ROOT = Path(__file__).parent
+# The CPU's kernels in C++, one library per instruction set.
+CPP = runpy.run_path(str(ROOT / "kernels/iris_kernels/cpp/build.py"))["extensions"](ROOT)
+
 setup(
     name="iris-fast",
     version="0.1.0",
     description="GRPO with intrinsic rewards for autoregressive text-to-image models",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -68,7 +73,9 @@ setup(
         *find_packages("kernels", include=["iris_kernels", "iris_kernels.*"]),
     ],
     package_dir={"iris_kernels": "kernels/iris_kernels"},
+    ext_modules=CPP,
     package_data={
+        "iris_kernels": ["cpp/*.cpp", "cpp/*.h"],
         "iris_fast": [
             "**/*.txt",
             "**/*.jsonl",
@@ -78,7 +85,7 @@ setup(
             "**/*.safetensors",
             "**/*.md",
             "**/*.svg",
-        ]
+        ],
     },
     entry_points={
         "console_scripts": [

@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton or torch. There is no silent fallback."""
+"""Which implementation runs: Triton, C++ or torch. There is no silent fallback."""
 
 import ctypes
 import mmap
@@ -8,6 +8,8 @@ import types
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from . import cpp
 
 try:
     import triton
@@ -38,20 +40,21 @@ def uses_triton(tensor: Tensor) -> bool:
     """Whether the ops run their Triton path on `tensor`, as `IRIS_KERNELS_BACKEND` chooses.
 
     `auto` (the default) is Triton for CUDA tensors other than float64, which only the torch path
-    supports, and torch for all other tensors.
+    supports. For other tensors, and with `cpp`, an op takes its C++ path where it has one for the
+    dtype, else its torch path.
 
     Raises:
-        ValueError: the variable is not triton, torch or auto, or it is triton and the tensor is
-            float64.
+        ValueError: the variable is not triton, cpp, torch or auto, or it is triton and the tensor
+            is float64.
         RuntimeError: the variable is triton, and Triton cannot run here.
     """
     choice = os.environ.get(VARIABLE, "auto")
-    if choice == "torch":
+    if choice in ("torch", "cpp"):
         return False
     if choice == "auto":
         return tensor.is_cuda and triton is not None and tensor.dtype != torch.float64
     if choice != "triton":
-        raise ValueError(f"{VARIABLE}={choice!r} is unknown: set it to triton, torch or auto")
+        raise ValueError(f"{VARIABLE}={choice!r} is unknown: set it to triton, cpp, torch or auto")
     if tensor.dtype == torch.float64:
         raise ValueError(
             f"{VARIABLE}=triton, but the tensor is float64: pass float32, bfloat16 or float16, "
@@ -67,8 +70,27 @@ def uses_triton(tensor: Tensor) -> bool:
     return True
 
 
-def calls_torch_path(tensor: Tensor, *others: Tensor | None, with_gradient: bool = False) -> bool:
-    """Whether an op calls its torch path as a plain function instead of its custom op.
+def backend(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = cpp.DTYPES) -> str:
+    """Which path runs on `tensor`: "triton", "cpp" (a CPU and one of `dtypes`) or "torch".
+
+    Raises:
+        RuntimeError: IRIS_KERNELS_BACKEND is cpp, and the library has not been compiled.
+    """
+    if uses_triton(tensor):
+        return "triton"
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice != "torch" and tensor.dtype in dtypes and cpp.takes(tensor):
+        return "cpp"
+    if choice == "cpp" and cpp.library() is None:
+        raise RuntimeError(
+            f"{VARIABLE}=cpp, but the C++ kernels are not compiled: install a C++ compiler and run "
+            "pip install again"
+        )
+    return "torch"
+
+
+def calls_directly(tensor: Tensor, *others: Tensor | None, with_gradient: bool = False) -> bool:
+    """Whether an op calls its path as a plain function instead of its custom op.
 
     True in eager mode on a CPU, where the dispatch of a custom op costs 8 to 300 us per call. A
     graph (torch.compile, make_fx, torch.jit.trace, fake tensors), a torch.func transform, the
@@ -76,10 +98,10 @@ def calls_torch_path(tensor: Tensor, *others: Tensor | None, with_gradient: bool
     op.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and tensor.is_cpu
+        tensor.is_cpu
         and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
         and (with_gradient or not _needs_gradient(tensor, *others))

@@ -111,36 +111,6 @@ def truncation_threshold(
     return torch.stack(thresholds).amax(0)
 
 
-def likely_tokens(e: Tensor, uniform: Tensor, cumulative: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [R] by the inverse CDF over e = exp((x - max x) / T) [R, V], and whether each is
-    certainly that of the integer weights. `cumulative` is a float64 buffer [R, V].
-
-    The integer weights w_j are 2^40 e_j up to rounding. With d_j = ln e_j and u = 2^-24:
-
-        t_j is rounded three times, d_j once                         4 u |d_j| e_j
-        the polynomial (1.9e-7), its evaluation, and exp or softmax  2^-20 e_j
-        floor, w_j = 0 below 2^-40, e_j = 0 below 2^-126             2^-40
-
-    Let E >= 1 be the sum of all e_j. The entropy log E + sum e_j |d_j| / E is at most log V, so
-    sum e_j |d_j| <= E log V, and the sum of any w_j differs from 2^40 times that of their e_j by
-    less than 2^40 E D with
-
-        D = 4 u log V + 2^-20 + V 2^-40
-
-    (float64 sums add less than V 2^-53). This holds for the cumulative weights, and for the
-    position, which is a fraction of their total: the token at `uniform` is certain if those at
-    uniform - 2 D and uniform + 2 D are the same.
-    """
-    V = e.shape[-1]
-    torch.cumsum(cumulative.copy_(e), -1, out=cumulative)
-    margin = 2 * (4 * 2.0**-24 * math.log(V) + 2.0**-20 + V * 2.0**-40)
-    both = uniform.new_tensor((-margin, margin), dtype=torch.float64).add(uniform[:, None])
-    found = torch.searchsorted(cumulative, both.mul_(cumulative[:, -1:]), right=True)
-    first, last = found.unbind(-1)
-    # Beyond the last column if the position is within the margin of the total.
-    return first.contiguous(), (first == last) & (last < V)
-
-
 def sample_tokens(
     mixed: Tensor,
     uniform: Tensor,

@@ -17,7 +17,6 @@ If the token is the maximum, log1p(sum_exp_others) keeps the digits of a logprob
 """
 
 import math
-import threading
 from typing import NamedTuple
 
 import torch
@@ -106,29 +105,7 @@ def stats_from_sums(
 
 # --- torch ----------------------------------------------------------------------------------------
 
-# Elements of a buffer that one thread works on: two of 512 KB stay in its L2 cache.
-THREAD_ELEMENTS = 1 << 17
-CHUNK_ELEMENTS = 1 << 20  # of all threads together: 4 MB of fp32 per buffer
-WORKSPACE_BYTES = 64 << 20  # of a thread: the chunks of all ops fit
-_workspaces = threading.local()
-
-
-def workspace(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized tensor, on a CPU in memory that this thread's next call gets again: pages of
-    new memory take longer to map than to fill. More than `WORKSPACE_BYTES` are not kept."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size > WORKSPACE_BYTES:
-        return torch.empty(shape, dtype=dtype, device=device)
-    last = getattr(_workspaces, "last", None)
-    if last is None or last.shape != shape or last.dtype != dtype:
-        memory = getattr(_workspaces, "memory", None)
-        with torch.inference_mode(False):  # such a tensor could not be written outside of it
-            if memory is None or len(memory) < size:
-                # Not on torch's default device, which may be another one.
-                memory = torch.empty(size, dtype=torch.uint8, device=device)
-                _workspaces.memory = memory
-            last = _workspaces.last = memory[:size].view(dtype).view(shape)
-    return last
+CHUNK_ELEMENTS = 1 << 20  # of a buffer: 4 MB of fp32
 
 
 class RowSums(NamedTuple):
@@ -150,9 +127,8 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def chunk_rows(columns: int) -> int:
-    """Rows of a chunk: torch splits every operation over its threads by rows, and each thread's
-    part should stay in its cache."""
-    return max(1, min(THREAD_ELEMENTS * torch.get_num_threads(), CHUNK_ELEMENTS) // columns)
+    """Rows of a chunk, whose buffers should stay in the cache."""
+    return max(1, CHUNK_ELEMENTS // columns)
 
 
 def distances(x: Tensor, out: Tensor, row_max: Tensor, temperature: float | Tensor) -> Tensor:
@@ -220,9 +196,16 @@ def row_distances(x: Tensor, d: Tensor, temperature: float | Tensor) -> tuple[Te
     return maximum, row_sum(d), finite
 
 
-def chunk_sums(x, token_ids, temperature, d, e, all_here: bool) -> RowSums:
-    """Sums of a chunk [C, V]; `d`, `e` are buffers [C, V]; `all_here`: every id of `token_ids` [C]
-    lies in [0, V)."""
+def chunk_stats(x: Tensor, token_ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, ...]:
+    """logprob, nsc, entropy, lse, maximum and sum_exp of a chunk [C, V] of whole rows."""
+    return stats_from_row_sums(
+        chunk_sums(x, token_ids, temperature, True), x.shape[-1], temperature
+    )
+
+
+def chunk_sums(x: Tensor, token_ids: Tensor, temperature, all_here: bool) -> RowSums:
+    """Sums of a chunk [C, V]; `all_here`: every id of `token_ids` [C] lies in [0, V)."""
+    d, e = torch.empty((2, *x.shape), dtype=compute_dtype(x), device=x.device)
     maximum, sum_d, finite = row_distances(x, d, temperature)
     exp_rows(d, e, finite)
     if not finite:

@@ -15,7 +15,7 @@ Shapes: (..., D), D channels.
 import torch
 from torch import Tensor
 
-from ._backend import calls_torch_path, jit, tl, triton, uses_triton
+from ._backend import calls_directly, jit, tl, triton, uses_triton
 from ._checks import check_contiguous
 from ._ops import add_op_namespace_prefix
 from ._overlap import overlap_options, wait_for_previous_kernel
@@ -148,7 +148,7 @@ def add_rms_norm(
         check_contiguous("delta", delta, torch.Size(shape), residual, torch.float32)
     elif delta is not None:
         check_contiguous("delta", delta, residual.shape, residual)
-    if calls_torch_path(residual, delta, weight) and residual.numel():
+    if calls_directly(residual, delta, weight) and residual.numel():
         return add_rms_norm_torch(residual, delta, weight, eps)
     return _add_rms_norm_op(residual, delta, weight, float(eps))
 

@@ -24,7 +24,7 @@ Shapes: x (M, K), weight (N, K), S partial sums.
 import torch
 from torch import Tensor
 
-from ._backend import calls_torch_path, interpreted, jit, tl, triton, uses_triton
+from ._backend import calls_directly, interpreted, jit, tl, triton, uses_triton
 from ._ops import add_op_namespace_prefix
 from ._overlap import LINE_BYTES, overlap_options, prefetch_to_l2, wait_for_previous_kernel
 
@@ -268,7 +268,7 @@ def decode_linear(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}: pass {x.dtype} "
             f"of shape {(N,)} on {x.device}"
         )
-    if calls_torch_path(x, weight, bias) and len(x):
+    if calls_directly(x, weight, bias) and len(x):
         return linear_torch(x, weight, bias, gated, False, gelu)
     return _decode_linear_op(x, weight, bias, gated, False, gelu)
 
@@ -280,7 +280,7 @@ def decode_linear_partials(x: Tensor, weight: Tensor) -> Tensor:
     are those of `decode_linear`.
     """
     _check(x, weight)
-    if calls_torch_path(x, weight) and len(x):
+    if calls_directly(x, weight) and len(x):
         return linear_torch(x, weight, None, False, True)
     return _decode_linear_op(x, weight, None, False, True)
 

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import calls_torch_path, jit, tl, triton, uses_triton
+from ._backend import calls_directly, jit, tl, triton, uses_triton
 from ._checks import check_contiguous
 from ._fp8 import FP8, FP8_MAX
 from ._ops import add_op_namespace_prefix
 from ._overlap import overlap_options, wait_for_previous_kernel
-from ._row_stats import compute_dtype, workspace
+from ._row_stats import compute_dtype
 
 MAX_CHANNELS = 32768  # one program holds a row
 
@@ -81,8 +81,7 @@ def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.maximum(wide.amax(dim=-1, keepdim=True), wide.amin(dim=-1, keepdim=True).neg_())
     scales = largest.div_(FP8_MAX)
     scales = scales.masked_fill_(scales == 0, 1.0)
-    quotients = workspace(tuple(x.shape), torch.float32, x.device)
-    return torch.div(wide, scales, out=quotients).to(FP8), scales
+    return wide.div(scales).to(FP8), scales
 
 
 # --- Custom op ------------------------------------------------------------------------------------
@@ -121,7 +120,7 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     check_contiguous("x", x)
     if x.dim() != 2 or x.shape[-1] > MAX_CHANNELS:
         raise ValueError(f"x has shape {tuple(x.shape)}: pass (R, D), D up to {MAX_CHANNELS}")
-    if calls_torch_path(x) and x.numel():
+    if calls_directly(x) and x.numel():
         return QuantizedRows(*quantize_rows_torch(x))
     return QuantizedRows(*_quantize_rows_op(x))
 

@@ -16,7 +16,7 @@ Shapes: B sequences, H query heads, Hkv key-value heads, S cache entries, Dh hea
 import torch
 from torch import Tensor
 
-from ._backend import calls_torch_path, jit, tl, triton, uses_triton
+from ._backend import calls_directly, jit, tl, triton, uses_triton
 from ._checks import DECODING_DTYPES, check_rotation, check_values_in_range
 from ._fp8 import FP8, FP8_MAX, saturate
 from ._ops import add_op_namespace_prefix
@@ -205,7 +205,7 @@ def rope_append(
             which is checked on the CPU only (on a GPU such a token is not written).
     """
     _check(query, key, value, cos, sin, key_cache, value_cache, slots)
-    if calls_torch_path(query, key, value, key_cache, value_cache) and query.numel():
+    if calls_directly(query, key, value, key_cache, value_cache) and query.numel():
         check_values_in_range("slots", slots, 0, key_cache.shape[2] - 1)
         return rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots)
     return _rope_append_op(query, key, value, cos, sin, key_cache, value_cache, slots)

@@ -15,7 +15,7 @@ Shapes: (..., 2 I), I gates and then I ups, or two tensors (..., I).
 import torch
 from torch import Tensor
 
-from ._backend import calls_torch_path, jit, tl, uses_triton
+from ._backend import calls_directly, jit, tl, uses_triton
 from ._checks import LOGIT_DTYPES, check_contiguous
 from ._ops import add_op_namespace_prefix
 from ._overlap import overlap_options, wait_for_previous_kernel
@@ -205,7 +205,7 @@ def silu_mul(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"gate_up has {gate_up.shape[-1]} columns: pass gate and up of equal width"
         )
-    if calls_torch_path(gate_up, up) and gate_up.numel():
+    if calls_directly(gate_up, up) and gate_up.numel():
         return silu_mul_torch(gate_up, up)
     return _silu_mul_op(gate_up, up)
 

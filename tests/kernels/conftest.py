@@ -1,4 +1,4 @@
-"""Fixtures: both backends, poisoned memory, and which path ran.
+"""Fixtures: all backends, poisoned memory, and which path ran.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be requested before triton
 is imported. If another test imported it first, `test_interpreter.py` runs the `triton` half of
@@ -17,6 +17,7 @@ import torch
 if not torch.cuda.is_available() and "triton" not in sys.modules:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from iris_kernels import cpp
 from kernel_oracle import TRITON_RUNS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,11 +27,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_A_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=ON_A_GPU)])
+@pytest.fixture(params=["torch", "cpp", pytest.param("triton", marks=ON_A_GPU)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run each test once per backend."""
     if request.param == "triton" and not TRITON_RUNS:
         pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
+    if request.param == "cpp" and (DEVICE != "cpu" or cpp.library() is None):
+        pytest.skip("the C++ kernels run on a CPU, if a compiler was found at installation")
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", request.param)
     return request.param
 
@@ -54,8 +57,12 @@ def paths_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the path functions that the ops call, in order."""
     names: list[str] = []
     functions = {
-        "token_stats.op": ("forward_triton", "backward_triton", "forward_torch", "backward_torch"),
-        "guided_sample.op": ("sample_triton", "sample_torch"),
+        "token_stats.op": [
+            f"{way}_{path}"
+            for way in ("forward", "backward")
+            for path in ("triton", "cpp", "torch")
+        ],
+        "guided_sample.op": ["sample_triton", "sample_cpp", "sample_torch"],
     }
     for module_name, of_module in functions.items():
         module = importlib.import_module(f"iris_kernels.{module_name}")

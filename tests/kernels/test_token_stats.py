@@ -16,6 +16,7 @@ from kernel_oracle import (
 
 PATHS = {
     "torch": ["forward_torch", "backward_torch"],
+    "cpp": ["forward_cpp", "backward_cpp"],
     "triton": ["forward_triton", "backward_triton"],
 }
 # name: (rows, V, dtype). The forward kernel takes tiles of L lanes x 16 bytes: 8192 bf16 or 4096
@@ -42,7 +43,8 @@ def test_budget(regime, temperature, backend, device, paths_run):
         shape = (40,)  # chunks are the torch path's; a program a row is slow in the interpreter
     logits, token_ids = random_case(shape, V, dtype, device)
     assert_within_budget(logits, token_ids, temperature=temperature)
-    assert paths_run == PATHS[backend]
+    no_cpp = backend == "cpp" and dtype == torch.float16
+    assert paths_run == PATHS["torch" if no_cpp else backend]
 
 
 @pytest.mark.parametrize("alone", FIELDS)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.cuda import get_device_capability as capability
 from torch.nn.functional import scaled_dot_product_attention
 
-from .._backend import calls_torch_path, uses_triton
+from .._backend import calls_directly, uses_triton
 from .._checks import DECODING_DTYPES, check_values_in_range
 from .._fp8 import FP8
 from .._ops import add_op_namespace_prefix
@@ -130,7 +130,7 @@ def decode_attention(
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
     _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if calls_torch_path(query, key_cache, value_cache) and query.numel():
+    if calls_directly(query, key_cache, value_cache) and query.numel():
         _check_values(key_cache.shape[2], lengths, prefix)
         return decode_torch(query, key_cache, value_cache, lengths, prefix, scale)
     return _decode_attention_op(
@@ -179,7 +179,7 @@ def rope_append_attention(
     _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
     _check_new_token(query, key, value, cos, sin, key_cache.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if calls_torch_path(query, key, value, key_cache, value_cache) and query.numel():
+    if calls_directly(query, key, value, key_cache, value_cache) and query.numel():
         _check_values(key_cache.shape[2] - 1, lengths, prefix)
         return rope_append_attention_torch(
             query, key, value, cos, sin, key_cache, value_cache, lengths, prefix, scale

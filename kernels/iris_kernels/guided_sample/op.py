@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import calls_torch_path, uses_triton
+from .._backend import backend, calls_directly
 from .._checks import (
     check_logits,
     check_per_row,
@@ -35,7 +35,8 @@ from .._inverse_cdf import truncation_threshold
 from .._ops import add_op_namespace_prefix
 from .._scalars import to_kernel_argument, to_scalar_tensor
 from ..token_stats import TokenStats
-from .outputs import empty_outputs
+from .cpp_path import sample_cpp
+from .outputs import Recording, empty_outputs
 from .torch_path import flat_rows, mix, sample_torch
 from .triton_path import sample_triton
 
@@ -63,26 +64,30 @@ def _guided_sample_op(
         cond, uncond, uniform, to_kernel_argument(cfg_weight), to_kernel_argument(temperature),
         greedy, top_k, top_p, min_p, vocab_size,
     )  # fmt: skip
-    if not uses_triton(cond):
-        tokens, stats = sample(sample_torch, *arguments)
-        conditional, guided = (torch.stack(each) for each in zip(*stats, strict=True))
-        return tokens.view(shape), conditional.view(4, *shape), guided.view(4, *shape)
-    out = sample(sample_triton, *arguments)
-    return out[0].view(shape), out[1].view(4, *shape), out[2].view(4, *shape)
+    tokens, conditional, guided = sample(*arguments)
+    return tokens.view(shape), conditional.view(4, *shape), guided.view(4, *shape)
 
 
 def sample(
-    run, cond, uncond, uniform, cfg_weight, temperature, greedy, top_k, top_p, min_p, vocab_size
-):
-    """`run` (one of both paths) at the threshold of the truncation."""
-    if uniform.is_cpu and not _in_unit_interval(uniform):
+    cond, uncond, uniform, cfg_weight, temperature, greedy, top_k, top_p, min_p, vocab_size,
+    recording: Recording | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the path for `cond` returns, at the threshold of the truncation."""
+    path, threshold = backend(cond), None
+    if recording is not None and path != "triton" and recording.step.is_cpu:
+        step, room = int(recording.step), recording.token_ids.shape[1]
+        if not 0 <= step < room:
+            raise IndexError(f"step is {step}: it must lie in [0, {room})")
+    if uniform.is_cpu and path != "cpp" and not _in_unit_interval(uniform):
         raise ValueError("uniform holds numbers outside [0, 1): pass the result of torch.rand")
-    threshold = None
     if not greedy and (0 < top_k < vocab_size or top_p < 1 or min_p > 0):
         mixed = mix(flat_rows(cond, vocab_size), flat_rows(uncond, vocab_size), cfg_weight)
         threshold = truncation_threshold(mixed, temperature, top_k, top_p, min_p)
-    uniform = uniform if uniform.dim() == 1 else uniform.reshape(-1)
-    return run(cond, uncond, uniform, threshold, cfg_weight, temperature, greedy, vocab_size)
+    run = {"triton": sample_triton, "cpp": sample_cpp, "torch": sample_torch}[path]
+    return run(
+        cond, uncond, uniform.reshape(-1), threshold, cfg_weight, temperature, greedy, vocab_size,
+        recording,
+    )  # fmt: skip
 
 
 def _in_unit_interval(uniform: Tensor) -> bool:
@@ -152,14 +157,14 @@ def guided_sample(
         cond_logits, uncond_logits, cfg_weight, temperature, top_k, top_p, min_p, vocab_size
     )
     check_uniform("uniform", uniform, rows, cond_logits.device)
-    if calls_torch_path(cond_logits) and uniform.numel():
+    if calls_directly(cond_logits) and uniform.numel():
         numbers = float(cfg_weight), float(temperature)
-        tokens, stats = sample(
-            sample_torch, cond_logits, uncond_logits, uniform.detach(), *numbers, *truncation
+        tokens, conditional, guided = sample(
+            cond_logits, uncond_logits, uniform.detach(), *numbers, *truncation
         )
         if len(rows) != 1:
-            tokens, stats = tokens.view(rows), [each.view(2, *rows) for each in stats]
-        conditional, guided = zip(*(each.unbind() for each in stats), strict=True)
+            tokens = tokens.view(rows)
+            conditional, guided = conditional.view(4, *rows), guided.view(4, *rows)
         return GuidedSample(tokens, TokenStats(*conditional), TokenStats(*guided))
     token_ids, conditional, guided = _guided_sample_op(
         cond_logits, uncond_logits, uniform.detach(),

@@ -10,17 +10,14 @@ Bytes moved: those of `guided_sample`.
 Shapes: R rows, V columns, L steps.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from .._backend import calls_torch_path, uses_triton
+from .._backend import calls_directly
 from .._ops import add_op_namespace_prefix
 from .._scalars import to_kernel_argument, to_scalar_tensor
 from .op import check_uniform, checked, sample
-from .torch_path import sample_torch
-from .triton_path import Recording, sample_triton
+from .outputs import Recording
 
 
 @torch.library.custom_op(
@@ -36,38 +33,12 @@ def _guided_sample_step_op(
     recording = Recording(step, token_ids, conditional, guided)
     numbers = to_kernel_argument(cfg_weight), to_kernel_argument(temperature)
     truncation = (greedy, top_k, top_p, min_p, vocab_size)
-    if not uses_triton(cond):
-        return _step_torch(cond, uncond, uniforms, recording, *numbers, *truncation)
-    run = partial(sample_triton, recording=recording)
-    return sample(run, cond, uncond, uniforms.view(-1), *numbers, *truncation)[0]
+    return sample(cond, uncond, uniforms, *numbers, *truncation, recording)[0]
 
 
 @_guided_sample_step_op.register_fake
 def _(cond, *_):
     return cond.new_empty(cond.shape[0], dtype=torch.int64)
-
-
-def _step_torch(cond, uncond, uniforms, recording: Recording, *arguments) -> Tensor:
-    """The same on the torch path."""
-    step, *buffers = recording
-    if step.is_cpu:
-        column, room = int(step), uniforms.shape[1]
-        if not 0 <= column < room:
-            raise IndexError(f"step is {column}: it must lie in [0, {room})")
-        places = [buffer[..., column] for buffer in (uniforms, *buffers)]
-        uniform = places[0].contiguous()
-    else:  # without reading the counter on the host
-        uniform = uniforms.index_select(1, step)[:, 0]
-    tokens, stats = sample(sample_torch, cond, uncond, uniform, *arguments)
-    tokens = tokens.contiguous()
-    values = [tokens, *(torch.stack(each) for each in zip(*stats, strict=True))]
-    if step.is_cpu:
-        for place, value in zip(places[1:], values, strict=True):
-            place.copy_(value)
-    else:
-        for buffer, value in zip(buffers, values, strict=True):
-            buffer.index_copy_(-1, step, value[..., None])
-    return tokens
 
 
 def guided_sample_step(
@@ -116,9 +87,9 @@ def guided_sample_step(
     )
     recording = Recording(step, token_ids, conditional, guided)
     _check_buffers(uniforms, recording, cond_logits)
-    if calls_torch_path(cond_logits) and len(cond_logits):
+    if calls_directly(cond_logits) and len(cond_logits):
         numbers = float(cfg_weight), float(temperature)
-        return _step_torch(cond_logits, uncond_logits, uniforms, recording, *numbers, *truncation)
+        return sample(cond_logits, uncond_logits, uniforms, *numbers, *truncation, recording)[0]
     if not len(cond_logits):
         return token_ids.new_empty(0)
     return _guided_sample_step_op(

@@ -7,7 +7,6 @@ Shapes: R rows, V columns, tiles of G groups x K columns, a group being 16 bytes
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from .._row_stats import (
     temperature_factors,
 )
 from .._scalars import load_scalar
-from .outputs import empty_outputs
+from .outputs import Recording, empty_outputs
 
 
 @jit
@@ -250,15 +249,6 @@ def sample_launch(vocab_size: int, itemsize: int, small: bool = False) -> dict[s
         "num_warps": min(max(1, groups // 64), 8),
         "enable_fp_fusion": False,  # fused multiply-adds would round differently from torch
     }
-
-
-class Recording(NamedTuple):
-    """Where a step of a decoding loop is recorded: the column `step` [1] of L."""
-
-    step: Tensor
-    token_ids: Tensor  # [R, L]
-    conditional: Tensor  # [4, R, L]
-    guided: Tensor  # [4, R, L]
 
 
 def sample_triton(

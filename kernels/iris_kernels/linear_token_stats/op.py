@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._backend import calls_torch_path
+from .._backend import calls_directly
 from .._checks import (
     LOGIT_DTYPES,
     check_ids_in_range,
@@ -30,7 +30,7 @@ from .._checks import (
     check_vocab_size,
 )
 from .._ops import add_op_namespace_prefix
-from .._row_stats import CHUNK_ELEMENTS, compute_dtype
+from .._row_stats import compute_dtype
 from .._scalars import to_scalar_tensor
 from ..token_stats import TokenStats, token_stats, token_stats_reference
 from .tiles import backward_tiles, flatten, forward_tiles
@@ -179,25 +179,21 @@ def linear_token_stats(
         raise ValueError(
             f"weight has dtype {weight.dtype} but hidden has {hidden.dtype}: cast one of them"
         )
-    if _keeps_logits(hidden, weight, bias, vocab_size):
+    if _keeps_logits(hidden, vocab_size):
         return _with_logits(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
     temperature = to_scalar_tensor(temperature, hidden)
     out = _linear_token_stats_op(hidden, weight, bias, token_ids, mask, temperature, vocab_size)
     return TokenStats(*out[:4])
 
 
-def _keeps_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_size: int) -> bool:
+def _keeps_logits(hidden: Tensor, vocab_size: int) -> bool:
     """Whether all logits are computed at once, and kept until their gradient overwrites them: in
-    eager mode on a CPU, if they take at most `KEPT_LOGITS_BYTES`, or without a gradient one tile.
-    """
-    tensors = [t for t in (hidden, weight, bias) if t is not None]
-    elements = math.prod(hidden.shape[:-1]) * vocab_size
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    most = KEPT_LOGITS_BYTES // hidden.element_size() if needs_gradient else CHUNK_ELEMENTS
+    eager mode on a CPU, if they take at most `KEPT_LOGITS_BYTES`."""
+    kept_bytes = math.prod(hidden.shape[:-1]) * vocab_size * hidden.element_size()
     return (
-        elements <= most
+        kept_bytes <= KEPT_LOGITS_BYTES
         and hidden.dtype == compute_dtype(hidden)
-        and calls_torch_path(hidden, with_gradient=True)
+        and calls_directly(hidden, with_gradient=True)
     )
 
 

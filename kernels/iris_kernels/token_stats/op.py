@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import calls_torch_path, prefer_huge_pages, uses_triton
+from .._backend import backend, calls_directly, prefer_huge_pages
 from .._checks import (
     check_ids_in_range,
     check_logits,
@@ -34,6 +34,7 @@ from .._ops import add_op_namespace_prefix
 from .._row_stats import compute_dtype
 from .._scalars import to_kernel_argument, to_scalar_tensor
 from .columns import Columns
+from .cpp_path import backward_cpp, forward_cpp
 from .torch_path import backward_torch, forward_torch
 from .triton_path import backward_triton, forward_triton
 
@@ -55,14 +56,23 @@ def _token_stats_op(
     logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: Tensor, vocab_size: int,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _forward(logits, token_ids, mask, to_kernel_argument(temperature), vocab_size)
+
+
+def _forward(logits, token_ids, mask, temperature, vocab_size) -> tuple[Tensor, ...]:
+    """The six outputs of the custom op, in the shape of `token_ids`."""
     outputs = _empty_outputs(logits, token_ids)
-    if token_ids.numel():
-        run = forward_triton if uses_triton(logits) else forward_torch
-        check_ids_in_range(token_ids, mask, vocab_size)
-        run(
-            logits, _flat(token_ids), _flat(mask), to_kernel_argument(temperature),
-            Columns(vocab_size), [_flat(out) for out in outputs],
-        )  # fmt: skip
+    if not token_ids.numel():
+        return outputs
+    per_row = _flat(token_ids), _flat(mask)
+    flat_outputs = [out.view(-1) for out in outputs]
+    path = backend(logits)
+    if path == "cpp":
+        forward_cpp(logits, *per_row, float(temperature), vocab_size, flat_outputs)
+        return outputs
+    check_ids_in_range(token_ids, mask, vocab_size)
+    run = forward_triton if path == "triton" else forward_torch
+    run(logits, *per_row, temperature, Columns(vocab_size), flat_outputs)
     return outputs
 
 
@@ -124,12 +134,16 @@ def _(*_):
 
 
 def _run_backward(logits, grad, token_ids, mask, saved, upstream, temperature, vocab_size) -> None:
-    if token_ids.numel():
-        run = backward_triton if uses_triton(logits) else backward_torch
-        run(
-            logits, grad, _flat(token_ids), _flat(mask), [_flat(t) for t in saved],
-            [_flat(g) for g in upstream], temperature, Columns(vocab_size),
-        )  # fmt: skip
+    if not token_ids.numel():
+        return
+    per_row = [_flat(t) for t in saved], [_flat(g) for g in upstream]
+    arguments = (logits, grad, _flat(token_ids), _flat(mask), *per_row)
+    path = backend(logits)
+    if path == "cpp":
+        backward_cpp(*arguments, float(temperature), vocab_size)
+    else:
+        run = backward_triton if path == "triton" else backward_torch
+        run(*arguments, temperature, Columns(vocab_size))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -157,11 +171,11 @@ _token_stats_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _TokenStats(torch.autograd.Function):
-    """The torch path; the same tensors are saved and returned as by the custom ops."""
+    """The same tensors are saved and returned as by the custom ops."""
 
     @staticmethod
     def forward(ctx, logits, token_ids, mask, temperature, vocab_size, inplace):
-        out = _torch_stats(logits, token_ids, mask, temperature, vocab_size)
+        out = _forward(logits, token_ids, mask, temperature, vocab_size)
         ctx.mark_non_differentiable(*out[4:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, token_ids, mask, out[4], out[5], out[2])
@@ -181,18 +195,6 @@ class _TokenStats(torch.autograd.Function):
             logits, grad, token_ids, mask, saved, upstream[:4], ctx.temperature, ctx.vocab_size
         )
         return grad, None, None, None, None, None
-
-
-def _torch_stats(logits, token_ids, mask, temperature, vocab_size) -> tuple[Tensor, ...]:
-    """The six outputs of the custom op, in the shape of `token_ids`."""
-    if not token_ids.numel():
-        return _empty_outputs(logits, token_ids)
-    all_here = check_ids_in_range(token_ids, mask, vocab_size)
-    columns = Columns(vocab_size)
-    results = forward_torch(
-        logits, _flat(token_ids), _flat(mask), temperature, columns, None, all_here
-    )
-    return results if token_ids.dim() == 1 else tuple(r.view(token_ids.shape) for r in results)
 
 
 # --- Public ---------------------------------------------------------------------------------------
@@ -248,11 +250,11 @@ def token_stats(
     logits = last_dim_contiguous(logits)
     if inplace_backward:
         _check_overwritable(logits)
-    if calls_torch_path(logits, with_gradient=True):
+    if calls_directly(logits, with_gradient=True):
         arguments = (logits, token_ids, mask, float(temperature), vocab_size)
         if torch.is_grad_enabled() and logits.requires_grad:
             return TokenStats(*_TokenStats.apply(*arguments, inplace_backward)[:4])
-        return TokenStats(*_torch_stats(*arguments)[:4])
+        return TokenStats(*_forward(*arguments)[:4])
     temperature = to_scalar_tensor(temperature, logits)
     out = _token_stats_op(logits, token_ids, mask, temperature, vocab_size, inplace_backward)
     return TokenStats(*out[:4])

@@ -1,4 +1,4 @@
-"""`token_stats` in torch: chunks of rows that stay in the cache, in buffers that every call reuses.
+"""`token_stats` in torch, in chunks of rows that stay in the cache.
 
 Shapes: R rows, V columns of the block, chunks [C, V].
 """
@@ -15,14 +15,11 @@ from .._row_stats import (
     RowSums,
     chunk_rows,
     chunk_sums,
-    compute_dtype,
     distances,
     exp_rows,
     is_one,
     stats_from_row_sums,
-    workspace,
 )
-from .._threads import alone_if_busy
 from .columns import Columns, merge
 
 
@@ -35,13 +32,10 @@ def flat_parts(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield rows.start, part.view(-1, part.shape[-1])
 
 
-def chunks(flat: Tensor, V: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Row numbers of every chunk, and two buffers [C, V]."""
-    most, dtype = chunk_rows(V), compute_dtype(flat)
-    for start in range(0, len(flat), most):
-        stop = min(start + most, len(flat))
-        a, b = workspace((2, stop - start, V), dtype, flat.device)
-        yield slice(start, stop), a, b
+def chunks(flat: Tensor, V: int) -> Iterator[slice]:
+    """Row numbers of every chunk."""
+    for start in range(0, len(flat), chunk_rows(V)):
+        yield slice(start, min(start + chunk_rows(V), len(flat)))
 
 
 def shifted(rows: slice, first: int) -> slice:
@@ -61,11 +55,11 @@ def forward_torch(
 
     def sums_of(flat: Tensor, first: int) -> list[RowSums]:
         found = []
-        for place, d, e in chunks(flat, V):
+        for place in chunks(flat, V):
             x, rows = flat[place], shifted(place, first)
             x = x if x.shape[-1] == V else x[:, :V]
             x = x if columns.bias is None else x + columns.bias
-            sums = chunk_sums(x, ids[rows], temperature, d, e, all_here)
+            sums = chunk_sums(x, ids[rows], temperature, all_here)
             if not columns.is_first:
                 before = RowSums(*state[:, rows])
                 sums = merge(before, columns.first, sums, columns.count, temperature)
@@ -75,9 +69,8 @@ def forward_torch(
         return found
 
     found: list[RowSums] = []
-    with alone_if_busy(logits):
-        for first, flat in flat_parts(logits.detach()):
-            found += sums_of(flat, first)
+    for first, flat in flat_parts(logits.detach()):
+        found += sums_of(flat, first)
     # Ids that all lie among these columns include none of a row without a token.
     ignored = None if all_here and mask is None else ~kept_rows(token_ids, mask)
     if not columns.is_last:
@@ -108,11 +101,12 @@ def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, 
     flat_grad = None if grad is logits else grad.view(-1, grad.shape[-1])
 
     def gradients_of(flat: Tensor, first: int) -> None:
-        for place, d, e in chunks(flat, V):
+        for place in chunks(flat, V):
             rows = shifted(place, first)
             out_padded = flat[place] if flat_grad is None else flat_grad[rows]
             x, out = flat[place, :V], out_padded[:, :V]
             x = x if columns.bias is None else x + columns.bias
+            d, e = torch.empty((2, *x.shape), dtype=row_max.dtype, device=x.device)
             distances(x, d, row_max[rows], temperature)
             exp_rows(d, e)
             g = out if out.dtype == e.dtype else e
@@ -132,9 +126,8 @@ def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, 
             if out_padded.shape[-1] > V:
                 out_padded[:, V:] = 0
 
-    with alone_if_busy(logits):
-        for first, flat in flat_parts(logits):
-            gradients_of(flat, first)
+    for first, flat in flat_parts(logits):
+        gradients_of(flat, first)
 
 
 def _coefficients(saved, upstream, temperature, columns: Columns):

@@ -1,0 +1,92 @@
+"""The ops on a CPU, in C++: one pass over a row, one parallel region per call.
+
+The libraries are compiled when the package is installed, and called through ctypes. They take
+float32 and bfloat16; other dtypes, and installations without a C++ compiler, take the torch path.
+
+Arguments are plain numbers and addresses: the ops have checked shapes, strides and dtypes.
+"""
+
+import ctypes
+import functools
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .build import instruction_sets, source_hash
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Below this many elements a parallel region costs more than it saves.
+SERIAL_ELEMENTS = 1 << 14
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library for this CPU, or None if there is none; a warning if it is out of date."""
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    if "base" in instruction_sets():
+        name = "base"
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_{name}{suffix}"
+        if path.exists():
+            return _load(path)
+    return None
+
+
+def _load(path: Path) -> ctypes.CDLL | None:
+    loaded = ctypes.CDLL(str(path))
+    loaded.iris_sources.restype = ctypes.c_char_p
+    if loaded.iris_sources().decode() != source_hash():
+        warnings.warn(
+            f"{path} was compiled from other sources, and CPU ops take their slower torch path: "
+            "run pip install again",
+            stacklevel=2,
+        )
+        return None
+    _declare(loaded)
+    return loaded
+
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_ROWS = [_POINTER, _LONG, _LONG, _LONG]  # address, inner, outer stride, inner stride
+_SIGNATURES = {
+    "iris_ids_in_range": (_INT, [_POINTER, _INT, _POINTER, _LONG, _LONG]),
+    "iris_token_stats": (
+        None, [_INT, *_ROWS, _LONG, _LONG, _POINTER, _INT, _POINTER, _FLOAT, _POINTER, _INT],
+    ),
+    "iris_token_stats_backward": (
+        None, [
+            _INT, *_ROWS, *_ROWS, _LONG, _LONG, _LONG, _POINTER, _INT, _POINTER, _FLOAT,
+            *[_POINTER] * 7, _INT,
+        ],
+    ),
+    "iris_guided_sample": (
+        _INT, [
+            _INT, *_ROWS, *_ROWS, _LONG, _LONG, _POINTER, _LONG, _POINTER, _FLOAT, _FLOAT, _INT,
+            _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT,
+        ],
+    ),
+}  # fmt: skip
+
+
+def _declare(loaded: ctypes.CDLL) -> None:
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether there is a library for tensors of this device and dtype."""
+    return tensor.is_cpu and tensor.dtype in DTYPES and library() is not None
+
+
+def threads(elements: int) -> int:
+    """How many threads a call with this much work uses."""
+    return 1 if elements < SERIAL_ELEMENTS else torch.get_num_threads()
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where the first element is."""
+    return None if tensor is None else tensor.data_ptr()
