@@ -9,6 +9,7 @@ Arguments are plain numbers and addresses: the ops have checked shapes, strides 
 import ctypes
 import functools
 import warnings
+from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from .build import instruction_sets, source_hash
+
+POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+ROWS = POINTER, LONG, LONG, LONG  # address, inner size, outer and inner stride
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Below this many elements a parallel region costs more than it saves.
@@ -45,36 +49,19 @@ def _load(path: Path) -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    _declare(loaded)
     return loaded
 
 
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_ROWS = [_POINTER, _LONG, _LONG, _LONG]  # address, inner, outer stride, inner stride
-_SIGNATURES = {
-    "iris_ids_in_range": (_INT, [_POINTER, _INT, _POINTER, _LONG, _LONG]),
-    "iris_token_stats": (
-        None, [_INT, *_ROWS, _LONG, _LONG, _POINTER, _INT, _POINTER, _FLOAT, _POINTER, _INT],
-    ),
-    "iris_token_stats_backward": (
-        None, [
-            _INT, *_ROWS, *_ROWS, _LONG, _LONG, _LONG, _POINTER, _INT, _POINTER, _FLOAT,
-            *[_POINTER] * 7, _INT,
-        ],
-    ),
-    "iris_guided_sample": (
-        _INT, [
-            _INT, *_ROWS, *_ROWS, _LONG, _LONG, _POINTER, _LONG, _POINTER, _FLOAT, _FLOAT, _INT,
-            _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT,
-        ],
-    ),
-}  # fmt: skip
+def function(name: str, result: type | None, *arguments: type) -> Callable[[], Callable]:
+    """Declare a C function; the result returns it, bound to the library at the first call."""
 
+    @functools.cache
+    def bind() -> Callable:
+        found = getattr(library(), name)
+        found.restype, found.argtypes = result, arguments
+        return found
 
-def _declare(loaded: ctypes.CDLL) -> None:
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
+    return bind
 
 
 def takes(tensor: Tensor) -> bool:

@@ -7,6 +7,12 @@ from .. import cpp
 from ..token_stats.cpp_path import rows_of
 from .outputs import Recording, empty_outputs
 
+_sample = cpp.function(
+    "iris_guided_sample", cpp.INT, cpp.INT, *cpp.ROWS, *cpp.ROWS, cpp.LONG, cpp.LONG, cpp.POINTER,
+    cpp.LONG, cpp.POINTER, cpp.FLOAT, cpp.FLOAT, cpp.INT, cpp.POINTER, cpp.LONG, cpp.POINTER,
+    cpp.POINTER, cpp.LONG, cpp.LONG, cpp.INT,
+)  # fmt: skip
+
 
 def sample_cpp(
     cond: Tensor,
@@ -35,7 +41,7 @@ def sample_cpp(
         each.data_ptr() + column * each.element_size()
         for each in (uniform.contiguous(), step_tokens, conditional, guided)
     ]
-    in_range = cpp.library().iris_guided_sample(
+    in_range = _sample()(
         cond.dtype == torch.bfloat16, *cond_rows, *(uncond_rows or (None, 1, 0, 0)), rows,
         vocab_size, places[0], room, cpp.address(threshold), cfg_weight, temperature, greedy,
         places[1], room, places[2], places[3], rows * room, room,

@@ -9,6 +9,18 @@ from torch import Tensor
 from .. import cpp
 from .._checks import check_ids_in_range, fold_rows, row_parts
 
+_ids_in_range = cpp.function(
+    "iris_ids_in_range", cpp.INT, cpp.POINTER, cpp.INT, cpp.POINTER, cpp.LONG, cpp.LONG
+)
+_forward = cpp.function(
+    "iris_token_stats", None, cpp.INT, *cpp.ROWS, cpp.LONG, cpp.LONG, cpp.POINTER, cpp.INT,
+    cpp.POINTER, cpp.FLOAT, cpp.POINTER, cpp.INT,
+)  # fmt: skip
+_backward = cpp.function(
+    "iris_token_stats_backward", None, cpp.INT, *cpp.ROWS, *cpp.ROWS, cpp.LONG, cpp.LONG, cpp.LONG,
+    cpp.POINTER, cpp.INT, cpp.POINTER, cpp.FLOAT, *[cpp.POINTER] * 7, cpp.INT,
+)  # fmt: skip
+
 
 def rows_of(tensor: Tensor) -> tuple[int, int, int, int] | None:
     """Address, inner size, outer and inner stride of the rows of (..., V), as C++ takes them."""
@@ -36,13 +48,12 @@ def forward_cpp(
     outputs: Sequence[Tensor],
 ) -> None:
     """The statistics of logits (..., V_held) into six tensors [R]; ids and mask [R]."""
-    library = cpp.library()
     wide = token_ids.dtype == torch.int64
     tokens = token_ids.data_ptr(), wide, cpp.address(mask), len(token_ids)
-    if not library.iris_ids_in_range(*tokens, vocab_size):
+    if not _ids_in_range()(*tokens, vocab_size):
         check_ids_in_range(token_ids, mask, vocab_size)  # raises
     for part, (ids, kept, *out) in _parts(logits, token_ids, mask, *outputs):
-        library.iris_token_stats(
+        _forward()(
             logits.dtype == torch.bfloat16, *rows_of(part), len(ids), vocab_size, ids.data_ptr(),
             wide, cpp.address(kept), temperature,
             (ctypes.c_void_p * 6)(*[each.data_ptr() for each in out]),
@@ -66,7 +77,7 @@ def backward_cpp(
     for part, (ids, kept, *per_row) in _parts(logits, token_ids, mask, *saved, *upstream):
         target = part if rows is None else rows[first : first + len(ids)]
         first += len(ids)
-        cpp.library().iris_token_stats_backward(
+        _backward()(
             logits.dtype == torch.bfloat16, *rows_of(part), *rows_of(target), len(ids), vocab_size,
             logits.shape[-1], ids.data_ptr(), ids.dtype == torch.int64, cpp.address(kept),
             temperature, *map(cpp.address, per_row), cpp.threads(len(ids) * vocab_size),
