@@ -3,7 +3,7 @@
 import runpy
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 # What the kernels need, and nothing else.
 KERNELS = [
@@ -58,7 +58,7 @@ ATTENTION = [
 
 ROOT = Path(__file__).parent
 # The CPU's kernels in C++, one library per instruction set.
-CPP = runpy.run_path(str(ROOT / "kernels/iris_kernels/cpp/build.py"))["extensions"](ROOT)
+EXTENSIONS = runpy.run_path(str(ROOT / "kernels/iris_kernels/cpp/build.py"))["extensions"]
 
 setup(
     name="iris-fast",
@@ -73,7 +73,7 @@ setup(
         *find_packages("kernels", include=["iris_kernels", "iris_kernels.*"]),
     ],
     package_dir={"iris_kernels": "kernels/iris_kernels"},
-    ext_modules=CPP,
+    ext_modules=[Extension(**arguments) for arguments in EXTENSIONS(ROOT)],
     package_data={
         "iris_kernels": ["cpp/*.cpp", "cpp/*.h"],
         "iris_fast": [

@@ -47,22 +47,20 @@ def instruction_sets() -> dict[str, list[str]]:
     return {"base": []}
 
 
-def extensions(root: Path) -> list:
-    """What setuptools compiles; with paths relative to `root`. Without a C++ compiler installation
-    continues, and the ops take their torch path."""
-    from setuptools import Extension
-
+def extensions(root: Path) -> list[dict]:
+    """The arguments of the `setuptools.Extension`s, with paths relative to `root`. Without a C++
+    compiler installation continues, and the ops take their torch path."""
     files = [path.relative_to(root.resolve()).as_posix() for path in sources()]
     return [
-        Extension(
-            f"iris_kernels.cpp._{name}",
-            [file for file in files if file.endswith(".cpp")],
-            depends=[file for file in files if file.endswith(".h")],
-            define_macros=[("IRIS_SOURCES", f'"{source_hash()}"')],
-            extra_compile_args=[*FLAGS, *flags],
-            extra_link_args=["-fopenmp"],
-            language="c++",
-            optional=True,
-        )
+        {
+            "name": f"iris_kernels.cpp._{name}",
+            "sources": [file for file in files if file.endswith(".cpp")],
+            "depends": [file for file in files if file.endswith(".h")],
+            "define_macros": [("IRIS_SOURCES", f'"{source_hash()}"')],
+            "extra_compile_args": [*FLAGS, *flags],
+            "extra_link_args": ["-fopenmp"],
+            "language": "c++",
+            "optional": True,
+        }
         for name, flags in instruction_sets().items()
     ]
