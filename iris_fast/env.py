@@ -6,6 +6,7 @@ import platform
 import sys
 
 import torch
+from iris_kernels import cpp
 
 from iris_fast import __version__
 from iris_fast.cli import CommandParser
@@ -38,6 +39,8 @@ def report() -> str:
             lines.append(f"gpu {index}: {properties.name}, {memory}, CUDA {torch.version.cuda}")
     else:
         lines.append("gpu: none")
+    compiled = "compiled" if cpp.library() is not None else "not compiled: slower torch path"
+    lines.append(f"C++ kernels for {torch.backends.cpu.get_cpu_capability()}: {compiled}")
     lines += [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     return "\n".join(lines)
 

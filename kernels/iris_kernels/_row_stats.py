@@ -198,14 +198,14 @@ def row_distances(x: Tensor, d: Tensor, temperature: float | Tensor) -> tuple[Te
 
 def chunk_stats(x: Tensor, token_ids: Tensor, temperature: float | Tensor) -> tuple[Tensor, ...]:
     """logprob, nsc, entropy, lse, maximum and sum_exp of a chunk [C, V] of whole rows."""
-    return stats_from_row_sums(
-        chunk_sums(x, token_ids, temperature, True), x.shape[-1], temperature
-    )
-
-
-def chunk_sums(x: Tensor, token_ids: Tensor, temperature, all_here: bool) -> RowSums:
-    """Sums of a chunk [C, V]; `all_here`: every id of `token_ids` [C] lies in [0, V)."""
     d, e = torch.empty((2, *x.shape), dtype=compute_dtype(x), device=x.device)
+    sums = chunk_sums(x, token_ids, temperature, d, e, all_here=True)
+    return stats_from_row_sums(sums, x.shape[-1], temperature)
+
+
+def chunk_sums(x, token_ids, temperature, d, e, all_here: bool) -> RowSums:
+    """Sums of a chunk [C, V]; `d`, `e` are buffers [C, V]; `all_here`: every id of `token_ids` [C]
+    lies in [0, V)."""
     maximum, sum_d, finite = row_distances(x, d, temperature)
     exp_rows(d, e, finite)
     if not finite:

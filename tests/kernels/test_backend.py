@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from iris_kernels import token_stats, uses_triton
+from iris_kernels import cpp, token_stats, uses_triton
+from iris_kernels._backend import backend
 
 CALL = """
 import torch
@@ -27,17 +28,36 @@ def test_triton_does_not_take_float64(monkeypatch):
         token_stats(torch.zeros(1, 2).double(), torch.zeros(1, dtype=torch.long))
 
 
-def test_auto_is_torch_on_a_cpu(monkeypatch, paths_run):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_auto_on_a_cpu(dtype, monkeypatch, paths_run):
     monkeypatch.delenv("IRIS_KERNELS_BACKEND", raising=False)
-    token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
-    assert paths_run == ["forward_torch"]
+    token_stats(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, dtype=torch.long))
+    compiled = dtype == torch.float32 and cpp.library() is not None
+    assert paths_run == ["forward_cpp" if compiled else "forward_torch"]
+
+
+def test_cpp_without_a_library(monkeypatch):
+    monkeypatch.setattr(cpp, "library", lambda: None)
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "auto")
+    assert backend(torch.zeros(1)) == "torch"
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "cpp")
+    with pytest.raises(RuntimeError, match="C\\+\\+ kernels are not compiled"):
+        backend(torch.zeros(1))
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    if cpp.library() is None:
+        pytest.skip("the C++ kernels are not compiled")
+    monkeypatch.setattr(cpp, "source_hash", lambda: "other")
+    with pytest.warns(UserWarning, match="compiled from other sources"):
+        assert cpp.library.__wrapped__() is None
 
 
 def test_uses_triton_answers_for_a_tensor(monkeypatch):
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     assert not uses_triton(torch.zeros(1))
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="set it to triton, torch or auto"):
+    with pytest.raises(ValueError, match="set it to triton, cpp, torch or auto"):
         uses_triton(torch.zeros(1))
 
 

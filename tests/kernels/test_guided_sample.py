@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from iris_kernels import guided_sample, token_stats
+from iris_kernels import cpp, guided_sample, token_stats
 from iris_kernels._inverse_cdf import (
     sample_tokens,
     sampling_weights,
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ops = torch.ops.iris_kernels
 
-PATHS = {"torch": ["sample_torch"], "triton": ["sample_triton"]}
+PATHS = ("torch", "cpp", "triton")
 # name: (rows, V, dtype). A row is one tile or several, of groups of 16 bytes.
 REGIMES = {
     "one_class": (2, 1, torch.float32),
@@ -61,20 +61,24 @@ def test_same_token_on_every_backend(regime, name, device, monkeypatch, paths_ru
     """Also at both ends of [0, 1)."""
     from kernel_oracle import TRITON_RUNS
 
-    if not TRITON_RUNS:
-        pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
     cond, uncond, uniform = case(*REGIMES[regime], device, name)
     uniform[0], uniform[-1] = 0.0, 1 - 2.0**-24
+    absent = {"triton": not TRITON_RUNS, "cpp": not cpp.takes(cond)}
+    paths = [path for path in PATHS if not absent.get(path)]
+    if len(paths) == 1:
+        pytest.skip("only the torch path runs here: test_interpreter.py runs this")
     out = {}
-    for backend, expected in PATHS.items():
-        monkeypatch.setenv("IRIS_KERNELS_BACKEND", backend)
+    for path in paths:
+        monkeypatch.setenv("IRIS_KERNELS_BACKEND", path)
         paths_run.clear()
-        out[backend] = guided_sample(cond, uncond, uniform, **arguments(name))
-        assert paths_run == expected
-    assert torch.equal(out["torch"].token_ids, out["triton"].token_ids)
-    for of_torch, of_triton in zip(out["torch"][1:], out["triton"][1:], strict=True):
-        for field, a, b in zip(FIELDS, of_torch, of_triton, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5, msg=field)
+        out[path] = guided_sample(cond, uncond, uniform, **arguments(name))
+        assert paths_run == [f"sample_{path}"]
+    expected = out.pop("torch")
+    for path, found in out.items():
+        assert torch.equal(found.token_ids, expected.token_ids), path
+        pairs = zip(FIELDS * 2, sum(found[1:], ()), sum(expected[1:], ()), strict=True)
+        for field, a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5, msg=f"{path} {field}")
 
 
 @pytest.mark.parametrize("name", ["plain", "guided", "guided_cold", "guided_hot"])

@@ -114,8 +114,8 @@ def test_a_sequence_does_not_depend_on_other_sequences(backend, device):
 
 def test_lengths_outside_the_cache_write_nothing(backend, device):
     """The launcher itself: the op checks lengths where it can read them."""
-    if backend == "torch":
-        pytest.skip("on a CPU the torch path is not reached")
+    if backend != "triton":
+        pytest.skip("on a CPU other paths are not reached")
     query, key, value, cos, sin, keys, values, lengths = make_inputs(*REGIMES["float32"], device)[0]
     before = keys.clone(), values.clone()
     # Entry -1 of a sequence is the last one of the sequence before it.

@@ -15,6 +15,7 @@ from .._row_stats import (
     RowSums,
     chunk_rows,
     chunk_sums,
+    compute_dtype,
     distances,
     exp_rows,
     is_one,
@@ -32,10 +33,13 @@ def flat_parts(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield rows.start, part.view(-1, part.shape[-1])
 
 
-def chunks(flat: Tensor, V: int) -> Iterator[slice]:
-    """Row numbers of every chunk."""
-    for start in range(0, len(flat), chunk_rows(V)):
-        yield slice(start, min(start + chunk_rows(V), len(flat)))
+def chunks(flat: Tensor, V: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row numbers of every chunk, and two buffers [C, V]."""
+    most = min(chunk_rows(V), len(flat))
+    d, e = torch.empty((2, most, V), dtype=compute_dtype(flat), device=flat.device)
+    for start in range(0, len(flat), most):
+        rows = min(most, len(flat) - start)
+        yield slice(start, start + rows), d[:rows], e[:rows]
 
 
 def shifted(rows: slice, first: int) -> slice:
@@ -55,11 +59,11 @@ def forward_torch(
 
     def sums_of(flat: Tensor, first: int) -> list[RowSums]:
         found = []
-        for place in chunks(flat, V):
+        for place, d, e in chunks(flat, V):
             x, rows = flat[place], shifted(place, first)
             x = x if x.shape[-1] == V else x[:, :V]
             x = x if columns.bias is None else x + columns.bias
-            sums = chunk_sums(x, ids[rows], temperature, all_here)
+            sums = chunk_sums(x, ids[rows], temperature, d, e, all_here)
             if not columns.is_first:
                 before = RowSums(*state[:, rows])
                 sums = merge(before, columns.first, sums, columns.count, temperature)
@@ -101,12 +105,11 @@ def backward_torch(logits, grad, token_ids, mask, saved, upstream, temperature, 
     flat_grad = None if grad is logits else grad.view(-1, grad.shape[-1])
 
     def gradients_of(flat: Tensor, first: int) -> None:
-        for place in chunks(flat, V):
+        for place, d, e in chunks(flat, V):
             rows = shifted(place, first)
             out_padded = flat[place] if flat_grad is None else flat_grad[rows]
             x, out = flat[place, :V], out_padded[:, :V]
             x = x if columns.bias is None else x + columns.bias
-            d, e = torch.empty((2, *x.shape), dtype=row_max.dtype, device=x.device)
             distances(x, d, row_max[rows], temperature)
             exp_rows(d, e)
             g = out if out.dtype == e.dtype else e
