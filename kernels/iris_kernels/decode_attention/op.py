@@ -17,15 +17,14 @@ head h // (H / Hkv)), S cache entries, Dh head width, N prefixes of up to S_p en
 
 import torch
 from torch import Tensor
-from torch.cuda import get_device_capability as capability
 from torch.nn.functional import scaled_dot_product_attention
 
-from .._backend import calls_directly, uses_triton
-from .._checks import DECODING_DTYPES, check_values_in_range
-from .._fp8 import FP8
+from .._backend import backend, calls_directly
 from .._ops import add_op_namespace_prefix
-from .torch_path import decode_torch, rope_append_attention_torch
-from .triton_path import NewToken, decode_triton
+from .checks import NewToken, check_cache_and_prefix, check_new_token, check_values
+from .cpp_path import decode_cpp
+from .torch_path import decode_torch
+from .triton_path import decode_triton
 
 # --- Custom op ------------------------------------------------------------------------------------
 
@@ -36,12 +35,8 @@ def _decode_attention_op(
     prefix_keys: Tensor | None, prefix_values: Tensor | None,
     prefix_lengths: Tensor | None, prefix_index: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    if not query.numel():
-        return torch.empty_like(query, memory_format=torch.contiguous_format)
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
-    _check_values(key_cache.shape[2], lengths, prefix)
-    run = decode_triton if uses_triton(query) else decode_torch
-    return run(query, key_cache, value_cache, lengths, prefix, scale)
+    return _attend(query, key_cache, value_cache, lengths, prefix, scale)
 
 
 @_decode_attention_op.register_fake
@@ -58,16 +53,9 @@ def _rope_append_attention_op(
     prefix_keys: Tensor | None, prefix_values: Tensor | None,
     prefix_lengths: Tensor | None, prefix_index: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
-    if not query.numel():
-        return torch.empty_like(query, memory_format=torch.contiguous_format)
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
-    _check_values(key_cache.shape[2] - 1, lengths, prefix)
-    if uses_triton(query):
-        new = NewToken(key, value, cos, sin)
-        return decode_triton(query, key_cache, value_cache, lengths, prefix, scale, new)
-    return rope_append_attention_torch(
-        query, key, value, cos, sin, key_cache, value_cache, lengths, prefix, scale
-    )
+    new = NewToken(key, value, cos, sin)
+    return _attend(query, key_cache, value_cache, lengths, prefix, scale, new)
 
 
 @_rope_append_attention_op.register_fake
@@ -75,12 +63,19 @@ def _(query, *_):
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-def _check_values(longest: int, lengths: Tensor, prefix: tuple[Tensor | None, ...]) -> None:
-    prefix_keys, _, prefix_lengths, prefix_index = prefix
-    check_values_in_range("lengths", lengths, 0, longest)
-    if prefix_keys is not None:
-        check_values_in_range("prefix_lengths", prefix_lengths, 0, prefix_keys.shape[2])
-        check_values_in_range("prefix_index", prefix_index, -1, prefix_keys.shape[0] - 1)
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
+    prefix: tuple[Tensor | None, ...], scale: float, new: NewToken | None = None,
+) -> Tensor:  # fmt: skip
+    """The path for these tensors; values are checked where they can be read."""
+    if not query.numel():
+        return torch.empty_like(query, memory_format=torch.contiguous_format)
+    path = backend(keys)  # the caches may be fp8, which C++ does not take
+    if path == "cpp":
+        return decode_cpp(query, keys, values, lengths, prefix, scale, new)
+    check_values(keys, lengths, prefix, new)
+    run = decode_triton if path == "triton" else decode_torch
+    return run(query, keys, values, lengths, prefix, scale, new)
 
 
 # --- Public ---------------------------------------------------------------------------------------
@@ -128,11 +123,10 @@ def decode_attention(
             which is checked on the CPU only (on a GPU lengths are clamped to the cache).
     """
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
-    _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
+    check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if calls_directly(query, key_cache, value_cache) and query.numel():
-        _check_values(key_cache.shape[2], lengths, prefix)
-        return decode_torch(query, key_cache, value_cache, lengths, prefix, scale)
+    if calls_directly(query, key_cache, value_cache):
+        return _attend(query, key_cache, value_cache, lengths, prefix, scale)
     return _decode_attention_op(
         query.detach(), key_cache.detach(), value_cache.detach(), lengths, *prefix, scale
     )
@@ -176,111 +170,16 @@ def rope_append_attention(
             beyond the cache is not written, and a position beyond the tables is the last one.
     """
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
-    _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
-    _check_new_token(query, key, value, cos, sin, key_cache.shape[1])
+    check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
+    check_new_token(query, key, value, cos, sin, key_cache.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if calls_directly(query, key, value, key_cache, value_cache) and query.numel():
-        _check_values(key_cache.shape[2] - 1, lengths, prefix)
-        return rope_append_attention_torch(
-            query, key, value, cos, sin, key_cache, value_cache, lengths, prefix, scale
-        )
+    if calls_directly(query, key, value, key_cache, value_cache):
+        new = NewToken(key, value, cos, sin)
+        return _attend(query, key_cache, value_cache, lengths, prefix, scale, new)
     return _rope_append_attention_op(
         query.detach(), key.detach(), value.detach(), cos, sin,
         key_cache.detach(), value_cache.detach(), lengths, *prefix, scale,
     )  # fmt: skip
-
-
-def _check_new_token(query, key, value, cos, sin, kv_heads: int) -> None:
-    B, _, width = query.shape
-    if width % 2:
-        raise ValueError(f"query has shape {tuple(query.shape)}: pass (B, H, Dh), Dh even")
-    positions = cos.shape[0] if cos.dim() else 0
-    expected = {
-        "key": (key, (B, kv_heads, width), query.dtype),
-        "value": (value, (B, kv_heads, width), query.dtype),
-        "cos": (cos, (max(positions, 1), width // 2), torch.float32),
-        "sin": (sin, (max(positions, 1), width // 2), torch.float32),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == query.device
-        if not fits or tensor.stride(-1) != 1 or cos.stride() != sin.stride():
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, strides "
-                f"{tensor.stride()}, on {tensor.device}: pass {dtype} of shape {shape} on "
-                f"{query.device} with a contiguous last dimension, cos and sin of equal strides"
-            )
-
-
-def _check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix) -> None:
-    prefix_keys, _, _, prefix_index = prefix
-    _check_caches(query, key_cache, value_cache, lengths, "key_cache", "value_cache", "lengths")
-    if any(t is not None for t in prefix):
-        if any(t is None for t in prefix):
-            raise ValueError(
-                "prefix_keys, prefix_values, prefix_lengths and prefix_index go together, and some "
-                "are None: pass all four, or none"
-            )
-        names = ("prefix_keys", "prefix_values", "prefix_lengths")
-        _check_caches(query, *prefix[:3], *names, rows=prefix_keys.shape[0])
-        _check_integers("prefix_index", prefix_index, query.shape[0], query.device)
-        if prefix_keys.dtype != key_cache.dtype:
-            raise ValueError(
-                f"prefix_keys is {prefix_keys.dtype} but key_cache is {key_cache.dtype}: keep both "
-                "in the same dtype"
-            )
-        if prefix_keys.shape[1] != key_cache.shape[1]:
-            raise ValueError(
-                f"prefix_keys has {prefix_keys.shape[1]} heads but key_cache has "
-                f"{key_cache.shape[1]}: make them equal"
-            )
-
-
-def _check_caches(query, keys, values, lengths, keys_name, values_name, lengths_name, rows=None):
-    if query.dtype not in DECODING_DTYPES or query.dim() != 3 or query.stride(-1) != 1:
-        raise ValueError(
-            f"query has shape {tuple(query.shape)}, dtype {query.dtype}, strides {query.stride()}: "
-            "pass (B, H, Dh) in float32, bfloat16 or float16 with a contiguous last dimension"
-        )
-    B, H, width = query.shape
-    rows = B if rows is None else rows
-    for name, cache in ((keys_name, keys), (values_name, values)):
-        if cache.dim() != 4 or cache.shape[0] != rows or cache.shape[3] != width:
-            raise ValueError(
-                f"{name} has shape {tuple(cache.shape)} but query has {tuple(query.shape)}: "
-                f"pass ({rows}, Hkv, S, {width})"
-            )
-        fits = cache.dtype in (query.dtype, FP8) and cache.dtype == keys.dtype
-        if not fits or cache.device != query.device or cache.stride(-1) != 1:
-            raise ValueError(
-                f"{name} is {cache.dtype} on {cache.device} with strides {cache.stride()}: pass "
-                f"{query.dtype}, or float8_e4m3fn for keys and values, on {query.device} with a "
-                "contiguous last dimension"
-            )
-        if cache.dtype == FP8 and cache.is_cuda and capability(cache.device) < (8, 9):
-            raise ValueError(
-                f"{name} is {FP8} and this GPU is older than sm_89: keep it in {query.dtype}"
-            )
-        if not width or not cache.shape[1] or H % cache.shape[1]:
-            raise ValueError(
-                f"{name} has {cache.shape[1]} heads, which do not divide the {H} of query: pass a "
-                "divisor"
-            )
-    if keys.shape != values.shape:
-        raise ValueError(
-            f"{values_name} has shape {tuple(values.shape)} but {keys_name} has "
-            f"{tuple(keys.shape)}: make them equal"
-        )
-    _check_integers(lengths_name, lengths, B, query.device)
-
-
-def _check_integers(name: str, values: Tensor, count: int, device: torch.device) -> None:
-    if values.shape != (count,) or values.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}: "
-            f"pass int32 or int64 of shape ({count},)"
-        )
-    if values.device != device:
-        raise ValueError(f"{name} is on {values.device} but query is on {device}: move it")
 
 
 def decode_attention_reference(

@@ -5,13 +5,23 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..rope_append import rope_append_torch
+from .checks import NewToken, positions
 
 
-def decode_torch(query, keys, values, lengths, prefix, scale) -> Tensor:
-    """torch's attention without a mask, once per group of sequences of equal lengths and prefix.
+def decode_torch(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
+    prefix: tuple[Tensor | None, ...], scale: float, new: NewToken | None = None,
+) -> Tensor:  # fmt: skip
+    """Same as `decode_triton`: torch's attention without a mask, once per group of sequences of
+    equal lengths and prefix; with `new` after `rope_append_torch`.
 
     Reads the lengths on the host, which waits for the device on a GPU.
     """
+    if new is not None:
+        at = positions(lengths, prefix)
+        tables = new.cos[at], new.sin[at]
+        query = rope_append_torch(query, new.key, new.value, *tables, keys, values, lengths)
+        lengths = lengths + 1
     prefix_keys, prefix_values, prefix_lengths, prefix_index = prefix
     context = torch.zeros_like(query, memory_format=torch.contiguous_format)
     own_lengths, shared_lengths, shared = lengths.tolist(), [0] * len(query), [-1] * len(query)
@@ -41,17 +51,3 @@ def _as_index(rows: list[int]) -> slice | list[int]:
     """Index of these rows: a slice, which makes a view, if they are adjacent."""
     adjacent = rows[-1] - rows[0] + 1 == len(rows)
     return slice(rows[0], rows[-1] + 1) if adjacent else rows
-
-
-def rope_append_attention_torch(
-    query, key, value, cos, sin, keys, values, lengths, prefix, scale
-) -> Tensor:
-    """`rope_append` and then `decode_torch`."""
-    _, _, prefix_lengths, prefix_index = prefix
-    position = lengths
-    if prefix_index is not None:
-        position = lengths + prefix_lengths.where(prefix_index >= 0, 0)
-    rotated = rope_append_torch(
-        query, key, value, cos[position], sin[position], keys, values, lengths
-    )
-    return decode_torch(rotated, keys, values, lengths + 1, prefix, scale)

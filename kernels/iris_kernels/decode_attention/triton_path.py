@@ -8,8 +8,6 @@ sequences does not change a bit. The grid depends on shapes only; lengths are re
 Shapes: as in op.py; D is Dh rounded up to a power of two, L slots.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from .._backend import jit, tl, triton
 from .._fp8 import FP8, FP8_MAX, saturate
 from .._overlap import LINE_BYTES, overlap_options, prefetch_to_l2, wait_for_previous_kernel
 from .._row_stats import LOG2_E
+from .checks import NewToken
 
 CHUNK = 256  # entries, of fp8 twice as many: reducing the slots after each costs instructions
 TILE = 4096  # elements of a key or value tile
@@ -24,15 +23,6 @@ STAGES = 3  # two tiles are in flight while one is multiplied; of fp32, whose ar
 EARLY_TILES = 2  # of a sequence's own entries, fetched into L2 while the previous kernel ends
 SPLIT_BELOW = 256  # programs: fewer than about two per multiprocessor of an H200
 MERGED_AT_ONCE = 16  # chunks whose results are loaded together
-
-
-class NewToken(NamedTuple):
-    """Key and value (B, Hkv, Dh) before rotation, and the tables (P, Dh/2) of all positions."""
-
-    key: Tensor
-    value: Tensor
-    cos: Tensor
-    sin: Tensor
 
 
 @jit
