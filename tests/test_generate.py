@@ -79,6 +79,15 @@ def test_pixels_are_the_codes_decoded(generate, model):
         assert image.tobytes() == Image.open(path).tobytes()
 
 
+def test_equal_codes_give_equal_images(model):
+    vq = load_janus(model).vq
+    codes = torch.randint(256, (7, 9), generator=torch.Generator().manual_seed(0))
+    images = decode_images(vq, codes)
+    for row, image in enumerate(images):
+        (alone,) = decode_images(vq, codes[row : row + 1])
+        assert alone.tobytes() == image.tobytes()
+
+
 @pytest.mark.parametrize("cot", [False, True])
 def test_images_do_not_depend_on_the_batch_size(generate, cot):
     codes, files = generate("whole", cot=cot)

@@ -11,17 +11,22 @@ from iris_fast.errors import UserError, atomic_write
 from iris_fast.models.vq import VQModel, to_uint8
 
 GAP_PIXELS = 4
+CPU_BATCH = 4  # images that are decoded together; half the time of one by one on two cores
 
 
 @torch.no_grad()
 def decode_images(vq: VQModel, codes_NI: Tensor) -> list[Image.Image]:
     """One RGB image per row of codes, a square grid read row by row.
 
-    Decoded one by one: convolutions round differently in batches of different sizes, and equal
-    codes should give equal images. One image keeps a GPU busy, and on a CPU this is faster.
+    Convolutions round differently in batches of different sizes, and equal codes should give equal
+    images: all batches have the same size, the last one is filled up with its last row.
     """
     device = next(vq.parameters()).device
-    pixels = [to_uint8(vq.decode(codes.to(device)))[0].cpu() for codes in codes_NI.split(1)]
+    size = CPU_BATCH if device.type == "cpu" else 1  # one image keeps a GPU busy
+    pixels = []
+    for codes in codes_NI.split(size):
+        filled = torch.cat([codes, codes[-1:].expand(size - len(codes), -1)])
+        pixels += to_uint8(vq.decode(filled.to(device)))[: len(codes)].cpu()
     return [Image.fromarray(image.numpy()) for image in pixels]
 
 
