@@ -125,7 +125,8 @@ class SamplingConfig:
     rollout_engine: Literal["auto", "static", "plain"] = "auto"
     """How tokens are decoded. static shares the keys and values of equal prompts, reads only those
     in use, and replays one CUDA graph per step on a GPU; plain keeps a copy per sequence and uses
-    torch's attention. auto: static on a GPU. The tokens are the same up to rounding."""
+    torch's attention. auto: static, except on a CPU without the kernels in C++. The tokens are the
+    same up to rounding."""
     attn_implementation: Literal["auto", "sdpa", "varlen", "flash_attention_2", "xformers"] = "auto"
     """Attention over whole sequences, in training passes and for prompts. sdpa is torch's, on
     padded copies, and works everywhere. The others need no padding but a GPU and bf16: varlen is

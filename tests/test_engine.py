@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from iris_kernels import TokenStats, quantize_rows
+from iris_kernels import TokenStats, cpp, quantize_rows
 from small_runs import needs_scaled_products, set_spread
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -158,9 +158,11 @@ def test_fp8_weights_follow_the_weights_that_they_are_made_of():
     assert after[0] == after[1] != before.tolist()
 
 
-def test_auto_is_plain_on_a_cpu():
+def test_auto_is_static_on_a_cpu_with_the_kernels_in_cpp(monkeypatch):
     opened = make_model()
     sampler = Sampler(opened.model, opened.tokenizer, SamplingConfig(), 9)
+    assert sampler.uses_static_engine == (cpp.library() is not None)
+    monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     assert not sampler.uses_static_engine
     assert not sampler.uses_cuda_graph
 
@@ -414,8 +416,8 @@ def test_a_fused_step_equals_the_modules_in_few_launches():
         rows = torch.cat([embeds[:length], embeds[3 + b : 4 + b]])
         whole = decoder(rows, torch.arange(length + 1), PackedAttention([length + 1]))
         torch.testing.assert_close(step[b], whole[-1], rtol=1e-5, atol=1e-5)
-    # Four products, attention, two norms, rotation and gate; a norm, positions and lengths.
-    assert launched.total() == 9 * decoder.config.num_layers + 5, launched
+    # Four products, attention with rotation, two norms and the gate; a norm and the lengths.
+    assert launched.total() == 8 * decoder.config.num_layers + 2, launched
 
 
 # --- On a GPU -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from iris_fast.models.attention import PackedAttention
 from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.models.templates import TEMPLATES, image_prompt_ids, join_prompt, unconditional_ids
 from iris_fast.records import Guidance, PackedBatch, Prompt, Rollout
-from iris_fast.rollout.fused_decoder import FusedDecoder
+from iris_fast.rollout.decoding import Decoding
 from iris_fast.rollout.random_streams import uniforms
 from iris_fast.rollout.sampler import Sampler
 from iris_fast.tiny import build_random_tiny
@@ -291,8 +291,8 @@ def test_texts_that_all_end_early_stop_the_loop(opened, monkeypatch):
     first = sample(made, [0, 2]).cot_ids[0][0]  # of the same prompt twice
     monkeypatch.setattr(opened.tokenizer, "eos_id", first)
     steps = []
-    step = FusedDecoder.step
-    monkeypatch.setattr(FusedDecoder, "step", lambda *a: steps.append(1) or step(*a))
+    step = Decoding._decode
+    monkeypatch.setattr(Decoding, "_decode", lambda *a: steps.append(1) or step(*a))
     ended = sample(made, [0, 2])
     assert ended.cot_ids == [[first]] * 2
     assert ended.truncated == [False, False]

@@ -125,7 +125,12 @@ class Decoding:
     def _decode(self) -> None:
         """One step: the next token of every sample. Given the static engine it neither synchronises
         with the device nor depends on host state."""
-        hidden_BD = self._fused.step(self._embeds_BD, self._cache)
+        if self._static:
+            hidden_BD = self._fused.step(self._embeds_BD, self._cache)
+        else:
+            step = (self._cache.lengths_B, self._cache.decode_attention())
+            hidden_BD = self._janus.hidden_states(self._embeds_BD, *step)
+            self._cache.advance()
         is_image = self._stream == "image"
         head = self._janus.model.generation_head
         logits_BV = (

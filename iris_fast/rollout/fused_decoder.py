@@ -1,9 +1,9 @@
 """A decoding step of few kernel launches: `Decoder.forward` for one new token per sequence, fused.
 
-A layer takes nine launches, four of them matrix products, where its modules take over forty; with
-one token per sequence, launches dominate the time. With Triton rotation, cache update and attention
-are one launch, and for few sequences the products are `decode_linear`'s, which apply the gate and
-leave partial sums to the next norm: seven launches (eight where attention is split). Arithmetic and
+A layer takes eight launches, four of them matrix products, where its modules take over forty; with
+one token per sequence, launches dominate the time. For few sequences on a GPU the products are
+`decode_linear`'s, which apply the gate and leave partial sums to the next norm: seven launches
+(eight where attention is split). On a CPU the same calls are functions in C++. Arithmetic and
 rounding are those of the modules.
 
 With `weight_dtype="fp8"` the products read float8_e4m3fn copies of their weights, scaled per output
@@ -14,7 +14,6 @@ Shapes: B sequences, D hidden width, H query heads, J key/value heads, I MLP wid
 """
 
 import functools
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,35 +30,13 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from iris_fast.models.decoder import Decoder, DecoderLayer, RMSNorm
 from iris_fast.models.janus import GenerationHead
+from iris_fast.rollout.shared_cache import SharedKVCache
 
 FP8_MULTIPLE = 16  # of the sizes that `scaled_mm` takes
 # Up to here `decode_linear` is used, above it torch's products. Every tile of its weight is
 # multiplied by all rows, which it reads from the L2 cache again: at 128 rows and the sizes of 1B
 # they are as many bytes as the weights. To be decided by bench/kernels/decode_linear.py on a GPU.
 FEW_ROWS = 64
-
-
-class StepCache(Protocol):
-    """What a step needs of a key-value cache."""
-
-    def step_inputs(self) -> tuple[Tensor, ...]:
-        """What `append_and_attend` takes in every layer of the next step."""
-        ...
-
-    def append_and_attend(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        inputs: tuple[Tensor, ...],
-    ) -> Tensor:
-        """Rotate and store the new token of every sequence; its context [B, H, d]."""
-        ...
-
-    def advance(self) -> None:
-        """Count the tokens that a step has stored."""
-        ...
 
 
 def fuse_storage(parameters: list[nn.Parameter], by_input: bool = False) -> Tensor:
@@ -207,11 +184,11 @@ class FusedDecoder:
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
                 linear.refresh()
 
-    def step(self, embeds_BD: Tensor, cache: StepCache) -> Tensor:
+    def step(self, embeds_BD: Tensor, cache: SharedKVCache) -> Tensor:
         """Final-norm hidden states [B, D] of the next token of every sequence, which the cache then
-        holds. Overwrites `embeds_BD`. With a `SharedKVCache`, neither synchronises with the device
-        nor depends on host state."""
-        config, stream_BD, inputs = self._decoder.config, embeds_BD, cache.step_inputs()
+        holds. Overwrites `embeds_BD`. On a GPU it neither synchronises with the device nor depends
+        on host state."""
+        config, stream_BD = self._decoder.config, embeds_BD
 
         def add_norm(norm: RMSNorm, delta: Tensor | None) -> Tensor:
             return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta)
@@ -221,7 +198,7 @@ class FusedDecoder:
             normed_BD = add_norm(fused.layer.input_layernorm, delta)
             parts = fused.project(normed_BD, few).split(fused.qkv.sizes, dim=-1)
             query, key, value = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
-            context_BHd = cache.append_and_attend(index, query, key, value, inputs)
+            context_BHd = cache.append_and_attend(index, query, key, value)
             delta = fused.attention_output(context_BHd.flatten(-2), few)
             normed_BD = add_norm(fused.layer.post_attention_layernorm, delta)
             delta = fused.mlp_output(normed_BD, few)

@@ -1,13 +1,11 @@
 """The plain key-value cache: one row per sequence, torch's attention."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from iris_fast.models.attention import PackedAttention, rows_and_positions
-from iris_fast.models.decoder import AttentionStrategy, DecoderConfig, apply_rope, rope_tables
+from iris_fast.models.decoder import AttentionStrategy, DecoderConfig
 
 
 class KVCache:
@@ -16,10 +14,8 @@ class KVCache:
         cache = KVCache(config, batch, max_length, dtype, device)
         decoder(prompt_embeds, positions, cache.prefill_attention(prompt_lengths))
         for _ in range(n):
-            fused_decoder.step(token_embeds_BD, cache)      # it advances the cache
-
-    A step by the decoder's own modules: `decoder(token_embeds_BD, cache.lengths_B,
-    cache.decode_attention())`, then `cache.advance()`.
+            decoder(token_embeds_BD, cache.lengths_B, cache.decode_attention())
+            cache.advance()
 
     `lengths_B` (int64, on the device) counts the tokens that each sequence holds, which is also the
     position of its next token. A new prefill starts all sequences over in the same memory.
@@ -44,7 +40,7 @@ class KVCache:
         ]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.max_length = max_length
-        self._attn_implementation, self._rope_theta = attn_implementation, config.rope_theta
+        self._attn_implementation = attn_implementation
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self._rows_B = torch.arange(batch, device=device)
         self._longest = 0  # the longest of lengths_B, known without synchronising with the device
@@ -90,47 +86,6 @@ class KVCache:
             return context[:, :, 0]
 
         return attention
-
-    def step_inputs(self) -> tuple[Tensor, ...]:
-        """Rotation tables [B, 1, d] of the next positions, the rows [B * J] of the flat cache where
-        the next tokens go, and 0 or -inf [B * J, 1, S] for the S slots of the next step."""
-        live = self._longest + 1
-        self._check_fits(live)
-        _, kv_heads, slots, head_dim = self.keys[0].shape
-        device = self.lengths_B.device
-        cos, sin = rope_tables(self.lengths_B, head_dim, self._rope_theta)
-        first_B = self._rows_B * (kv_heads * slots) + self.lengths_B
-        rows = first_B[:, None] + torch.arange(kv_heads, device=device) * slots
-        unseen_BS = torch.arange(live, device=device) > self.lengths_B[:, None]
-        mask_BS = torch.zeros_like(unseen_BS, dtype=self.keys[0].dtype)
-        mask_BS.masked_fill_(unseen_BS, -math.inf)
-        return cos, sin, rows.flatten(), mask_BS.repeat_interleave(kv_heads, dim=0)[:, None]
-
-    def append_and_attend(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        inputs: tuple[Tensor, ...],
-    ) -> Tensor:
-        """Context [B, H, d] of one new token per sequence: query and key are rotated, key and value
-        stored, then the query attends to all stored tokens of its sequence."""
-        cos, sin, rows, mask = inputs
-        heads, width = [query.shape[1], key.shape[1]], query.shape[2]
-        query, key = apply_rope(torch.cat([query, key], dim=1), cos, sin).split(heads, dim=1)
-        cached = []
-        for cache, new in ((self.keys, key), (self.values, value)):
-            cache[layer_index].view(-1, width).index_copy_(0, rows, new.reshape(-1, width))
-            cached.append(cache[layer_index].flatten(0, 1)[:, : mask.shape[-1]])
-        keys, values = cached  # [B * J, S, d]
-        queries = query.reshape(len(keys), -1, width)
-        if query.dtype != torch.float32:
-            context = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        else:  # for one token per sequence faster than torch's attention
-            scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=width**-0.5)
-            context = torch.bmm(scores.softmax(-1), values)
-        return context.view(query.shape)
 
     def advance(self) -> None:
         """Count the tokens that a decoding step has stored."""

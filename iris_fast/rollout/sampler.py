@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from iris_kernels import TokenStats, uses_triton
+from iris_kernels import TokenStats, backend, uses_triton
 from torch import Tensor
 
 from iris_fast.config import SamplingConfig
@@ -50,7 +50,9 @@ class Sampler:
     def uses_static_engine(self) -> bool:
         """Whether prefixes are shared and every step runs the same kernels on the same memory."""
         engine = self.config.rollout_engine
-        return engine == "static" or (engine == "auto" and self.device.type == "cuda")
+        if engine != "auto":
+            return engine == "static"
+        return self.device.type == "cuda" or backend(self.janus.lm_head.weight) == "cpp"
 
     @property
     def uses_cuda_graph(self) -> bool:

@@ -2,7 +2,8 @@
 
 The samples of a group share their prompt, and all unconditional rows begin BOS, pad, pad, ...; they
 differ in the last token and what follows it. Every step reads live entries only, through
-`iris_kernels`' decoding attention, and counts on the device, so one CUDA graph serves all steps.
+`iris_kernels`' decoding attention, and counts on the device, so one CUDA graph serves all steps. On
+a CPU the same calls run in C++.
 
 Shapes: B sequences, P prefixes, H query heads, J key/value heads, S slots, d head width.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from iris_kernels import decode_attention, rope_append, rope_append_attention, uses_triton
+from iris_kernels import rope_append_attention
 from torch import Tensor
 
 from iris_fast.models.attention import PackedAttention, rows_and_positions
@@ -93,9 +94,8 @@ class SharedKVCache:
         half = config.head_dim // 2  # both halves of a table are the same
         cos, sin = (table[:, 0, :half].contiguous() for table in tables)
         self._rope = cos, sin
-        # Stored tokens of each sequence, and the same including the current one.
-        self._counts_2B = torch.empty(2, batch, dtype=torch.int64, device=device)
-        self._own_B, self._live_B = self._counts_2B
+        # Tokens of each sequence that are stored after its prefix.
+        self._own_B = torch.empty(batch, dtype=torch.int64, device=device)
         fits = self.restart(shared)
         assert fits
 
@@ -109,8 +109,7 @@ class SharedKVCache:
         self.prefixes = shared.prefixes
         self._index_B.copy_(torch.tensor(shared.index))
         self._prefix_lengths_B.copy_(torch.tensor(shared.lengths))
-        self._own_B.fill_(0)
-        self._live_B.fill_(1)
+        self._own_B.zero_()
         return True
 
     def prefill_attention(self) -> AttentionStrategy:
@@ -127,36 +126,17 @@ class SharedKVCache:
 
         return attention
 
-    def step_inputs(self) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for `append_and_attend`, the same in all layers: of each sequence's next
-        position, [B, d / 2] fp32; with Triton the whole tables, whose rows the kernel chooses."""
-        if uses_triton(self._rope[0]):
-            return self._rope
-        position_B = self._prefix_lengths_B + self._own_B
-        cos, sin = (table.index_select(0, position_B) for table in self._rope)
-        return cos, sin
-
     def append_and_attend(
-        self,
-        layer_index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        inputs: tuple[Tensor, Tensor],
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
         """Context [B, H, d] of one new token per sequence: query and key are rotated, key
         and value stored, then the query attends to all stored tokens of its sequence."""
         own, (prefix_keys, prefix_values) = self._own[layer_index], self._prefix[layer_index]
-        prefix = {
-            "prefix_keys": prefix_keys,
-            "prefix_values": prefix_values,
-            "prefix_lengths": self._prefix_lengths_B,
-            "prefix_index": self._index_B,
-        }
-        if uses_triton(query):
-            return rope_append_attention(query, key, value, *inputs, *own, self._own_B, **prefix)
-        rotated = rope_append(query, key, value, *inputs, *own, self._own_B)
-        return decode_attention(rotated, *own, self._live_B, **prefix)
+        return rope_append_attention(
+            query, key, value, *self._rope, *own, self._own_B, prefix_keys=prefix_keys,
+            prefix_values=prefix_values, prefix_lengths=self._prefix_lengths_B,
+            prefix_index=self._index_B,
+        )  # fmt: skip
 
     def _convert(self, x_BJd: Tensor) -> Tensor:
         """In the cache's dtype; clamped to the range of fp8, beyond which a cast may give NaN."""
@@ -167,7 +147,7 @@ class SharedKVCache:
 
     def advance(self) -> None:
         """Count the tokens that a step has stored."""
-        self._counts_2B += 1
+        self._own_B += 1
 
 
 def _round_up(number: int, step: int) -> int:

@@ -8,6 +8,7 @@ only.
 """
 
 from . import integrations as integrations
+from ._backend import backend as backend
 from ._backend import uses_triton as uses_triton
 
 # The ops, one line each (and one for the type of a result).

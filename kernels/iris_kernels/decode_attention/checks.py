@@ -26,6 +26,8 @@ def check_values(
     keys: Tensor, lengths: Tensor, prefix: tuple[Tensor | None, ...], new: NewToken | None
 ) -> None:
     """Raise ValueError unless lengths, prefixes and positions exist. CPU only: reads values."""
+    if not lengths.is_cpu:
+        return
     prefix_keys, _, prefix_lengths, prefix_index = prefix
     check_values_in_range("lengths", lengths, 0, keys.shape[2] - (new is not None))
     if prefix_keys is not None:
