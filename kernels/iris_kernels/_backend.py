@@ -48,7 +48,10 @@ def uses_triton(tensor: Tensor) -> bool:
             is float64.
         RuntimeError: the variable is triton, and Triton cannot run here.
     """
-    choice = os.environ.get(VARIABLE, "auto")
+    return _chooses_triton(tensor, os.environ.get(VARIABLE, "auto"))
+
+
+def _chooses_triton(tensor: Tensor, choice: str) -> bool:
     if choice in ("torch", "cpp"):
         return False
     if choice == "auto":
@@ -76,9 +79,9 @@ def backend(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = cpp.DTYPES) -> str
     Raises:
         RuntimeError: IRIS_KERNELS_BACKEND is cpp, and the library has not been compiled.
     """
-    if uses_triton(tensor):
-        return "triton"
     choice = os.environ.get(VARIABLE, "auto")
+    if _chooses_triton(tensor, choice):
+        return "triton"
     if choice != "torch" and tensor.dtype in dtypes and cpp.takes(tensor):
         return "cpp"
     if choice == "cpp" and cpp.library() is None:

@@ -18,6 +18,14 @@ struct Tokens {
     bool kept(int64_t row) const { return id(row) != IGNORED && (!mask || mask[row]); }
 };
 
+bool all_in_range(Tokens tokens, int64_t R, int64_t V) {
+    for (int64_t row = 0; row < R; row++) {
+        const int64_t id = tokens.id(row);
+        if ((id < 0 || id >= V) && tokens.kept(row)) return false;
+    }
+    return true;
+}
+
 template <class T>
 void forward(const T* logits, int64_t R, Rows rows, int64_t V, Tokens tokens, float temperature,
              float* const out[6], int threads) {
@@ -97,27 +105,20 @@ extern "C" {
 // Identifies the sources: see build.py.
 const char* iris_sources() { return IRIS_SOURCES; }
 
-// Whether the ids of all rows that are kept are in [0, V).
-int iris_ids_in_range(const void* ids, int wide, const uint8_t* mask, int64_t R, int64_t V) {
-    const Tokens tokens{ids, wide != 0, mask};
-    for (int64_t row = 0; row < R; row++) {
-        const int64_t id = tokens.id(row);
-        if ((id < 0 || id >= V) && tokens.kept(row)) return 0;
-    }
-    return 1;
-}
-
-// `out`: logprob, nsc, entropy, lse, the row's maximum and sum_exp.
-void iris_token_stats(int is_bfloat16, const void* logits, int64_t inner, int64_t outer_stride,
-                      int64_t inner_stride, int64_t R, int64_t V, const void* ids, int wide,
-                      const uint8_t* mask, float temperature, float* const out[6],
-                      int threads) {
+// Returns whether the ids of all rows that are kept are in [0, V); else nothing is written.
+int iris_token_stats(int is_bfloat16, const void* logits, int64_t inner, int64_t outer_stride,
+                     int64_t inner_stride, int64_t R, int64_t V, const void* ids, int wide,
+                     const uint8_t* mask, float temperature, float* logprob, float* nsc,
+                     float* entropy, float* lse, float* row_max, float* sum_exp, int threads) {
     const Rows rows{inner, outer_stride, inner_stride};
     const Tokens tokens{ids, wide != 0, mask};
+    if (!all_in_range(tokens, R, V)) return 0;
+    float* const out[6] = {logprob, nsc, entropy, lse, row_max, sum_exp};
     if (is_bfloat16)
         forward(static_cast<const bfloat16*>(logits), R, rows, V, tokens, temperature, out, threads);
     else
         forward(static_cast<const float*>(logits), R, rows, V, tokens, temperature, out, threads);
+    return 1;
 }
 
 // `grad` may be `logits`, with the same strides.

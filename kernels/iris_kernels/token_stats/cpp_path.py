@@ -1,6 +1,5 @@
 """`token_stats` in C++, for float32 and bfloat16 on a CPU: see `cpp/token_stats.cpp`."""
 
-import ctypes
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,12 +8,9 @@ from torch import Tensor
 from .. import cpp
 from .._checks import check_ids_in_range, fold_rows, row_parts
 
-_ids_in_range = cpp.function(
-    "iris_ids_in_range", cpp.INT, cpp.POINTER, cpp.INT, cpp.POINTER, cpp.LONG, cpp.LONG
-)
 _forward = cpp.function(
-    "iris_token_stats", None, cpp.INT, *cpp.ROWS, cpp.LONG, cpp.LONG, cpp.POINTER, cpp.INT,
-    cpp.POINTER, cpp.FLOAT, cpp.POINTER, cpp.INT,
+    "iris_token_stats", cpp.INT, cpp.INT, *cpp.ROWS, cpp.LONG, cpp.LONG, cpp.POINTER, cpp.INT,
+    cpp.POINTER, cpp.FLOAT, *[cpp.POINTER] * 6, cpp.INT,
 )  # fmt: skip
 _backward = cpp.function(
     "iris_token_stats_backward", None, cpp.INT, *cpp.ROWS, *cpp.ROWS, cpp.LONG, cpp.LONG, cpp.LONG,
@@ -25,7 +21,7 @@ _backward = cpp.function(
 def rows_of(tensor: Tensor) -> tuple[int, int, int, int] | None:
     """Address, inner size, outer and inner stride of the rows of (..., V), as C++ takes them."""
     if tensor.dim() == 2:
-        return tensor.data_ptr(), len(tensor), 0, tensor.stride(0)
+        return tensor.data_ptr(), tensor.shape[0], 0, tensor.stride(0)
     folded = fold_rows(tensor)
     return folded and (tensor.data_ptr(), *folded[1:])
 
@@ -49,16 +45,15 @@ def forward_cpp(
 ) -> None:
     """The statistics of logits (..., V_held) into six tensors [R]; ids and mask [R]."""
     wide = token_ids.dtype == torch.int64
-    tokens = token_ids.data_ptr(), wide, cpp.address(mask), len(token_ids)
-    if not _ids_in_range()(*tokens, vocab_size):
-        check_ids_in_range(token_ids, mask, vocab_size)  # raises
     for part, (ids, kept, *out) in _parts(logits, token_ids, mask, *outputs):
-        _forward()(
-            logits.dtype == torch.bfloat16, *rows_of(part), len(ids), vocab_size, ids.data_ptr(),
-            wide, cpp.address(kept), temperature,
-            (ctypes.c_void_p * 6)(*[each.data_ptr() for each in out]),
-            cpp.threads(len(ids) * vocab_size),
+        rows = ids.numel()
+        all_in_range = _forward()(
+            logits.dtype == torch.bfloat16, *rows_of(part), rows, vocab_size, ids.data_ptr(), wide,
+            cpp.address(kept), temperature, *[each.data_ptr() for each in out],
+            cpp.threads(rows * vocab_size),
         )  # fmt: skip
+        if not all_in_range:
+            check_ids_in_range(token_ids, mask, vocab_size)  # raises
 
 
 def backward_cpp(

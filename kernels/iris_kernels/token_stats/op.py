@@ -61,12 +61,11 @@ def _token_stats_op(
 
 def _forward(logits, token_ids, mask, temperature, vocab_size) -> tuple[Tensor, ...]:
     """The six outputs of the custom op, in the shape of `token_ids`."""
-    outputs = _empty_outputs(logits, token_ids)
+    outputs, path = _empty_outputs(logits, token_ids), backend(logits)
     if not token_ids.numel():
         return outputs
     per_row = _flat(token_ids), _flat(mask)
-    flat_outputs = [out.view(-1) for out in outputs]
-    path = backend(logits)
+    flat_outputs = [_flat(out) for out in outputs]
     if path == "cpp":
         forward_cpp(logits, *per_row, float(temperature), vocab_size, flat_outputs)
         return outputs
@@ -82,7 +81,8 @@ def _(logits, token_ids, *_):
 
 
 def _empty_outputs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, ...]:
-    return tuple(logits.new_empty(token_ids.shape, dtype=compute_dtype(logits)) for _ in range(6))
+    first = torch.empty(token_ids.shape, dtype=compute_dtype(logits), device=logits.device)
+    return first, *(torch.empty_like(first) for _ in range(5))
 
 
 def _flat(per_row: Tensor | None) -> Tensor | None:
