@@ -35,6 +35,12 @@ PRODUCTS = {
 GPU_ROWS = (2, 16, 64, 128)
 CPU_GRID = ((16, "qkv"),)
 GATE_ROWS = (2, 64, 128)
+# With the widest tiles: of 1B's image head, and of 7B.
+WIDE_GATES = {
+    "head": (16384, 2048, "plain"),
+    "out 7B": (4096, 4096, "partial"),
+    "gate_up 7B": (22016, 4096, "gated"),
+}
 
 
 class Inputs(NamedTuple):
@@ -114,15 +120,15 @@ def check(kind: str, inputs: Inputs, result: Tensor) -> None:
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
     """Without `down`, which runs the code of `out`."""
-    for name in ("qkv", "out", "gate_up"):
-        N, K, kind = PRODUCTS[name]
-        for M in GATE_ROWS:
-            tensors = [meta(*shape, dtype=torch.bfloat16) for shape in ((M, K), (N, K))]
-            launch = partial(linear_triton, *tensors, None, kind == "gated", kind == "partial")
-            part_k = parts_of(N, K)[1] if kind == "partial" else K
-            moved = 2 * (N * K + M * K + M * (N // 2 if kind == "gated" else N))
-            work = Work(N * K, moved, (part_k // BLOCK_K,))  # an element is one of the weight
-            yield GateCase(f"decode_linear {name} M={M} bfloat16", launch, [work])
+    sizes = {(name, M): PRODUCTS[name] for name in ("qkv", "out", "gate_up") for M in GATE_ROWS}
+    sizes |= {(name, 128): size for name, size in WIDE_GATES.items()}
+    for (name, M), (N, K, kind) in sizes.items():
+        tensors = [meta(*shape, dtype=torch.bfloat16) for shape in ((M, K), (N, K))]
+        launch = partial(linear_triton, *tensors, None, kind == "gated", kind == "partial")
+        part_k = parts_of(N, K)[1] if kind == "partial" else K
+        moved = 2 * (N * K + M * K + M * (N // 2 if kind == "gated" else N))
+        work = Work(N * K, moved, (part_k // BLOCK_K,))  # an element is one of the weight
+        yield GateCase(f"decode_linear {name} M={M} bfloat16", launch, [work])
     x, weight, bias = (
         meta(*shape, dtype=torch.bfloat16) for shape in ((64, 2048), (2048, 2048), (2048,))
     )

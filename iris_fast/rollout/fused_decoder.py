@@ -33,10 +33,11 @@ from iris_fast.models.janus import GenerationHead
 from iris_fast.rollout.shared_cache import SharedKVCache
 
 FP8_MULTIPLE = 16  # of the sizes that `scaled_mm` takes
-# Up to here `decode_linear` is used, above it torch's products. Every tile of its weight is
-# multiplied by all rows, which it reads from the L2 cache again: at 128 rows and the sizes of 1B
-# they are as many bytes as the weights. To be decided by bench/kernels/decode_linear.py on a GPU.
-FEW_ROWS = 64
+# Up to here `decode_linear` is used, above it torch's products. From 128 rows of 1B on the two are
+# modelled to differ by a few percent (bench/trainer/step_model.py): to be decided by
+# bench/kernels/decode_linear.py on a GPU.
+FEW_ROWS = 128
+FEW_ROWS_MULTIPLE = 16  # of K, or `decode_linear` loads elements one by one
 
 
 def fuse_storage(parameters: list[nn.Parameter], by_input: bool = False) -> Tensor:
@@ -64,17 +65,18 @@ def fuse_storage(parameters: list[nn.Parameter], by_input: bool = False) -> Tens
     return first.as_strided(shape, strides)
 
 
-def few_rows_fit(x_BD: Tensor) -> bool:
-    """Whether `decode_linear` is used for products of these inputs."""
+def few_rows_fit(x_BD: Tensor, *widths: int) -> bool:
+    """Whether `decode_linear` is used for products of such inputs with K of these widths."""
     narrow = x_BD.dtype in (torch.bfloat16, torch.float16)
-    return narrow and len(x_BD) <= FEW_ROWS and uses_triton(x_BD)
+    aligned = not any(width % FEW_ROWS_MULTIPLE for width in widths)
+    return narrow and aligned and len(x_BD) <= FEW_ROWS and uses_triton(x_BD)
 
 
 def image_logits(head: GenerationHead, hidden_BD: Tensor) -> Tensor:
     """Logits [B, K] by `head` of final-norm hidden rows; of few rows two launches."""
-    if not few_rows_fit(hidden_BD):
-        return head(hidden_BD)
     first, last = head.proj_out, head.vision_head
+    if not few_rows_fit(hidden_BD, first.in_features, last.in_features):
+        return head(hidden_BD)
     hidden_BD = decode_linear(hidden_BD, first.weight, first.bias, gelu=True)
     return decode_linear(hidden_BD, last.weight, last.bias)
 
@@ -124,9 +126,10 @@ class FusedLinear:
             bias=self._bias, output_dtype=x_BD.dtype,
         )  # fmt: skip
 
-    def takes_few_rows(self, x_BD: Tensor) -> bool:
-        """Whether `few_rows` and the like run the product of these inputs."""
-        return not self._fp8 and few_rows_fit(x_BD)
+    @property
+    def few_rows_width(self) -> int | None:
+        """K of the product by `few_rows` and the like; None: fp8, which they do not take."""
+        return None if self._fp8 else self._layers[0].in_features
 
     def few_rows(self, x_BD: Tensor) -> Tensor:
         """The same product by `decode_linear`."""
@@ -151,6 +154,12 @@ class FusedLayer:
         self.out = linear(attention.o_proj)
         self.gate_up = linear(mlp.gate_proj, mlp.up_proj)
         self.down = linear(mlp.down_proj)
+
+    def takes_few_rows(self, x_BD: Tensor) -> bool:
+        """Whether `decode_linear` runs the four products for inputs of this dtype and length."""
+        products = (self.qkv, self.out, self.gate_up, self.down)
+        widths = [product.few_rows_width for product in products]
+        return None not in widths and few_rows_fit(x_BD, *widths)
 
     def project(self, x_BD: Tensor, few: bool) -> Tensor:
         """Query, key and value, concatenated."""
@@ -193,7 +202,7 @@ class FusedDecoder:
         def add_norm(norm: RMSNorm, delta: Tensor | None) -> Tensor:
             return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta)
 
-        few, delta = self._layers[0].qkv.takes_few_rows(embeds_BD), None
+        few, delta = self._layers[0].takes_few_rows(embeds_BD), None
         for index, fused in enumerate(self._layers):
             normed_BD = add_norm(fused.layer.input_layernorm, delta)
             parts = fused.project(normed_BD, few).split(fused.qkv.sizes, dim=-1)

@@ -19,12 +19,17 @@ FIRST_ARCHITECTURE = 90
 LINE_BYTES = 128  # of the L2 cache
 
 
+def architecture() -> int:
+    """Of the GPU that a kernel is launched on, 90 for sm_90; 0 in the interpreter or elsewhere."""
+    if interpreted():
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
+
+
 def overlap_options() -> dict[str, bool]:
     """Options of a launch: OVERLAP for the kernel, and `launch_pdl` where the GPU supports it."""
-    if interpreted():
-        return {"OVERLAP": False}
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend != "cuda" or target.arch < FIRST_ARCHITECTURE:
+    if architecture() < FIRST_ARCHITECTURE:
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ._backend import calls_directly, jit, tl, triton, uses_triton
 from ._checks import check_contiguous
 from ._ops import add_op_namespace_prefix
-from ._overlap import overlap_options, wait_for_previous_kernel
+from ._overlap import LINE_BYTES, overlap_options, prefetch_to_l2, wait_for_previous_kernel
 
 MAX_CHANNELS = 32768  # one program holds a row
 
@@ -32,10 +32,14 @@ def _add_rms_norm_kernel(
     # or delta is PARTS fp32 partial sums [PARTS, R, D], `part` elements apart, if PARTS is not 0
     residual, delta, weight, out,
     eps, D, part,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    LINE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK)
     inside = d < D
+    # No kernel of a decoding step writes the weight: it is read while the previous kernel ends.
+    lines = tl.arange(0, LINES) * LINE
+    prefetch_to_l2(weight + tl.minimum(lines, D - 1), OVERLAP)
     wait_for_previous_kernel(OVERLAP)  # it wrote `residual` and `delta`, and may have read `out`
     row = tl.program_id(0).to(tl.int64) * D
     x = tl.load(residual + row + d, mask=inside, other=0.0)
@@ -65,10 +69,11 @@ def add_rms_norm_triton(
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(D)
     parts = len(delta) if _is_partial(residual, delta) else 0
+    line = LINE_BYTES // weight.element_size()
     _add_rms_norm_kernel[(out.numel() // D,)](
         residual, delta, weight, out, eps, D, out.numel(),
-        BLOCK=block, PARTS=parts, num_warps=min(max(block // 256, 1), 16), enable_fp_fusion=True,
-        **overlap_options(),
+        BLOCK=block, PARTS=parts, LINE=line, LINES=max(block // line, 1),
+        num_warps=min(max(block // 256, 1), 16), enable_fp_fusion=True, **overlap_options(),
     )  # fmt: skip
     return out
 

@@ -8,7 +8,8 @@
 The weight is read once. It is the left operand of the tensor cores' product, whose right operand
 may be as narrow as 16 columns; these are the rows of x. Where N is small, K is divided over
 programs (split-K) to occupy the GPU, and whoever reads the result adds the partial sums in their
-order: `add_rms_norm` does. There are no atomics.
+order: `add_rms_norm` does. There are no atomics. For a K that 16 does not divide, every element is
+loaded by itself: torch's product is faster.
 
 Sums are fp32. Gate and up are rounded to the dtype of x, and silu(gate) and the input of gelu as
 well, as by separate operations. How K is divided depends on N and K and not on M, so every row adds
@@ -16,7 +17,10 @@ the same products in the same order, whatever the other rows; that the tensor co
 of one instruction in an order that does not depend on its width is not documented by the vendor.
 
 Bytes moved for b-byte elements: b (N K + M K + M N) (gated: N/2 in the last term), partial sums
-b (N K + M K) + 4 S M N. x comes from the L2 cache once per tile of columns.
+b (N K + M K) + 4 S M N. x comes from the L2 cache once per tile of columns, which are therefore
+wider for more rows (`block_columns`). A second tile of rows would read the weight from there again:
+with 256 rows, three times the weight's bytes, more than memory delivers in the time. 128 rows are
+the maximum.
 
 Shapes: x (M, K), weight (N, K), S partial sums.
 """
@@ -26,20 +30,34 @@ from torch import Tensor
 
 from ._backend import calls_directly, interpreted, jit, tl, triton, uses_triton
 from ._ops import add_op_namespace_prefix
-from ._overlap import LINE_BYTES, overlap_options, prefetch_to_l2, wait_for_previous_kernel
+from ._overlap import (
+    LINE_BYTES,
+    architecture,
+    overlap_options,
+    prefetch_to_l2,
+    wait_for_previous_kernel,
+)
 
 MAX_ROWS = 128  # of the Triton path: one program holds all rows
 DTYPES = (torch.bfloat16, torch.float16)
-BLOCK_N, BLOCK_K = 64, 64  # gated: that many gates and as many ups
-WIDE_ROWS = 64  # from here on twice as many columns per program, so that x is read half as often
+BLOCK_N, BLOCK_K = 64, 64  # columns of the narrowest tile; gated: gates, and as many ups
+WIDE_ROWS = 64  # from here on tiles may be wider: each one reads all rows from the L2 cache again
+WIDEST = 256  # columns of a tile, gates and ups together
+# Architectures whose tensor cores read operands from shared memory. The others' registers hold them
+# and have no room for the sums of the widest tiles.
+FROM_SHARED_MEMORY = range(90, 120)
 PROGRAMS = 132  # multiprocessors of an H100 or H200
-MAX_PARTS = 8  # of K: every part costs 4 M N bytes written and read
-SHARED_BYTES = 96 << 10  # so that the next kernel's tiles fit next to them on sm_90
-# Where programs are fewer than half of the multiprocessors, each one has more bytes in flight; one
-# program of attention still fits next to it.
-FEW_PROGRAMS_SHARED_BYTES = 144 << 10
-# Of the weight, into the L2 cache while the previous kernel ends: what memory delivers in 2 us,
-# about as long as the norm between two products takes, which leaves memory idle.
+PART_N = 128  # columns of a tile for which K is divided
+MAX_PARTS = 4  # of K: every part costs 4 M N bytes written and read
+# Of the weight, by all programs together: what memory delivers in 1 us, about its latency.
+IN_FLIGHT_BYTES = 4 << 20
+STAGES = (3, 6)  # of the pipeline, all but one of which are in flight
+SHARED_BYTES = 160 << 10  # one program of attention still fits next to it on sm_90
+SMALL_SHARED_BYTES, SMALL = 96 << 10, (86, 89, 120, 121)  # architectures that have less
+OPERATIONS_PER_BYTE = 144  # of an H200: 790 TFLOP/s by 5.5 TB/s from the L2 cache
+# Of the weight, into the L2 cache while the previous kernel ends, at least: what memory delivers in
+# 2 us. At most twice as much, as long as the norm between two products, which leaves memory idle,
+# and the start of the second one take.
 PREFETCH_BYTES = 8 << 20
 
 
@@ -137,31 +155,67 @@ def _linear_kernel(
 def parts_of(N: int, K: int) -> tuple[int, int]:
     """How many partial sums `decode_linear_partials` returns, and the columns of each one."""
     tiles = -(-K // BLOCK_K)
-    parts = min(max(PROGRAMS // -(-N // BLOCK_N), 1), MAX_PARTS, tiles)
+    parts = min(max(PROGRAMS // -(-N // PART_N), 1), MAX_PARTS, tiles)
     tiles_per_part = -(-tiles // parts)
     return -(-tiles // tiles_per_part), tiles_per_part * BLOCK_K
 
 
-def linear_launch(M: int, N: int, parts: int, gated: bool) -> dict[str, int | bool]:
-    """Tile sizes, and as many pipeline stages as fit, for 2-byte elements."""
+def block_columns(block_m: int, N: int, parts: int, gated: bool) -> int:
+    """Columns of a program's tile: of the choices the one that is done first, the widest if equal.
+
+    In units of the time that the weight takes from the L2 cache: that and the rows, once per tile
+    of columns, pass the L2 cache in 1 + M / columns; the tensor cores take M / OPERATIONS_PER_BYTE
+    if all are in use, and more if programs do not come out even on the multiprocessors.
+    """
+    weights = 2 if gated else 1
+
+    def time(columns: int) -> float:
+        programs = -(-N // columns) * parts
+        busiest = -(-programs // PROGRAMS) * PROGRAMS / programs
+        l2 = 1 + block_m / (weights * columns)
+        return max(l2, busiest * block_m / OPERATIONS_PER_BYTE)
+
+    choices = [BLOCK_N]
+    if block_m >= WIDE_ROWS and not gated:
+        choices.append(2 * BLOCK_N)
+    if block_m >= MAX_ROWS and architecture() in FROM_SHARED_MEMORY:
+        choices.append(WIDEST // weights)
+    return min(reversed(choices), key=time)
+
+
+def linear_launch(M: int, N: int, parts: int, gated: bool) -> dict[str, int | bool | None]:
+    """Tile sizes, and as many pipeline stages as memory needs and fit, for 2-byte elements."""
     block_m = max(16, triton.next_power_of_2(M))
-    wide = block_m >= WIDE_ROWS
-    block_n = 2 * BLOCK_N if wide and not gated else BLOCK_N
-    stage_bytes = 2 * BLOCK_K * (block_m + (2 * block_n if gated else block_n))
-    few = -(-N // block_n) * parts <= PROGRAMS // 2
-    shared = FEW_PROGRAMS_SHARED_BYTES if few else SHARED_BYTES
+    block_n = block_columns(block_m, N, parts, gated)
+    weight_rows = 2 * block_n if gated else block_n
+    tile_bytes = 2 * BLOCK_K * weight_rows
+    wanted = 1 + -(-IN_FLIGHT_BYTES // (-(-N // block_n) * parts * tile_bytes))
+    stages = min(max(wanted, STAGES[0]), STAGES[1])
+    warps = 8 if block_m >= WIDE_ROWS else 4
+    sums = block_m * weight_rows // (32 * warps)  # per thread
+    shared = SMALL_SHARED_BYTES if architecture() in SMALL else SHARED_BYTES
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": BLOCK_K,
-        "num_stages": min(shared // stage_bytes, 6), "num_warps": 8 if wide else 4,
-        "maxnreg": 192 if wide else None,  # sm_80 spills at the number that the compiler chooses
-        "enable_fp_fusion": True,
+        "num_stages": min(stages, shared // (tile_bytes + 2 * BLOCK_K * block_m)),
+        "num_warps": warps, "maxnreg": max_registers(sums), "enable_fp_fusion": True,
     }  # fmt: skip
+
+
+def max_registers(sums: int) -> int:
+    """Of a thread that holds so many sums; what it does not take is left to the next kernel.
+
+    The compiler's own choice spills on sm_80.
+    """
+    if architecture() not in FROM_SHARED_MEMORY:
+        return 192
+    return 96 if sums <= 32 else 128 if sums <= 64 else 224
 
 
 def prefetched_lines(weight_rows: int, parts: int, part_k: int) -> int:
     """Cache lines per row and part of the weight that are fetched early: a power of two."""
-    wanted = PREFETCH_BYTES // (LINE_BYTES * weight_rows * parts)
-    return 1 << max(min(wanted, 2 * part_k // LINE_BYTES), 1).bit_length() - 1
+    wanted = -(-PREFETCH_BYTES // (LINE_BYTES * weight_rows * parts))
+    most = max(2 * part_k // LINE_BYTES, 1)
+    return min(triton.next_power_of_2(wanted), 1 << most.bit_length() - 1)
 
 
 def linear_triton(

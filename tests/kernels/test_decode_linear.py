@@ -1,6 +1,7 @@
 """decode_linear: products of few rows, gated, and as partial sums for add_rms_norm."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -9,19 +10,24 @@ from iris_kernels.decode_linear import (
     BLOCK_K,
     BLOCK_N,
     PREFETCH_BYTES,
+    WIDEST,
     decode_linear_reference,
     parts_of,
     prefetched_lines,
 )
 from kernel_oracle import EPS, assert_close, rounding
 
+module = sys.modules["iris_kernels.decode_linear"]  # the name in the package is the function
 ops = torch.ops.iris_kernels
 
 # name: (M, N, K, dtype)
 REGIMES = {
     "one_row": (1, 2 * BLOCK_N, 2 * BLOCK_K, torch.bfloat16),
     "rows_not_a_power_of_two": (19, 2 * BLOCK_N, BLOCK_K, torch.bfloat16),
-    "most_rows": (128, BLOCK_N, BLOCK_K, torch.float16),
+    "tile_of_64_rows": (64, 3 * BLOCK_N, 2 * BLOCK_K, torch.bfloat16),
+    "more_rows_than_64": (65, 3 * BLOCK_N + 8, 2 * BLOCK_K, torch.bfloat16),
+    "rows_of_a_prime_count": (101, BLOCK_N, 3 * BLOCK_K, torch.float16),
+    "most_rows": (128, 3 * BLOCK_N, BLOCK_K, torch.float16),
     "ragged_columns": (3, BLOCK_N + 6, 2 * BLOCK_K, torch.float16),
     "ragged_k": (2, BLOCK_N, 3 * BLOCK_K + 8, torch.bfloat16),
     "smaller_than_a_tile": (2, 6, 20, torch.bfloat16),
@@ -73,21 +79,68 @@ def test_partial_sums(regime, backend, device):
     torch.testing.assert_close(parts.double(), truth, rtol=1e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("kind", ["plain", "gated", "partial"])
+def test_the_widest_tiles(kind, backend, device, monkeypatch):
+    """Of sm_90, in the interpreter as well: more than one of them, the last one ragged."""
+    monkeypatch.setattr(module, "architecture", lambda: 90)
+    monkeypatch.setattr(module, "PROGRAMS", 2)
+    N = WIDEST + BLOCK_N + 2
+    x, weight, _ = make_inputs(100, N, 3 * BLOCK_K, torch.bfloat16, device)
+    if kind == "partial":
+        found = decode_linear_partials(x, weight).sum(0)
+    else:
+        found = decode_linear(x, weight, gated=kind == "gated")
+    truth = decode_linear_reference(x.double(), weight.double(), gated=kind == "gated")
+    options = module.linear_launch(100, N, 1, kind == "gated")
+    assert options["BLOCK_N"] == (WIDEST // 2 if kind == "gated" else WIDEST)
+    limit = budget(truth, 3 * BLOCK_K, torch.bfloat16)
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=limit)
+
+
+# Rows, N, parts, gated of 1B and 7B on an H200: columns of a tile.
+TILES = {
+    (16, 6144, 1, False): 64,
+    (64, 6144, 1, False): 128,
+    (64, 11264 // 2, 1, True): 64,
+    (128, 6144, 1, False): 128,  # 24 wider tiles would leave most multiprocessors idle
+    (128, 2048, 4, False): 128,
+    (128, 11264 // 2, 1, True): 64,
+    (128, 16384, 1, False): 256,
+    (128, 4096, 4, False): 256,
+    (128, 22016 // 2, 1, True): 128,
+}
+
+
+@pytest.mark.parametrize("case", TILES)
+def test_tiles_of_real_sizes(case, monkeypatch):
+    """Their rows and columns fill the shared memory and the registers of no more than a GPU."""
+    monkeypatch.setattr(module, "architecture", lambda: 90)
+    M, N, parts, gated = case
+    options = module.linear_launch(M, N, parts, gated)
+    assert options["BLOCK_N"] == TILES[case]
+    columns = options["BLOCK_N"] * (2 if gated else 1)
+    stage = 2 * BLOCK_K * (columns + options["BLOCK_M"])
+    assert 3 <= options["num_stages"] <= 6
+    assert options["num_stages"] * stage <= 160 << 10
+    assert options["maxnreg"] * 32 * options["num_warps"] <= 65536
+
+
 def test_the_number_of_parts_occupies_the_gpu_and_ignores_the_rows():
     """Of 1B and 7B: the output projection and the MLP's last product; QKV is wide enough."""
     assert parts_of(2048, 2048) == (4, 512)
     assert parts_of(2048, 5632) == (4, 22 * 64)
-    assert parts_of(4096, 11008) == (2, 86 * 64)
+    assert parts_of(4096, 11008) == (4, 43 * 64)
     assert parts_of(3 * 4096, 4096)[0] == 1
 
 
 @pytest.mark.parametrize(("N", "K"), [(6144, 2048), (2048, 5632), (102400, 2048), (64, 64)])
 def test_what_is_prefetched(N, K):
-    """Between half of the bound and the bound, and no more than the weight."""
+    """Between the bound and twice the bound, but more than half of a small weight, and no more than
+    the weight."""
     parts, part_k = parts_of(N, K)
     fetched = 128 * prefetched_lines(N, parts, part_k) * N * parts
-    assert fetched <= max(PREFETCH_BYTES, 128 * N * parts)
-    assert 2 * fetched > min(PREFETCH_BYTES, 2 * N * K)
+    assert fetched < max(2 * PREFETCH_BYTES, 2 * 128 * N * parts)
+    assert min(PREFETCH_BYTES, N * K) <= fetched <= 2 * N * K
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -178,8 +231,10 @@ def test_wrong_arguments_are_named(message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("M", [1, 2, 16, 17, 64, 128])
-@pytest.mark.parametrize(("N", "K"), [(6144, 2048), (2048, 2048), (11264, 2048), (2048, 5632)])
+@pytest.mark.parametrize("M", [1, 2, 16, 17, 64, 65, 128])
+@pytest.mark.parametrize(
+    ("N", "K"), [(6144, 2048), (2048, 2048), (11264, 2048), (2048, 5632), (4096, 11008)]
+)
 def test_real_sizes(M, N, K, monkeypatch):
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "triton")
     x, weight, _ = make_inputs(M, N, K, torch.bfloat16, "cuda")

@@ -20,7 +20,7 @@ from .checks import NewToken
 CHUNK = 256  # entries, of fp8 twice as many: reducing the slots after each costs instructions
 TILE = 4096  # elements of a key or value tile
 STAGES = 3  # two tiles are in flight while one is multiplied; of fp32, whose are larger, one
-EARLY_TILES = 2  # of a sequence's own entries, fetched into L2 while the previous kernel ends
+EARLY_TILES = 4  # of a sequence's own entries, fetched into L2 while the previous kernel ends
 SPLIT_BELOW = 256  # programs: fewer than about two per multiprocessor of an H200
 MERGED_AT_ONCE = 16  # chunks whose results are loaded together
 
