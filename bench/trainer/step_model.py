@@ -7,38 +7,51 @@ with its operands, grid and options, and whether it is launched by programmatic 
 (PDL; the launchers pass `launch_pdl`). The caches are those of the benchmark `rollout`: prompts of
 64 tokens that 8 samples share, 576 tokens per image, on average half of them live.
 
-The kernels of a step depend on each other and run one after another. The time of one is
+The kernels of a step depend on each other and run one after another. On a common time axis, with
+`ended` the end of the kernel before,
 
-    t = start + max(dram, l2, products)
-    dram      bytes from memory that the kernel must read or write, over its bandwidth; less what it
-              has fetched before (see below)
-    l2        bytes that pass the L2 cache / L2_RATE: as above, and what programs read again
-    products  2 M N K / MATRIX_RATE, of `_linear_kernel` over the share of multiprocessors in use
-    start     LAUNCH_S after a kernel in the same graph, or PDL_S if it is launched by PDL; and
-              LATENCY_S until its first data arrive
+    start   = ended + PDL_S if launched by PDL, else LAUNCH_S
+    arrived = start + LATENCY_S + dram / bandwidth - early     the last byte from memory
+    ended   = max(arrived, start + latency + max(l2, port, products))
 
-Memory counts weights, live keys and values (a shared prefix once) and new cache entries; everything
-else that a step passes from kernel to kernel stays in the L2 cache of 60 MB. The bandwidth is
+    dram      bytes that the kernel must read from memory. Weights, live keys and values (a shared
+              prefix once) and new cache entries; everything else that a step passes from kernel to
+              kernel stays in the L2 cache of 60 MB.
+    l2        bytes that pass the L2 cache / L2_RATE: as above, what earlier kernels wrote, partial
+              sums, and what programs read again: the rows of a product once per tile of columns
+    port      the same bytes of the multiprocessor with the most programs / PORT_RATE
+    products  2 M N K / MATRIX_RATE, scaled to the multiprocessor with the most programs
+    latency   LATENCY_S; L2_LATENCY_S where first data have been fetched early, or where a Triton
+              kernel reads only what the step wrote before
+    early     PDL kernels after a Triton kernel start while that one runs; `_linear_kernel` then
+              fetches the first LINES cache lines of its rows of the weight into the L2 cache,
+              attention the first EARLY entries of its own sequence, of which those that are not
+              live yet are read in vain. This goes on while memory would be idle: from the last byte
+              of the kernel before (and its start + LATENCY_S) to start + LATENCY_S. Only programs
+              count that fit on a multiprocessor next to the last ones of the kernel before.
+
+The bandwidth is
 
     share COPY_RATE, at most bytes in flight / (LATENCY_S + TILE_S)
 
-where a multiprocessor holds as many programs as 16 warps make, and a program has in flight: of
-`_linear_kernel` and attention, all but one stage of its tiles (attention without stages one tile,
-and in TILE_S, its arithmetic, nothing is in flight). The last wave of programs is counted by
-itself. torch's products are taken to occupy the GPU.
+where a program has in flight: of `_linear_kernel` and attention, all but one stage of its tiles
+(attention without stages one tile, and in TILE_S, its arithmetic, nothing is in flight). The last
+wave of programs is counted by itself. A multiprocessor holds as many programs as shared memory and
+registers allow: as many per thread as the launch permits, else 128; of the norm 32, as compiled.
+Attention reads lengths first, one L2_LATENCY_S more.
 
-A PDL kernel after a Triton kernel starts while that one runs, and `_linear_kernel` then fetches the
-first LINES cache lines of its rows of the weight into the L2 cache: in the time that the previous
-kernel leaves the memory idle, up to COPY_RATE. Attention does the same with the first
-entries of the sequences whose programs run at once; they do not shorten its LATENCY_S, as it reads
-lengths first.
+Assumed without a count: arithmetic overlaps loads fully in a kernel's pipeline, and the end of a
+kernel (last product, epilogue) is part of the next start. torch's products are taken to occupy the
+GPU evenly and to read their rows from the L2 cache once, which favours them: at 128 rows and tiles
+of 128 columns, a kernel without multicast reads as many bytes of rows as of weights.
 
 Constants, and where they are from ("optimistic" in parentheses):
 
     COPY_RATE   4.3 TB/s       a large copy, measured with torch on an H200
     MATRIX_RATE 790 TFLOP/s    bf16, size 8192, measured with torch on an H200
-    L2_RATE     5.5 TB/s       assumption: reads from an H100's L2 cache (Chips and Cheese, 2023, on
-                               the PCIe card, whose clock is lower)
+    L2_RATE     5.5 (6.2) TB/s assumption: reads from an H100's L2 cache (Chips and Cheese, 2023, on
+                               the PCIe card; 6.2: in proportion to the higher clock)
+    PORT_RATE   64 B per cycle of 1.755 GHz, as documented for an A100's multiprocessor
     LAUNCH_S    1.95 (1.3) us  per empty kernel in a CUDA graph 1.3 us were published for an H100
                                (Hazy Research, "Look Ma, No Bubbles!", 2025); assumption: 1.5 times
                                that for kernels with work before and after
@@ -46,6 +59,7 @@ Constants, and where they are from ("optimistic" in parentheses):
                                but not the launch; no published figure was found
     LATENCY_S   0.9 (0.6) us   assumption: the unloaded latency of an H100's memory is about 0.3 us
                                by published microbenchmarks (arXiv 2402.13499); loaded, 3 (2) times
+    L2_LATENCY_S 0.45 (0.3) us the same of its L2 cache: about 0.15 us, loaded 3 (2) times
     TILE_S      0.3 us         assumption: about 4 instructions per element of a tile of 16,384
     share       0.75 (0.85)    assumption for Triton kernels: 83% was published for a fused log-prob
                                kernel on an H100 (TRL); the goal of the kernels is 92% of a copy
@@ -53,9 +67,7 @@ Constants, and where they are from ("optimistic" in parentheses):
                                from gpt-fast's 104.9 tokens/s of Llama-2-7B in bf16 on an A100
 
 The cautious values were chosen for agreement with an earlier, independent estimate of the step when
-it had 240 kernels, at 2, 16, 64, 128 and 256 rows: 37, 49, 63, 72 and 74% of the floor; this model
-says 37, 46, 60, 69 and 76% of that step (optimistic: 47, 58, 73, 81 and 87%). Nothing here has been
-measured on a GPU.
+it had 240 kernels (37 to 74% of the floor). Nothing here has been measured on a GPU.
 
 The floor is that of the benchmark `rollout`, which counts the whole prompt of every sequence: a
 shared prefix is read less often than it assumes.
@@ -67,6 +79,7 @@ earlier one: the eager warm-up steps, bound by the host, and the capture (6 us p
 
 import argparse
 import json
+import math
 import sys
 import warnings
 from collections import Counter
@@ -89,10 +102,14 @@ from iris_fast.rollout.sampler import Sampler
 SEQUENCES = (2, 16, 64, 128, 256)
 COPY_RATE, MATRIX_RATE = H200.copy_bytes_per_s, H200.flops_per_s  # bytes/s, operations/s
 L2_RATE = 5.5e12  # bytes/s
-LAUNCH_S, PDL_S, LATENCY_S = 1.95e-6, 0.75e-6, 0.9e-6
+PORT_RATE = 64 * 1.755e9  # bytes/s from the L2 cache to one multiprocessor
+LAUNCH_S, PDL_S, LATENCY_S, L2_LATENCY_S = 1.95e-6, 0.75e-6, 0.9e-6, 0.45e-6
 TILE_S = 0.3e-6
 TRITON_SHARE, BLAS_SHARE = 0.75, 0.70
-MULTIPROCESSORS, WARPS = 132, 16  # warps that registers leave room for, at 128 per thread
+MULTIPROCESSORS, WARP = 132, 32
+REGISTERS, SHARED_BYTES = 65536, 227 << 10  # of a multiprocessor
+REGISTERS_PER_THREAD = 128  # unless the launch states a maximum, or as compiled:
+COMPILED_REGISTERS = {"_add_rms_norm_kernel": 32, "_silu_mul_kernel": 32}
 EAGER_LAUNCH_S, CAPTURE_S_PER_NODE, DEFAULT_WARPS = 6e-6, 15e-6, 4
 LINEAR, ATTENTION = "_linear_kernel", "_decode_kernel"
 GOALS = {"1B": 0.78, "7B": 0.82}
@@ -107,20 +124,19 @@ class Machine:
     launch_s: float = LAUNCH_S
     pdl_s: float = PDL_S
     latency_s: float = LATENCY_S
-
-    def start_s(self, pdl: bool) -> float:
-        """Before a kernel's first data arrive."""
-        return (self.pdl_s if pdl else self.launch_s) + self.latency_s
+    l2_latency_s: float = L2_LATENCY_S
+    l2_rate: float = L2_RATE
 
 
 CAUTIOUS = Machine()
-OPTIMISTIC = Machine(0.85, 0.80, 1.3e-6, 0.5e-6, 0.6e-6)
+OPTIMISTIC = Machine(0.85, 0.80, 1.3e-6, 0.5e-6, 0.6e-6, 0.3e-6, 6.2e12)
 
 
 @dataclass(frozen=True)
 class Node:
-    """A kernel's work: bytes from memory and through the L2 cache, operations of products,
-    programs, bytes that one has in flight, and bytes that it may fetch early."""
+    """A kernel's work: bytes from memory and through the L2 cache, operations of products; its
+    programs, what each takes of a multiprocessor, and bytes that it has in flight; bytes that the
+    kernel may fetch early."""
 
     name: str
     dram: float
@@ -128,18 +144,35 @@ class Node:
     operations: float = 0.0
     programs: int = MULTIPROCESSORS
     warps: int = DEFAULT_WARPS
+    registers: int = REGISTERS_PER_THREAD
+    shared: int = 0
     in_flight: float | None = None
     tile_s: float = 0.0
     early: float = 0.0
+    useful: float = 1.0  # share of the bytes fetched early
     pdl: bool = False
     triton: bool = False
+
+    @property
+    def busiest(self) -> float:
+        """Work of the multiprocessor with the most programs, over the average of all."""
+        if not self.triton:
+            return 1.0
+        return -(-self.programs // MULTIPROCESSORS) * MULTIPROCESSORS / self.programs
+
+    def beside(self, shared: int = 0, registers: int = 0) -> int:
+        """Programs that fit on a multiprocessor of which so much is taken."""
+        most = (REGISTERS - registers) // (WARP * self.warps * self.registers)
+        if self.shared:
+            most = min(most, (SHARED_BYTES - shared) // self.shared)
+        return max(most, 0)
 
     def memory_s(self, machine: Machine) -> float:
         """Seconds in which its bytes from memory arrive."""
         share = machine.triton_share if self.triton else machine.blas_share
         if self.in_flight is None:
             return self.dram / (share * COPY_RATE)
-        resident = MULTIPROCESSORS * max(WARPS // self.warps, 1)
+        resident = MULTIPROCESSORS * max(self.beside(), 1)
         whole, rest = divmod(self.programs, resident)
         seconds = 0.0
         for running, waves in ((resident, whole), (rest, 1)):
@@ -148,6 +181,24 @@ class Node:
                 rate = min(share * COPY_RATE, most)
                 seconds += waves * running * (self.dram / self.programs) / rate
         return seconds
+
+    def other_s(self, machine: Machine) -> float:
+        """Seconds that the L2 cache or the tensor cores take."""
+        l2 = max(self.l2 / machine.l2_rate, self.l2 * self.busiest / (MULTIPROCESSORS * PORT_RATE))
+        return max(l2, self.operations * self.busiest / MATRIX_RATE)
+
+    def early_next_to(self, previous: "Node") -> float:
+        """Bytes that the programs which fit next to the last ones of `previous` fetch early."""
+        if not (self.pdl and previous.triton):
+            return 0.0
+        at_once = MULTIPROCESSORS * max(previous.beside(), 1)
+        last = (previous.programs - 1) % at_once + 1
+        each, one_more = divmod(last, MULTIPROCESSORS)
+        running = 0
+        for held, count in ((each, MULTIPROCESSORS - one_more), (each + 1, one_more)):
+            registers = WARP * previous.warps * previous.registers
+            running += count * self.beside(held * previous.shared, held * registers)
+        return self.early * min(running / self.programs, 1.0)
 
 
 @dataclass
@@ -158,28 +209,38 @@ class Step:
     floor_s: float
     machine: Machine = CAUTIOUS
     seconds: Counter = field(default_factory=Counter)
-    start_s: float = 0.0
+    memory_s: float = 0.0
 
     def __post_init__(self) -> None:
-        idle, previous_triton = 0.0, False
+        machine, previous = self.machine, Node("", 0.0, 0.0)
+        released = ended = memory_ended = 0.0  # of the previous kernel
         for node in self.nodes:
-            start = self.machine.start_s(node.pdl)
-            early = 0.0
-            if node.pdl and previous_triton:
-                early = min(node.early / COPY_RATE, idle + start)
-            dram = max(node.memory_s(self.machine) - early, 0.0)
-            busy = max(dram, node.l2 / L2_RATE, node.operations / MATRIX_RATE)
-            if early and node.name != ATTENTION:
-                start -= self.machine.latency_s  # its first data are in the L2 cache
-            self.seconds[node.name] += start + busy
-            self.start_s += start
-            idle = self.machine.latency_s + busy - dram
-            previous_triton = node.triton
+            start = ended + (machine.pdl_s if node.pdl else machine.launch_s)
+            first = start + machine.latency_s
+            if node.name == ATTENTION:
+                first += machine.l2_latency_s  # it reads lengths before entries
+            share = machine.triton_share * COPY_RATE
+            memory_s = node.memory_s(machine)
+            idle = first - max(memory_ended, released + machine.latency_s)
+            early = min(node.early_next_to(previous) / share, max(idle, 0.0))
+            early = min(early * node.useful, memory_s)
+            cached = early or (node.triton and not node.dram)
+            latency = machine.l2_latency_s if cached else machine.latency_s
+            end = max(first + memory_s - early, start + latency + node.other_s(machine))
+            self.seconds[node.name] += end - ended
+            self.memory_s += memory_s
+            memory_ended = first + memory_s - early if node.dram else memory_ended
+            released, ended, previous = start, end, node
 
     @property
     def total_s(self) -> float:
         """Seconds of the step."""
         return self.seconds.total()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds in which memory delivers nothing."""
+        return self.total_s - self.memory_s
 
     @property
     def fraction(self) -> float:
@@ -211,21 +272,16 @@ def node_of(launch: Launch, config: JanusConfig, sequences: int) -> Node:
     options, grid = launch.options, launch.grid
     pdl = bool(options.get("launch_pdl"))
     warps = options.get("num_warps", DEFAULT_WARPS)
-    programs = 1
-    for size in grid:
-        programs *= size
+    programs = math.prod(grid)
     if name == LINEAR:
-        weight, rows = operands["weight"], operands["x"].shape[0]
-        tiles = grid[0]
-        stage = 2 * options["BLOCK_K"] * options["BLOCK_N"] * (2 if options["GATED"] else 1)
-        lines = (
-            programs * stage // (2 * options["BLOCK_K"]) * options["LINES"] * 2 * options["LINE"]
-        )
+        weight, x = operands["weight"], operands["x"]
+        line, stages = 2 * options["BLOCK_K"], options["num_stages"]  # of a tile, in bytes
+        columns = options["BLOCK_N"] * (2 if options["GATED"] else 1)
         return Node(
-            name, weight.bytes, launch.bytes + (tiles - 1) * operands["x"].bytes,
-            rows * weight.bytes * max(MULTIPROCESSORS / programs, 1.0), programs, warps,
-            early=lines, pdl=pdl, triton=True,
-            in_flight=stage * (options["num_stages"] - 1),
+            name, weight.bytes, launch.bytes + (grid[0] - 1) * x.bytes, x.shape[0] * weight.bytes,
+            programs, warps, options["maxnreg"] or REGISTERS_PER_THREAD,
+            stages * line * (columns + options["BLOCK_M"]), (stages - 1) * line * columns,
+            early=programs * columns * options["LINES"] * 2 * options["LINE"], pdl=pdl, triton=True,
         )  # fmt: skip
     if name.startswith(("aten.mm.", "aten.addmm.")):
         matrices = [o for o in operands.values() if len(o.shape) == 2]
@@ -239,7 +295,8 @@ def node_of(launch: Launch, config: JanusConfig, sequences: int) -> Node:
         moved = 2 * min(operand.bytes for operand in operands.values())
     if launch.triton:  # of a cache, it writes one entry
         moved -= sum(operand.bytes for operand in operands.values() if len(operand.shape) == 4)
-        return Node(name, 0.0, moved, programs=programs, warps=warps, pdl=pdl, triton=True)
+        registers = COMPILED_REGISTERS.get(name, REGISTERS_PER_THREAD)
+        return Node(name, 0.0, moved, 0.0, programs, warps, registers, pdl=pdl, triton=True)
     return Node(name, 0.0, moved)
 
 
@@ -253,15 +310,13 @@ def _attention(launch: Launch, config: JanusConfig, sequences: int) -> Node:
     from_memory = (own + prefixes * (PROMPT_TOKENS - 1) + sequences) * slot
     stages = launch.options.get("STAGES", 1)  # all but the one that is multiplied are in flight
     tile = 2 * launch.options["L"] * launch.options["D"] * item
-    programs = 1
-    for size in launch.grid:
-        programs *= size
+    programs = math.prod(launch.grid)
     warps = launch.options["num_warps"]
-    resident = min(programs, MULTIPROCESSORS * max(WARPS // warps, 1))
     entries = 2 * launch.options["EARLY"] * launch.options["WIDTH"] * item  # a key and a value
     return Node(
         launch.name, from_memory, (own + sequences * PROMPT_TOKENS) * slot,
-        programs=programs, warps=warps, early=resident * entries,
+        programs=programs, warps=warps, shared=max(stages - 1, 1) * tile,
+        early=programs * entries, useful=1 - launch.options["EARLY"] / (2 * config.image_tokens),
         in_flight=max(stages - 1, 1) * tile, tile_s=TILE_S if stages == 1 else 0.0,
         pdl=bool(launch.options.get("launch_pdl")), triton=True,
     )  # fmt: skip
@@ -295,15 +350,13 @@ def new_graph_s(step: Step) -> float:
 def table(model: str, steps: dict[int, Step]) -> str:
     """The result as lines of text."""
     lines = [f"{model}: modelled, not measured; goal {GOALS[model]:.0%} of the floor from 64 rows"]
-    lines.append(
-        "rows  nodes  PDL  floor us  step us  of floor  optimistic  starts us  new graph ms"
-    )
+    lines.append("rows  nodes  PDL  floor us  step us  of floor  optimistic  idle us  new graph ms")
     for rows, step in steps.items():
         pdl = sum(node.pdl for node in step.nodes)
         lines.append(
             f"{rows:4} {len(step.nodes):6} {pdl:4} {step.floor_s * 1e6:9.0f} "
             f"{step.total_s * 1e6:8.0f} {step.fraction:9.0%} {optimistic(step):11.0%} "
-            f"{step.start_s * 1e6:10.0f} {new_graph_s(step) * 1e3:13.1f}"
+            f"{step.idle_s * 1e6:10.0f} {new_graph_s(step) * 1e3:13.1f}"
         )
     return "\n".join(lines)
 

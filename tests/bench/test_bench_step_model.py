@@ -58,7 +58,7 @@ def test_a_step_takes_longer_than_its_floor_and_its_starts(steps):
     for step in steps.values():
         assert 0.3 < step.fraction < 1.0
         assert step.fraction < step_model.optimistic(step)
-        assert 0 < step.start_s < step.total_s
+        assert 0 < step.idle_s < step.total_s  # memory delivers one byte at a time
 
 
 def test_dependent_launch_and_early_fetching_save_time():
@@ -68,10 +68,14 @@ def test_dependent_launch_and_early_fetching_save_time():
     fetching = dataclasses.replace(pdl, early=4e6)
     times = [Step([first, node], 0.0).total_s for node in (plain, pdl, fetching)]
     assert times[0] - times[1] == pytest.approx(step_model.LAUNCH_S - step_model.PDL_S)
-    saved = 4e6 / step_model.COPY_RATE + step_model.LATENCY_S
+    saved = 4e6 / (step_model.TRITON_SHARE * step_model.COPY_RATE)
     assert times[1] - times[2] == pytest.approx(saved)
+    endless = dataclasses.replace(pdl, early=40e6)  # while memory is idle, and no longer
+    step = Step([first, endless], 0.0)
+    assert step.idle_s == pytest.approx(step_model.PDL_S + step_model.LATENCY_S)
     after_torch = dataclasses.replace(first, triton=False)  # which does not start it early
-    assert Step([after_torch, fetching], 0.0).total_s == pytest.approx(times[1])
+    late = [Step([after_torch, node], 0.0).total_s for node in (pdl, fetching)]
+    assert late[0] == late[1]
 
 
 def test_few_programs_do_not_reach_the_bandwidth():
@@ -93,19 +97,50 @@ def test_the_command_prints_the_table_and_writes_json(tmp_path, monkeypatch, cap
     assert '"fraction_of_floor"' in out.read_text()
 
 
-def test_early_entries_of_attention_do_not_shorten_its_latency():
-    """It reads lengths before them: only their bytes are saved."""
+def test_entries_that_are_not_live_are_fetched_in_vain():
     before = Node("n", 0.0, 1e6, pdl=True, triton=True)
     times = {}
-    for early in (0.0, 4.3e6):
-        node = Node(step_model.ATTENTION, 1e9, 1e9, early=early, pdl=True, triton=True)
-        times[early] = Step([before, node], 1.0).total_s
-    assert times[0.0] - times[4.3e6] == pytest.approx(4.3e6 / step_model.COPY_RATE)
+    for early, useful in ((0.0, 1.0), (4.3e6, 1.0), (4.3e6, 0.5)):
+        node = Node(
+            step_model.ATTENTION, 1e9, 1e9, early=early, useful=useful, pdl=True, triton=True
+        )
+        times[early, useful] = Step([before, node], 1.0).total_s
+    saved = 4.3e6 / (step_model.TRITON_SHARE * step_model.COPY_RATE)
+    assert times[0.0, 1.0] - times[4.3e6, 1.0] == pytest.approx(saved)
+    assert times[0.0, 1.0] - times[4.3e6, 0.5] == pytest.approx(saved / 2)
+
+
+def test_early_bytes_are_those_of_programs_that_fit():
+    """Next to the last wave of the kernel before, by registers or by shared memory."""
+    node = Node("n", 1e8, 0.0, early=8e6, shared=64 << 10, pdl=True, triton=True)
+    assert node.beside() == 3
+    full = dataclasses.replace(node, shared=200 << 10)
+    assert node.early_next_to(full) == 0.0
+    half = dataclasses.replace(full, programs=66)  # of the multiprocessors
+    assert node.early_next_to(half) == 8e6  # three programs on each of the others
+    many = dataclasses.replace(node, programs=400)
+    assert many.early_next_to(half) == pytest.approx(8e6 * 66 * 3 / 400)
+    assert node.early_next_to(dataclasses.replace(full, programs=132 + 66)) == 8e6
+    registers = dataclasses.replace(node, shared=0, warps=8, registers=255)
+    assert node.early_next_to(registers) == 0.0
+    assert node.early_next_to(dataclasses.replace(half, triton=False)) == 0.0
+
+
+def test_a_product_is_bound_by_the_cache_or_the_tensor_cores():
+    machine = step_model.CAUTIOUS
+    product = Node("n", 0.0, 1e8, 1e9, programs=132, triton=True)
+    assert product.other_s(machine) == pytest.approx(1e8 / step_model.L2_RATE)
+    few = dataclasses.replace(product, programs=33)  # each receives 3 MB through its port
+    assert few.other_s(machine) == pytest.approx(1e8 / 33 / step_model.PORT_RATE)
+    uneven = dataclasses.replace(product, operations=1e11, programs=172)
+    seconds = 2 * 132 / 172 * 1e11 / step_model.MATRIX_RATE
+    assert uneven.other_s(machine) == pytest.approx(seconds)
 
 
 def test_products_use_the_multiprocessors_that_have_a_program(steps):
     """Query, key and value of 16 rows: 96 tiles."""
     first = next(node for node in steps[1, 16].nodes if node.name == step_model.LINEAR)
     assert first.programs == 96
-    share = first.programs / step_model.MULTIPROCESSORS
-    assert first.operations == pytest.approx(2 * 16 * 6144 * 2048 / share)
+    assert first.busiest == step_model.MULTIPROCESSORS / 96
+    assert first.operations == 2 * 16 * 6144 * 2048
+    assert first.l2 == 2 * (6144 * 2048 + 96 * 16 * 2048 + 16 * 6144)
