@@ -92,28 +92,46 @@ def backend(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = cpp.DTYPES) -> str
     return "torch"
 
 
-def calls_directly(tensor: Tensor, *others: Tensor | None, with_gradient: bool = False) -> bool:
-    """Whether an op calls its path as a plain function instead of its custom op.
+def direct_backend(
+    tensor: Tensor, *others: Tensor | None, with_gradient: bool = False
+) -> str | None:
+    """Which path an op calls as a plain function, "cpp" or "torch"; None for its custom op.
 
-    True in eager mode on a CPU, where the dispatch of a custom op costs 8 to 300 us per call. A
-    graph (torch.compile, make_fx, torch.jit.trace, fake tensors), a torch.func transform, the
-    Triton path and, unless `with_gradient`, arguments of which one needs a gradient take the custom
-    op.
+    Plain functions run in eager mode on a CPU, where the dispatch of a custom op costs 8 to 300 us
+    per call. A graph (torch.compile, make_fx, torch.jit.trace, fake tensors), a torch.func
+    transform, forward-mode gradients, tensor subclasses, the Triton path and, unless
+    `with_gradient`, arguments of which one needs a gradient take the custom op.
     """
-    return (
-        tensor.is_cpu
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not is_in_torch_dispatch_mode()
-        and not torch._C._are_functorch_transforms_active()
-        and (with_gradient or not _needs_gradient(tensor, *others))
-        and not uses_triton(tensor)
-    )
+    if (
+        not tensor.is_cpu
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or not _PLAIN.issuperset(map(type, (tensor, *others)))
+        or (not with_gradient and needs_gradient(tensor, *others))
+    ):
+        return None
+    path = backend(tensor)
+    return None if path == "triton" else path
 
 
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def calls_directly(tensor: Tensor, *others: Tensor | None, with_gradient: bool = False) -> bool:
+    """Whether there is a `direct_backend`."""
+    return direct_backend(tensor, *others, with_gradient=with_gradient) is not None
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 # glibc allocates anything larger by mmap, so that no other data shares its pages.

@@ -15,7 +15,8 @@ Shapes: (..., D), D channels.
 import torch
 from torch import Tensor
 
-from ._backend import calls_directly, jit, tl, triton, uses_triton
+from . import cpp
+from ._backend import backend, direct_backend, jit, tl, triton
 from ._checks import check_contiguous
 from ._ops import add_op_namespace_prefix
 from ._overlap import LINE_BYTES, overlap_options, prefetch_to_l2, wait_for_previous_kernel
@@ -83,6 +84,36 @@ def _is_partial(residual: Tensor, delta: Tensor | None) -> bool:
     return delta is not None and delta.dim() > residual.dim()
 
 
+# --- The C++ path ---------------------------------------------------------------------------------
+
+_norm = cpp.function(
+    "iris_add_rms_norm", None, cpp.INT, cpp.POINTER, cpp.POINTER, cpp.LONG, *[cpp.POINTER] * 3,
+    cpp.LONG, cpp.LONG, cpp.FLOAT, cpp.INT,
+)  # fmt: skip
+
+
+def norm_cpp(
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, total: Tensor
+) -> Tensor:
+    """The norm of the sum, which is written to `total` if there is a delta."""
+    D, elements = residual.shape[-1], residual.numel()
+    norm = torch.empty_like(residual)
+    _norm()(
+        residual.dtype == torch.bfloat16, residual.data_ptr(), cpp.address(delta),
+        len(delta) if _is_partial(residual, delta) else 0, weight.data_ptr(), total.data_ptr(),
+        norm.data_ptr(), elements // D, D, eps, cpp.threads(elements),
+    )  # fmt: skip
+    return norm
+
+
+def add_rms_norm_cpp(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """One pass over each row, and one over its sum."""
+    norm = norm_cpp(residual, delta, weight, eps, residual)
+    if delta is not None:
+        torch.autograd.graph.increment_version(residual)
+    return norm
+
+
 # --- The torch path -------------------------------------------------------------------------------
 
 
@@ -99,6 +130,9 @@ def add_rms_norm_torch(
     return normed.to(residual.dtype).mul_(weight)
 
 
+PATHS = {"triton": add_rms_norm_triton, "cpp": add_rms_norm_cpp, "torch": add_rms_norm_torch}
+
+
 # --- Custom op ------------------------------------------------------------------------------------
 
 
@@ -106,8 +140,7 @@ def add_rms_norm_torch(
 def _add_rms_norm_op(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     if not residual.numel():
         return torch.empty_like(residual)
-    run = add_rms_norm_triton if uses_triton(residual) else add_rms_norm_torch
-    return run(residual, delta, weight, eps)
+    return PATHS[backend(residual)](residual, delta, weight, eps)
 
 
 @_add_rms_norm_op.register_fake
@@ -153,9 +186,10 @@ def add_rms_norm(
         check_contiguous("delta", delta, torch.Size(shape), residual, torch.float32)
     elif delta is not None:
         check_contiguous("delta", delta, residual.shape, residual)
-    if calls_directly(residual, delta, weight) and residual.numel():
-        return add_rms_norm_torch(residual, delta, weight, eps)
-    return _add_rms_norm_op(residual, delta, weight, float(eps))
+    path = direct_backend(residual, delta, weight) if residual.numel() else None
+    if path is None:
+        return _add_rms_norm_op(residual, delta, weight, float(eps))
+    return PATHS[path](residual, delta, weight, eps)
 
 
 def add_rms_norm_reference(

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import calls_directly, jit, tl, triton, uses_triton
+from . import cpp
+from ._backend import backend, direct_backend, jit, tl, triton
 from ._checks import check_contiguous
 from ._fp8 import FP8, FP8_MAX
 from ._ops import add_op_namespace_prefix
@@ -71,6 +72,24 @@ def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
+# --- The C++ path ---------------------------------------------------------------------------------
+
+_quantize_rows = cpp.function(
+    "iris_quantize_rows", None, cpp.INT, *[cpp.POINTER] * 3, cpp.LONG, cpp.LONG, cpp.INT
+)
+
+
+def quantize_rows_cpp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The bits of the torch path."""
+    R, D = x.shape
+    values, scales = torch.empty_like(x, dtype=FP8), x.new_empty(R, 1, dtype=torch.float32)
+    _quantize_rows()(
+        x.dtype == torch.bfloat16, x.data_ptr(), values.data_ptr(), scales.data_ptr(), R, D,
+        cpp.threads(R * D),
+    )  # fmt: skip
+    return values, scales
+
+
 # --- The torch path -------------------------------------------------------------------------------
 
 
@@ -84,6 +103,9 @@ def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
     return wide.div(scales).to(FP8), scales
 
 
+PATHS = {"triton": quantize_rows_triton, "cpp": quantize_rows_cpp, "torch": quantize_rows_torch}
+
+
 # --- Custom op ------------------------------------------------------------------------------------
 
 
@@ -91,7 +113,7 @@ def quantize_rows_torch(x: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize_rows_op(x: Tensor) -> tuple[Tensor, Tensor]:
     if not x.numel():
         return torch.empty_like(x, dtype=FP8), x.new_ones(len(x), 1, dtype=torch.float32)
-    return (quantize_rows_triton if uses_triton(x) else quantize_rows_torch)(x)
+    return PATHS[backend(x)](x)
 
 
 @_quantize_rows_op.register_fake
@@ -120,9 +142,8 @@ def quantize_rows(x: Tensor) -> QuantizedRows:
     check_contiguous("x", x)
     if x.dim() != 2 or x.shape[-1] > MAX_CHANNELS:
         raise ValueError(f"x has shape {tuple(x.shape)}: pass (R, D), D up to {MAX_CHANNELS}")
-    if calls_directly(x) and x.numel():
-        return QuantizedRows(*quantize_rows_torch(x))
-    return QuantizedRows(*_quantize_rows_op(x))
+    path = direct_backend(x) if x.numel() else None
+    return QuantizedRows(*(_quantize_rows_op(x) if path is None else PATHS[path](x)))
 
 
 def quantize_rows_reference(x: Tensor) -> QuantizedRows:

@@ -27,12 +27,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, triton, uses_triton
+from . import cpp
+from ._backend import backend, direct_backend, jit, needs_gradient, tl, triton
 from ._checks import LOGIT_DTYPES, check_contiguous
 from ._ops import add_op_namespace_prefix
-from .add_rms_norm import MAX_CHANNELS
+from .add_rms_norm import MAX_CHANNELS, norm_cpp
 
 PROGRAMS = 512  # of the backward pass, each with its own sum for the weight's gradient
+CPP_PROGRAMS = 64  # the same in C++, of at least CPP_ROWS rows
+CPP_ROWS = 8
 
 
 class ResidualNorm(NamedTuple):
@@ -140,6 +143,42 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
+# --- The C++ path ---------------------------------------------------------------------------------
+
+_backward = cpp.function(
+    "iris_residual_rms_norm_backward", None, cpp.INT, *[cpp.POINTER] * 6, cpp.LONG, cpp.POINTER,
+    cpp.LONG, cpp.LONG, cpp.FLOAT, cpp.INT,
+)  # fmt: skip
+
+
+def residual_rms_norm_cpp(
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The same as the Triton path."""
+    total = residual if delta is None else torch.empty_like(residual)
+    return total, norm_cpp(residual, delta, weight, eps, total)
+
+
+def residual_rms_norm_backward_cpp(
+    total: Tensor, weight: Tensor, d_norm: Tensor, d_total: Tensor | None, eps: float, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same as the Triton path; the programs have neighbouring rows, and their number does not
+    depend on that of the threads."""
+    D, elements = total.shape[-1], total.numel()
+    rows, d_x = elements // D, torch.empty_like(total)
+    programs = min(-(-rows // CPP_ROWS), CPP_PROGRAMS)
+    partial = d_weight = None
+    if trained:
+        partial = total.new_empty(programs, D, dtype=torch.float32)
+        d_weight = torch.empty_like(weight)
+    _backward()(
+        total.dtype == torch.bfloat16, total.data_ptr(), weight.data_ptr(), d_norm.data_ptr(),
+        cpp.address(d_total), d_x.data_ptr(), cpp.address(partial), programs,
+        cpp.address(d_weight), rows, D, eps, cpp.threads(elements),
+    )  # fmt: skip
+    return d_x, d_weight
+
+
 # --- The torch path -------------------------------------------------------------------------------
 
 
@@ -176,6 +215,18 @@ def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide * scale).to(x.dtype), scale
 
 
+FORWARD = {
+    "triton": residual_rms_norm_triton,
+    "cpp": residual_rms_norm_cpp,
+    "torch": residual_rms_norm_torch,
+}
+BACKWARD = {
+    "triton": residual_rms_norm_backward_triton,
+    "cpp": residual_rms_norm_backward_cpp,
+    "torch": residual_rms_norm_backward_torch,
+}
+
+
 # --- Custom ops and autograd ----------------------------------------------------------------------
 
 
@@ -186,16 +237,14 @@ def _residual_norm_op(
 ) -> tuple[Tensor, Tensor]:
     if not residual.numel():
         return torch.empty_like(residual), torch.empty_like(residual)
-    run = residual_rms_norm_triton if uses_triton(residual) else residual_rms_norm_torch
-    return run(residual, delta, weight, eps)
+    return FORWARD[backend(residual)](residual, delta, weight, eps)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("rms_norm"), mutates_args=())
 def _norm_op(residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not residual.numel():
         return torch.empty_like(residual)
-    run = residual_rms_norm_triton if uses_triton(residual) else residual_rms_norm_torch
-    return run(residual, None, weight, eps)[1]
+    return FORWARD[backend(residual)](residual, None, weight, eps)[1]
 
 
 @torch.library.custom_op(add_op_namespace_prefix("residual_rms_norm_backward"), mutates_args=())
@@ -205,8 +254,7 @@ def _backward_op(
     """The gradient of the weight is empty unless it is `trained`."""
     if not total.numel():
         return torch.empty_like(total), weight.new_zeros(weight.shape if trained else 0)
-    triton_runs = uses_triton(total)
-    run = residual_rms_norm_backward_triton if triton_runs else residual_rms_norm_backward_torch
+    run = BACKWARD[backend(total)]
     d_x, d_weight = run(total, weight, d_norm, d_total, eps, trained)
     return d_x, weight.new_empty(0) if d_weight is None else d_weight
 
@@ -231,8 +279,11 @@ def _differentiate(ctx, d_total: Tensor | None, d_norm: Tensor | None, trained: 
     if d_norm is None:
         return d_total, None
     total, weight = ctx.saved_tensors
-    d_total = None if d_total is None else d_total.contiguous()
-    d_x, d_weight = _backward_op(total, weight, d_norm.contiguous(), d_total, ctx.eps, trained)
+    d_norm, d_total = d_norm.contiguous(), None if d_total is None else d_total.contiguous()
+    path = direct_backend(total, weight, d_norm, d_total)
+    if path and total.numel():
+        return BACKWARD[path](total, weight, d_norm, d_total, ctx.eps, trained)
+    d_x, d_weight = _backward_op(total, weight, d_norm, d_total, ctx.eps, trained)
     return d_x, d_weight if trained else None
 
 
@@ -259,6 +310,43 @@ def _norm_backward(ctx, d_norm):
 
 _residual_norm_op.register_autograd(_residual_norm_backward, setup_context=_setup_residual_norm)
 _norm_op.register_autograd(_norm_backward, setup_context=_setup_norm)
+
+
+# --- Eager mode on a CPU, without the custom ops --------------------------------------------------
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, delta, weight, eps, path):
+        total, norm = FORWARD[path](residual, delta, weight, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return total, norm
+
+    @staticmethod
+    def backward(ctx, d_total, d_norm):
+        return *_residual_norm_backward(ctx, d_total, d_norm), None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual, weight, eps, path):
+        ctx.save_for_backward(residual, weight)
+        ctx.eps = eps
+        return FORWARD[path](residual, None, weight, eps)[1]
+
+    @staticmethod
+    def backward(ctx, d_norm):
+        return *_norm_backward(ctx, d_norm), None
+
+
+def _directly(path: str, residual, delta, weight, eps) -> tuple[Tensor, Tensor]:
+    if not needs_gradient(residual, delta, weight):
+        return FORWARD[path](residual, delta, weight, eps)
+    if delta is None:
+        return residual, _Norm.apply(residual, weight, eps, path)
+    return _ResidualNorm.apply(residual, delta, weight, eps, path)
 
 
 # --- Public ---------------------------------------------------------------------------------------
@@ -296,6 +384,9 @@ def residual_rms_norm(
     check_contiguous("weight", weight, residual.shape[-1:], residual, dtypes=LOGIT_DTYPES)
     if delta is not None:
         check_contiguous("delta", delta, residual.shape, residual, dtypes=LOGIT_DTYPES)
+    path = direct_backend(residual, delta, weight, with_gradient=True)
+    if path and residual.numel():
+        return ResidualNorm(*_directly(path, residual, delta, weight, eps))
     if delta is None:
         return ResidualNorm(residual, _norm_op(residual, weight, float(eps)))
     return ResidualNorm(*_residual_norm_op(residual, delta, weight, float(eps)))

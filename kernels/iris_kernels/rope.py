@@ -15,7 +15,8 @@ Shapes: T rows, H query heads, Hkv key heads, Dh head width.
 import torch
 from torch import Tensor
 
-from ._backend import jit, tl, triton, uses_triton
+from . import cpp
+from ._backend import backend, direct_backend, jit, needs_gradient, tl, triton
 from ._checks import LOGIT_DTYPES, check_rotation
 from ._ops import add_op_namespace_prefix
 
@@ -88,6 +89,30 @@ def rope_triton(
     return rotated
 
 
+# --- The C++ path ---------------------------------------------------------------------------------
+
+_rope = cpp.function(
+    "iris_rope", None, cpp.INT, *[cpp.POINTER, cpp.LONG, cpp.LONG, cpp.LONG] * 2, cpp.POINTER,
+    cpp.POINTER, cpp.LONG, cpp.LONG, cpp.LONG, cpp.INT, cpp.POINTER, cpp.POINTER, cpp.INT,
+)  # fmt: skip
+
+
+def rope_cpp(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, backwards: bool
+) -> tuple[Tensor, Tensor]:
+    """One pass over each row."""
+    T, H, width = query.shape
+    kv_heads = key.shape[1]
+    rotated = query.new_empty(query.shape), key.new_empty(key.shape)
+    _rope()(
+        query.dtype == torch.bfloat16, query.data_ptr(), H, *query.stride()[:2],
+        key.data_ptr(), kv_heads, *key.stride()[:2], cos.data_ptr(), sin.data_ptr(),
+        cos.stride(0), T, width // 2, backwards, rotated[0].data_ptr(), rotated[1].data_ptr(),
+        cpp.threads(T * (H + kv_heads) * width),
+    )  # fmt: skip
+    return rotated
+
+
 # --- The torch path -------------------------------------------------------------------------------
 
 
@@ -105,6 +130,9 @@ def rope_torch(
     return rotate(query), rotate(key)
 
 
+PATHS = {"triton": rope_triton, "cpp": rope_cpp, "torch": rope_torch}
+
+
 # --- Custom op and autograd -----------------------------------------------------------------------
 
 
@@ -114,8 +142,7 @@ def _rope_op(
 ) -> tuple[Tensor, Tensor]:
     if not query.numel() or not key.numel():
         return query.new_empty(query.shape), key.new_empty(key.shape)
-    run = rope_triton if uses_triton(query) else rope_torch
-    return run(query, key, cos, sin, backwards)
+    return PATHS[backend(query)](query, key, cos, sin, backwards)
 
 
 @_rope_op.register_fake
@@ -130,10 +157,34 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _autograd_backward(ctx, d_query, d_key):
     d_query, d_key = (d if d.stride(-1) == 1 else d.contiguous() for d in (d_query, d_key))
-    return *_rope_op(d_query, d_key, *ctx.saved_tensors, not ctx.backwards), None, None, None
+    return *_rotate_rows(d_query, d_key, *ctx.saved_tensors, not ctx.backwards), None, None, None
 
 
 _rope_op.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+# --- Eager mode on a CPU, without the custom op ---------------------------------------------------
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, cos, sin, backwards, path):
+        ctx.save_for_backward(cos, sin)
+        ctx.backwards = backwards
+        return PATHS[path](query, key, cos, sin, backwards)
+
+    @staticmethod
+    def backward(ctx, d_query, d_key):
+        return *_autograd_backward(ctx, d_query, d_key), None
+
+
+def _rotate_rows(query, key, cos, sin, backwards: bool) -> tuple[Tensor, Tensor]:
+    path = direct_backend(query, key, cos, sin, with_gradient=True)
+    if path is None or not query.numel() or not key.numel():
+        return _rope_op(query, key, cos, sin, backwards)
+    if needs_gradient(query, key):
+        return _Rope.apply(query, key, cos, sin, backwards, path)
+    return PATHS[path](query, key, cos, sin, backwards)
 
 
 # --- Public ---------------------------------------------------------------------------------------
@@ -161,7 +212,7 @@ def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, 
         ValueError: an argument of the wrong shape, strides, dtype or device.
     """
     _check(query, key, cos, sin)
-    return _rope_op(query, key, cos, sin, False)
+    return _rotate_rows(query, key, cos, sin, False)
 
 
 def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -13,10 +13,13 @@ fourteen of separate operations.
 Shapes: B sequences, H query heads, Hkv key-value heads, S cache entries, Dh head width.
 """
 
+import ctypes
+
 import torch
 from torch import Tensor
 
-from ._backend import calls_directly, jit, tl, triton, uses_triton
+from . import cpp
+from ._backend import backend, direct_backend, jit, tl, triton
 from ._checks import DECODING_DTYPES, check_rotation, check_values_in_range
 from ._fp8 import FP8, FP8_MAX, saturate
 from ._ops import add_op_namespace_prefix
@@ -103,6 +106,7 @@ def _rope_append_kernel(
 
 def rope_append_triton(query, key, value, cos, sin, key_cache, value_cache, slots) -> Tensor:
     """One launch; up to 16 heads per program."""
+    check_values_in_range("slots", slots, 0, key_cache.shape[2] - 1)
     B, H, width = query.shape
     kv_heads = key.shape[1]
     heads = min(triton.next_power_of_2(max(H, kv_heads)), 16)
@@ -121,11 +125,43 @@ def rope_append_triton(query, key, value, cos, sin, key_cache, value_cache, slot
     return rotated
 
 
+# --- The C++ path ---------------------------------------------------------------------------------
+
+_rope_append = cpp.function(
+    "iris_rope_append", cpp.INT, cpp.INT, cpp.POINTER, cpp.POINTER, cpp.POINTER, cpp.LONG,
+    cpp.POINTER, cpp.INT, cpp.LONG, cpp.POINTER, cpp.LONG, cpp.LONG, cpp.LONG, cpp.LONG, cpp.INT,
+)  # fmt: skip
+
+
+def rope_append_cpp(query, key, value, cos, sin, key_cache, value_cache, slots) -> Tensor:
+    """One pass over the rows; fp8 caches take the torch path."""
+    if key_cache.dtype == FP8:
+        return rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots)
+    B, H, width = query.shape
+    kv_heads, entries = key_cache.shape[1:3]
+    rotated, slots = query.new_empty(B, H, width), slots.contiguous()
+    places = []
+    for tensor in (query, key, value):
+        places += tensor.data_ptr(), *tensor.stride()[:2], 0
+    for cache in (key_cache, value_cache):
+        places += cache.data_ptr(), *cache.stride()[:3]
+    in_range = _rope_append()(
+        query.dtype == torch.bfloat16, (ctypes.c_int64 * 20)(*places), cos.data_ptr(),
+        sin.data_ptr(), cos.stride(0), slots.data_ptr(), slots.dtype == torch.int64, entries,
+        rotated.data_ptr(), B, H, kv_heads, width // 2, cpp.threads(B * (H + kv_heads) * width),
+    )  # fmt: skip
+    if not in_range:
+        check_values_in_range("slots", slots, 0, entries - 1)  # raises
+    torch.autograd.graph.increment_version((key_cache, value_cache))
+    return rotated
+
+
 # --- The torch path -------------------------------------------------------------------------------
 
 
 def rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots) -> Tensor:
     """The same in torch."""
+    check_values_in_range("slots", slots, 0, key_cache.shape[2] - 1)
     cos, sin = (torch.cat((table, table), dim=-1)[:, None] for table in (cos, sin))
     rotated_key = _rotate(key, cos, sin)
     rows = torch.arange(len(slots), device=slots.device)
@@ -147,6 +183,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos).add_(turned).to(x.dtype)
 
 
+PATHS = {"triton": rope_append_triton, "cpp": rope_append_cpp, "torch": rope_append_torch}
+
+
 # --- Custom op ------------------------------------------------------------------------------------
 
 
@@ -159,8 +198,7 @@ def _rope_append_op(
 ) -> Tensor:  # fmt: skip
     if not query.numel():
         return torch.empty_like(query, memory_format=torch.contiguous_format)
-    check_values_in_range("slots", slots, 0, key_cache.shape[2] - 1)
-    run = rope_append_triton if uses_triton(query) else rope_append_torch
+    run = PATHS[backend(query)]
     return run(query, key, value, cos, sin, key_cache, value_cache, slots)
 
 
@@ -205,10 +243,9 @@ def rope_append(
             which is checked on the CPU only (on a GPU such a token is not written).
     """
     _check(query, key, value, cos, sin, key_cache, value_cache, slots)
-    if calls_directly(query, key, value, key_cache, value_cache) and query.numel():
-        check_values_in_range("slots", slots, 0, key_cache.shape[2] - 1)
-        return rope_append_torch(query, key, value, cos, sin, key_cache, value_cache, slots)
-    return _rope_append_op(query, key, value, cos, sin, key_cache, value_cache, slots)
+    arguments = (query, key, value, cos, sin, key_cache, value_cache, slots)
+    path = direct_backend(*arguments) if query.numel() else None
+    return _rope_append_op(*arguments) if path is None else PATHS[path](*arguments)
 
 
 def _check(query, key, value, cos, sin, key_cache, value_cache, slots) -> None:

@@ -15,7 +15,8 @@ Shapes: (..., 2 I), I gates and then I ups, or two tensors (..., I).
 import torch
 from torch import Tensor
 
-from ._backend import calls_directly, jit, tl, uses_triton
+from . import cpp
+from ._backend import backend, direct_backend, jit, needs_gradient, tl
 from ._checks import LOGIT_DTYPES, check_contiguous
 from ._ops import add_op_namespace_prefix
 from ._overlap import overlap_options, wait_for_previous_kernel
@@ -109,6 +110,52 @@ def halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
+# --- The C++ path ---------------------------------------------------------------------------------
+
+_forward = cpp.function(
+    "iris_silu_mul", None, cpp.INT, cpp.POINTER, cpp.POINTER, cpp.LONG, cpp.POINTER, cpp.LONG,
+    cpp.LONG, cpp.INT,
+)  # fmt: skip
+_backward = cpp.function(
+    "iris_silu_mul_backward", None, cpp.INT, *[cpp.POINTER] * 3, cpp.LONG, cpp.POINTER,
+    cpp.POINTER, cpp.LONG, cpp.LONG, cpp.INT,
+)  # fmt: skip
+
+
+def silu_mul_cpp(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
+    """One pass over gates and ups."""
+    out = gate_up.new_empty(_out_shape(gate_up, up))
+    gates, ups, rows, width = _halves_cpp(gate_up, up)
+    _forward()(
+        gate_up.dtype == torch.bfloat16, gates, ups, 2 * width, out.data_ptr(), rows, width,
+        cpp.threads(rows * width),
+    )  # fmt: skip
+    return out
+
+
+def silu_mul_backward_cpp(
+    gate_up: Tensor, up: Tensor | None, d_out: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """One pass over gates, ups and their gradients."""
+    gradients = torch.empty_like(gate_up), None if up is None else torch.empty_like(up)
+    gates, ups, rows, width = _halves_cpp(gate_up, up)
+    d_gates, d_ups, _, _ = _halves_cpp(*gradients)
+    _backward()(
+        gate_up.dtype == torch.bfloat16, gates, ups, d_out.data_ptr(), 2 * width, d_gates, d_ups,
+        rows, width, cpp.threads(rows * width),
+    )  # fmt: skip
+    return gradients
+
+
+def _halves_cpp(gate_up: Tensor, up: Tensor | None) -> tuple[int, int, int, int]:
+    """Addresses of gates and ups, number of rows, and columns in each; two tensors are one row."""
+    gates = gate_up.data_ptr()
+    if up is not None:
+        return gates, up.data_ptr(), 1, gate_up.numel()
+    width = gate_up.shape[-1] // 2
+    return gates, gates + width * gate_up.element_size(), gate_up.numel() // (2 * width), width
+
+
 # --- The torch path -------------------------------------------------------------------------------
 
 
@@ -133,6 +180,14 @@ def silu_mul_backward_torch(
     return gradients
 
 
+FORWARD = {"triton": silu_mul_triton, "cpp": silu_mul_cpp, "torch": silu_mul_torch}
+BACKWARD = {
+    "triton": silu_mul_backward_triton,
+    "cpp": silu_mul_backward_cpp,
+    "torch": silu_mul_backward_torch,
+}
+
+
 # --- Custom ops and autograd ----------------------------------------------------------------------
 
 
@@ -140,7 +195,7 @@ def silu_mul_backward_torch(
 def _silu_mul_op(gate_up: Tensor, up: Tensor | None) -> Tensor:
     if not gate_up.numel():
         return gate_up.new_empty(_out_shape(gate_up, up))
-    return (silu_mul_triton if uses_triton(gate_up) else silu_mul_torch)(gate_up, up)
+    return FORWARD[backend(gate_up)](gate_up, up)
 
 
 @_silu_mul_op.register_fake
@@ -156,8 +211,7 @@ def _out_shape(gate_up: Tensor, up: Tensor | None) -> tuple[int, ...]:
 def _backward_op(gate_up: Tensor, up: Tensor | None, d_out: Tensor) -> tuple[Tensor, Tensor]:
     """The second gradient is empty if gates and ups are one tensor."""
     if gate_up.numel():
-        run = silu_mul_backward_triton if uses_triton(gate_up) else silu_mul_backward_torch
-        d_gate_up, d_up = run(gate_up, up, d_out)
+        d_gate_up, d_up = BACKWARD[backend(gate_up)](gate_up, up, d_out)
     else:
         d_gate_up, d_up = torch.empty_like(gate_up), None if up is None else torch.empty_like(up)
     return d_gate_up, gate_up.new_empty(0) if d_up is None else d_up
@@ -170,14 +224,31 @@ def _(gate_up, up, d_out):
 
 
 def _autograd_backward(ctx, d_out):
-    gate_up, up = ctx.saved_tensors
-    d_gate_up, d_up = _backward_op(gate_up, up, d_out.contiguous())
+    (gate_up, up), d_out = ctx.saved_tensors, d_out.contiguous()
+    path = direct_backend(gate_up, up, d_out)
+    if path and gate_up.numel():
+        return BACKWARD[path](gate_up, up, d_out)
+    d_gate_up, d_up = _backward_op(gate_up, up, d_out)
     return d_gate_up, None if up is None else d_up
 
 
 _silu_mul_op.register_autograd(
     _autograd_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
+
+
+# --- Eager mode on a CPU, without the custom ops --------------------------------------------------
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up, up, path):
+        ctx.save_for_backward(gate_up, up)
+        return FORWARD[path](gate_up, up)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return *_autograd_backward(ctx, d_out), None
 
 
 # --- Public ---------------------------------------------------------------------------------------
@@ -205,9 +276,12 @@ def silu_mul(gate_up: Tensor, up: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"gate_up has {gate_up.shape[-1]} columns: pass gate and up of equal width"
         )
-    if calls_directly(gate_up, up) and gate_up.numel():
-        return silu_mul_torch(gate_up, up)
-    return _silu_mul_op(gate_up, up)
+    path = direct_backend(gate_up, up, with_gradient=True)
+    if path is None or not gate_up.numel():
+        return _silu_mul_op(gate_up, up)
+    if needs_gradient(gate_up, up):
+        return _SiluMul.apply(gate_up, up, path)
+    return FORWARD[path](gate_up, up)
 
 
 def silu_mul_reference(gate_up: Tensor, up: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ REGIMES = {
     "fewer_key_heads": (2, 18, 3, 16, torch.float32),
     "one_head": (3, 1, 1, 32, torch.float16),
     "width_not_a_power_of_two": (2, 2, 2, 80, torch.float32),
+    "odd_half": (3, 3, 2, 22, torch.bfloat16),
     "two_channels": (2, 4, 2, 2, torch.float32),
 }
 

@@ -19,6 +19,7 @@ REGIMES = {
     "heads_not_a_power_of_two": (2, 18, 3, 5, 16, torch.float32),
     "one_head": (3, 1, 1, 4, 32, torch.float16),
     "width_not_a_power_of_two": (2, 2, 2, 5, 80, torch.float32),
+    "odd_half": (3, 3, 2, 4, 22, torch.bfloat16),
     "two_channels": (2, 4, 2, 3, 2, torch.float32),
 }
 

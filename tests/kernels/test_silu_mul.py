@@ -16,6 +16,7 @@ REGIMES = {
     "one_block_exactly": ((2, 2 * BLOCK), torch.float32),
     "just_over_a_block": ((1, 2 * (BLOCK + 1)), torch.float32),
     "narrow": ((2, 3, 2 * 10), torch.float16),
+    "odd": ((3, 2 * 37), torch.bfloat16),
     "one_gate": ((3, 2), torch.float32),
     "one_row": ((64,), torch.bfloat16),
 }
@@ -59,6 +60,18 @@ def test_gradients_at_large_gates(backend, device):
     d_gate, d_up = gradients(silu_mul, [gates[None], ups[None]], [torch.ones(1, 5, device=device)])
     torch.testing.assert_close(d_gate[0].cpu(), torch.tensor([0.0, 0.0, 1.0, 2.0, 2.0]))
     torch.testing.assert_close(d_up[0].cpu(), torch.tensor([0.0, 0.0, 0.0, 100.0, 1e4]))
+
+
+def test_relative_precision(backend, device):
+    """Of sigmoids down to exp(-80), and of one minus them, which cancels if it is subtracted."""
+    gates = torch.linspace(-80, 80, 3203, device=device)
+    leaf = gates.clone().requires_grad_()
+    out = silu_mul(leaf, torch.ones_like(gates))
+    (slope,) = torch.autograd.grad(out.sum(), leaf)
+    wide = gates.double()
+    torch.testing.assert_close(out.double(), wide * wide.sigmoid(), rtol=2e-5, atol=0)
+    exact = wide.sigmoid() * (1 + wide * (-wide).sigmoid())
+    torch.testing.assert_close(slope.double(), exact, rtol=2e-5, atol=2e-6)
 
 
 def test_gradcheck(device, monkeypatch):

@@ -53,15 +53,15 @@ def _load(path: Path) -> ctypes.CDLL | None:
 
 
 def function(name: str, result: type | None, *arguments: type) -> Callable[[], Callable]:
-    """Declare a C function; the result returns it, bound to the library at the first call."""
+    """Declare a C function; the result returns that of the present library."""
 
     @functools.cache
-    def bind() -> Callable:
-        found = getattr(library(), name)
+    def bind(loaded: ctypes.CDLL) -> Callable:
+        found = getattr(loaded, name)
         found.restype, found.argtypes = result, arguments
         return found
 
-    return bind
+    return lambda: bind(library())
 
 
 def takes(tensor: Tensor) -> bool:
