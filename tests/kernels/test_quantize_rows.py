@@ -24,7 +24,7 @@ REGIMES = {
 # Triton's interpreter loses the carry into the exponent, and NaN, in the conversion to fp8.
 true_conversion = pytest.mark.parametrize(
     "backend",
-    ["torch", pytest.param("triton", marks=pytest.mark.gpu, id="on a GPU")],
+    ["torch", "cpp", pytest.param("triton", marks=pytest.mark.gpu, id="on a GPU")],
     indirect=True,
 )
 
