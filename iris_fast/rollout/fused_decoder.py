@@ -90,12 +90,12 @@ class FusedLinear:
 
     def __init__(self, *layers: nn.Linear, weight_dtype: str = "auto") -> None:
         self._layers = layers
-        self.sizes = [layer.out_features for layer in layers]
         self._fp8, self._quantized = weight_dtype == "fp8", None
-        if self._fp8 and (sum(self.sizes) % FP8_MULTIPLE or layers[0].in_features % FP8_MULTIPLE):
+        sizes = sum(layer.out_features for layer in layers), layers[0].in_features
+        if self._fp8 and any(size % FP8_MULTIPLE for size in sizes):
             raise ValueError(
                 f"weight_dtype: fp8 needs sizes that {FP8_MULTIPLE} divides, these layers have "
-                f"{(sum(self.sizes), layers[0].in_features)}; use auto"
+                f"{sizes}; use auto"
             )
         self.refresh()
 
@@ -197,7 +197,8 @@ class FusedDecoder:
         """Final-norm hidden states [B, D] of the next token of every sequence, which the cache then
         holds. Overwrites `embeds_BD`. On a GPU it neither synchronises with the device nor depends
         on host state."""
-        config, stream_BD = self._decoder.config, embeds_BD
+        config, stream_BD, rows = self._decoder.config, embeds_BD, len(embeds_BD)
+        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
 
         def add_norm(norm: RMSNorm, delta: Tensor | None) -> Tensor:
             return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta)
@@ -205,10 +206,10 @@ class FusedDecoder:
         few, delta = self._layers[0].takes_few_rows(embeds_BD), None
         for index, fused in enumerate(self._layers):
             normed_BD = add_norm(fused.layer.input_layernorm, delta)
-            parts = fused.project(normed_BD, few).split(fused.qkv.sizes, dim=-1)
-            query, key, value = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
-            context_BHd = cache.append_and_attend(index, query, key, value)
-            delta = fused.attention_output(context_BHd.flatten(-2), few)
+            projected = fused.project(normed_BD, few).view(rows, -1, config.head_dim)
+            new = projected.split_with_sizes(heads, dim=1)
+            context_BHd = cache.append_and_attend(index, *new)
+            delta = fused.attention_output(context_BHd.view(rows, -1), few)
             normed_BD = add_norm(fused.layer.post_attention_layernorm, delta)
             delta = fused.mlp_output(normed_BD, few)
         hidden_BD = add_norm(self._decoder.norm, delta)  # next to the kernel that it overlaps with

@@ -4,14 +4,14 @@
 //
 // Shapes: as in decode_attention/op.py.
 
-#include "rows.h"
+#include "rotation.h"
 
 using namespace iris;
 
 namespace {
 
 // The last dimension of every tensor is contiguous; strides are in elements.
-struct Heads {  // (B, heads, Dh)
+struct PerHead {  // (B, heads, Dh)
     void* first;
     int64_t row_stride, head_stride;
     template <class T>
@@ -41,10 +41,10 @@ struct Integers {
 struct Arguments {
     int64_t is_bfloat16, threads;
     int64_t B, H, Hkv, width, S, N, prefix_S, positions;
-    Heads query, context;
+    PerHead query, context;
     Cache keys, values, prefix_keys, prefix_values;  // prefixes: nullptr for none
     Integers lengths, prefix_lengths, prefix_index;
-    Heads new_key, new_value;  // nullptr for none
+    PerHead new_key, new_value;  // nullptr for none
     const float *cos, *sin;    // (positions, Dh / 2)
     int64_t table_stride;
     double scale;
@@ -58,30 +58,6 @@ static_assert(sizeof(Arguments) == 8 * 48, "as cpp_path.py packs it");
 
 thread_local Scratch scratch;
 
-template <class T>
-inline Vec load_up_to(const T* p, int64_t n) {
-    return n >= LANES ? load(p) : load_part(p, n, 0.0f);
-}
-template <class T>
-inline void store_up_to(T* p, Vec v, int64_t n) {
-    if (n >= LANES)
-        store(p, v);
-    else
-        store_part(p, v, n);
-}
-
-// x [Dh] rotated, in the precision of T, to `out`.
-template <class T, class Out>
-void rotate(const T* x, const float* cos, const float* sin, int64_t half, Out* out) {
-    for (int64_t i = 0; i < half; i += LANES) {
-        const int64_t n = half - i;
-        const Vec low = load_up_to(x + i, n), high = load_up_to(x + half + i, n);
-        const Vec c = load_up_to(cos + i, n), s = load_up_to(sin + i, n);
-        store_up_to(out + i, rounded<T>(low * c - high * s), n);
-        store_up_to(out + half + i, rounded<T>(high * c + low * s), n);
-    }
-}
-
 // Adjacent lanes added, those of a before those of b.
 inline Vec add_pairs(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -94,46 +70,67 @@ inline Vec add_pairs(Vec a, Vec b) {
     return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
 }
 
+// In the following W is Dh in whole vectors, which then stay in registers; 0 for any Dh.
+
+template <class T, int W>
+inline Vec products(const float* q, const T* key, int64_t width) {
+    Vec total = {};
+    for (int w = 0; w < W; w++) total += load(q + w * LANES) * load(key + w * LANES);
+    if (W) return total;
+    for_columns<1>(width, [&](int64_t i, int, auto part) {
+        total += load(q + i) * load(key + i, part);
+    });
+    return total;
+}
+
 // q . k_s of n entries; up to LANES - 1 more numbers are written.
-template <class T>
+template <class T, int W>
 void dot_products(const float* q, const T* keys, int64_t stride, int64_t n, int64_t width,
                   float* scores) {
     for (int64_t s = 0; s < n; s += LANES) {
-        Vec sums[LANES];
-        for (int k = 0; k < LANES; k++) {
-            const T* key = keys + (s + k < n ? s + k : n - 1) * stride;
-            Vec total = {};
-            int64_t i = 0;
-            for (; i + LANES <= width; i += LANES) total += load(q + i) * load(key + i);
-            if (i < width) total += load(q + i) * load_part(key + i, width - i, 0.0f);
-            sums[k] = total;
-        }
+        const T* key = keys + s * stride;
+        const int rest = n - s < LANES ? static_cast<int>(n - s) : LANES;
+        Vec sums[LANES] = {};
+        if (rest == LANES)
+            for (int k = 0; k < LANES; k++) sums[k] = products<T, W>(q, key + k * stride, width);
+        else
+            for (int k = 0; k < rest; k++) sums[k] = products<T, W>(q, key + k * stride, width);
         for (int count = LANES / 2; count; count /= 2)
             for (int k = 0; k < count; k++) sums[k] = add_pairs(sums[2 * k], sums[2 * k + 1]);
         store(scores + s, sums[0]);
     }
 }
 
+// The sum of 4 values by their weights.
+template <class T, class Part>
+inline Vec weighted(const float* w, const T* v, int64_t stride, Part part) {
+    return (w[0] * load(v, part) + w[1] * load(v + stride, part)) +
+           (w[2] * load(v + 2 * stride, part) + w[3] * load(v + 3 * stride, part));
+}
+
 // Add the values of n entries by their weights to `total` [Dh].
-template <class T>
+template <class T, int W>
 void add_weighted(const float* weights, const T* values, int64_t stride, int64_t n, int64_t width,
                   float* total) {
     int64_t s = 0;
-    for (; s + 4 <= n; s += 4) {
-        const T* v = values + s * stride;
-        const float* w = weights + s;
-        for (int64_t i = 0; i < width; i += LANES) {
-            const int64_t rest = width - i;
-            const Vec first = w[0] * load_up_to(v + i, rest) + w[1] * load_up_to(v + stride + i, rest);
-            const Vec second = w[2] * load_up_to(v + 2 * stride + i, rest) +
-                               w[3] * load_up_to(v + 3 * stride + i, rest);
-            store(total + i, load(total + i) + (first + second));
-        }
+    if (W) {
+        Vec sums[W + 1];
+        for (int w = 0; w < W; w++) sums[w] = load(total + w * LANES);
+        for (; s + 4 <= n; s += 4)
+            for (int w = 0; w < W; w++)
+                sums[w] += weighted(weights + s, values + s * stride + w * LANES, stride, Whole{});
+        for (int w = 0; w < W; w++) store(total + w * LANES, sums[w]);
     }
+    for (; s + 4 <= n; s += 4)
+        for_columns<1>(width, [&](int64_t i, int, auto part) {
+            const Vec added = weighted(weights + s, values + s * stride + i, stride, part);
+            store(total + i, load(total + i) + added);
+        });
     for (; s < n; s++)
-        for (int64_t i = 0; i < width; i += LANES)
-            store(total + i, load(total + i) +
-                                 weights[s] * load_up_to(values + s * stride + i, width - i));
+        for_columns<1>(width, [&](int64_t i, int, auto part) {
+            const Vec added = weights[s] * load(values + s * stride + i, part);
+            store(total + i, load(total + i) + added);
+        });
 }
 
 // scores -> exp2(score - maximum), padded to a multiple of LANES. Returns their sum: NaN if a score
@@ -153,14 +150,15 @@ float exponentials(float* scores, int64_t n) {
     return static_cast<float>(sum(total));
 }
 
-template <class T>
+template <class T, int W>
 void attend(const Arguments& a, int64_t b, int64_t kv) {
     const int64_t width = a.width, half = width / 2, group = a.H / a.Hkv;
     const int64_t prefix = a.prefix_length(b), stored = a.lengths[b];
     const int64_t own = stored + a.appends(), n = prefix + own;
     const int64_t padded = (width + LANES - 1) / LANES * LANES;
-    float* q = scratch.get<float>(2 * padded + n + 2 * LANES);
+    float* q = scratch.get<float>(3 * padded + n + LANES);
     float *total = q + padded, *scores = total + padded;
+    T* rotated = reinterpret_cast<T*>(scores + n + LANES);
     const int64_t row = prefix + stored;
     const float *cos = a.cos + row * a.table_stride, *sin = a.sin + row * a.table_stride;
     const T *keys = a.keys.at<T>(b, kv), *values = a.values.at<T>(b, kv);
@@ -170,30 +168,41 @@ void attend(const Arguments& a, int64_t b, int64_t kv) {
         prefix_values = a.prefix_values.at<T>(a.prefix_index[b], kv);
     }
     if (a.appends()) {
-        rotate(a.new_key.at<T>(b, kv), cos, sin, half, a.keys.at<T>(b, kv, stored));
+        rotate(a.new_key.at<const T>(b, kv), cos, sin, 1.0f, half, a.keys.at<T>(b, kv, stored));
         std::memcpy(a.values.at<T>(b, kv, stored), a.new_value.at<T>(b, kv), width * sizeof(T));
     }
     const float scale = static_cast<float>(a.scale * 1.4426950408889634);
     for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
-        const T* query = a.query.at<T>(b, h);
-        if (a.appends())
-            rotate(query, cos, sin, half, q);
-        else
-            for (int64_t i = 0; i < width; i += LANES)
-                store_up_to(q + i, load_up_to(query + i, width - i), width - i);
-        for (int64_t i = 0; i < padded; i++) {
-            q[i] = i < width ? q[i] * scale : 0.0f;
-            total[i] = 0.0f;
+        const T* query = a.query.at<const T>(b, h);
+        if (a.appends()) {
+            rotate(query, cos, sin, 1.0f, half, rotated);
+            query = rotated;
         }
-        dot_products(q, prefix_keys, a.prefix_keys.entry_stride, prefix, width, scores);
-        dot_products(q, keys, a.keys.entry_stride, own, width, scores + prefix);
+        for_columns<1>(width, [&](int64_t i, int, auto part) {
+            store(q + i, load(query + i, part) * scale);
+            store(total + i, Vec{});
+        });
+        dot_products<T, W>(q, prefix_keys, a.prefix_keys.entry_stride, prefix, width, scores);
+        dot_products<T, W>(q, keys, a.keys.entry_stride, own, width, scores + prefix);
         const float sum = exponentials(scores, n), weight = sum == 0 ? 1.0f : sum;
-        add_weighted(scores, prefix_values, a.prefix_values.entry_stride, prefix, width, total);
-        add_weighted(scores + prefix, values, a.values.entry_stride, own, width, total);
+        add_weighted<T, W>(scores, prefix_values, a.prefix_values.entry_stride, prefix, width, total);
+        add_weighted<T, W>(scores + prefix, values, a.values.entry_stride, own, width, total);
         T* context = a.context.at<T>(b, h);
-        for (int64_t i = 0; i < width; i += LANES)
-            store_up_to(context + i, load(total + i) / weight, width - i);
+        for_columns<1>(width, [&](int64_t i, int, auto part) {
+            store(context + i, load(total + i) / weight, part);
+        });
     }
+}
+
+template <int W>
+void attend_all(const Arguments& a) {
+    // Sequences with the same prefix follow one another: its head stays in the cache.
+    for_rows(a.B * a.Hkv, static_cast<int>(a.threads), [&a](int64_t row) {
+        if (a.is_bfloat16)
+            attend<bfloat16, W>(a, row % a.B, row / a.B);
+        else
+            attend<float, W>(a, row % a.B, row / a.B);
+    });
 }
 
 bool in_range(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
@@ -218,13 +227,13 @@ int iris_decode_attention(const char* packed) {
     Arguments a;
     std::memcpy(&a, packed, sizeof a);
     if (!values_in_range(a)) return 0;
-    // Sequences with the same prefix follow one another: its head stays in the cache.
-    for_rows(a.B * a.Hkv, static_cast<int>(a.threads), [&a](int64_t row) {
-        if (a.is_bfloat16)
-            attend<bfloat16>(a, row % a.B, row / a.B);
-        else
-            attend<float>(a, row % a.B, row / a.B);
-    });
+    switch (a.width % LANES ? 0 : a.width / LANES) {
+        case 1: attend_all<1>(a); break;
+        case 2: attend_all<2>(a); break;
+        case 4: attend_all<4>(a); break;
+        case 8: attend_all<8>(a); break;
+        default: attend_all<0>(a);
+    }
     return 1;
 }
 }

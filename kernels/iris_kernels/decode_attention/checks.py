@@ -53,16 +53,17 @@ def check_new_token(
     B, _, width = query.shape
     if width % 2:
         raise ValueError(f"query has shape {tuple(query.shape)}: pass (B, H, Dh), Dh even")
-    positions = cos.shape[0] if cos.dim() else 0
-    expected = {
-        "key": (key, (B, kv_heads, width), query.dtype),
-        "value": (value, (B, kv_heads, width), query.dtype),
-        "cos": (cos, (max(positions, 1), width // 2), torch.float32),
-        "sin": (sin, (max(positions, 1), width // 2), torch.float32),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == query.device
-        if not fits or tensor.stride(-1) != 1 or cos.stride() != sin.stride():
+    device, heads = query.device, (B, kv_heads, width)
+    table = (max(cos.shape[0] if cos.dim() else 0, 1), width // 2)
+    same_strides = cos.stride() == sin.stride()
+    for name, tensor, shape, dtype in (
+        ("key", key, heads, query.dtype),
+        ("value", value, heads, query.dtype),
+        ("cos", cos, table, torch.float32),
+        ("sin", sin, table, torch.float32),
+    ):
+        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == device
+        if not fits or tensor.stride(-1) != 1 or not same_strides:
             raise ValueError(
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, strides "
                 f"{tensor.stride()}, on {tensor.device}: pass {dtype} of shape {shape} on "
@@ -75,65 +76,68 @@ def check_cache_and_prefix(
     prefix: tuple[Tensor | None, ...],
 ) -> None:  # fmt: skip
     """Raise ValueError unless these have the shapes, dtypes and strides that the ops take."""
-    prefix_keys, _, _, prefix_index = prefix
-    _check_caches(query, key_cache, value_cache, lengths, "key_cache", "value_cache", "lengths")
-    if any(t is not None for t in prefix):
-        if any(t is None for t in prefix):
-            raise ValueError(
-                "prefix_keys, prefix_values, prefix_lengths and prefix_index go together, and some "
-                "are None: pass all four, or none"
-            )
-        names = ("prefix_keys", "prefix_values", "prefix_lengths")
-        _check_caches(query, *prefix[:3], *names, rows=prefix_keys.shape[0])
-        _check_integers("prefix_index", prefix_index, query.shape[0], query.device)
-        if prefix_keys.dtype != key_cache.dtype:
-            raise ValueError(
-                f"prefix_keys is {prefix_keys.dtype} but key_cache is {key_cache.dtype}: keep both "
-                "in the same dtype"
-            )
-        if prefix_keys.shape[1] != key_cache.shape[1]:
-            raise ValueError(
-                f"prefix_keys has {prefix_keys.shape[1]} heads but key_cache has "
-                f"{key_cache.shape[1]}: make them equal"
-            )
-
-
-def _check_caches(query, keys, values, lengths, keys_name, values_name, lengths_name, rows=None):
     if query.dtype not in DECODING_DTYPES or query.dim() != 3 or query.stride(-1) != 1:
         raise ValueError(
             f"query has shape {tuple(query.shape)}, dtype {query.dtype}, strides {query.stride()}: "
             "pass (B, H, Dh) in float32, bfloat16 or float16 with a contiguous last dimension"
         )
-    B, H, width = query.shape
-    rows = B if rows is None else rows
-    for name, cache in ((keys_name, keys), (values_name, values)):
-        if cache.dim() != 4 or cache.shape[0] != rows or cache.shape[3] != width:
+    prefix_keys, prefix_values, prefix_lengths, prefix_index = prefix
+    B, device = query.shape[0], query.device
+    _check_caches(query, key_cache, value_cache, ("key_cache", "value_cache"), B)
+    _check_integers("lengths", lengths, B, device)
+    if prefix_keys is prefix_values is prefix_lengths is prefix_index is None:
+        return
+    if any(t is None for t in prefix):
+        raise ValueError(
+            "prefix_keys, prefix_values, prefix_lengths and prefix_index go together, and some "
+            "are None: pass all four, or none"
+        )
+    names = ("prefix_keys", "prefix_values")
+    _check_caches(query, prefix_keys, prefix_values, names, prefix_keys.shape[0])
+    _check_integers("prefix_lengths", prefix_lengths, B, device)
+    _check_integers("prefix_index", prefix_index, B, device)
+    if prefix_keys.dtype != key_cache.dtype:
+        raise ValueError(
+            f"prefix_keys is {prefix_keys.dtype} but key_cache is {key_cache.dtype}: keep both "
+            "in the same dtype"
+        )
+    if prefix_keys.shape[1] != key_cache.shape[1]:
+        raise ValueError(
+            f"prefix_keys has {prefix_keys.shape[1]} heads but key_cache has "
+            f"{key_cache.shape[1]}: make them equal"
+        )
+
+
+def _check_caches(
+    query: Tensor, keys: Tensor, values: Tensor, names: tuple[str, str], rows: int
+) -> None:
+    _, H, width = query.shape
+    own, device, expected = query.dtype, query.device, keys.dtype
+    for name, cache in zip(names, (keys, values), strict=True):
+        shape, dtype = cache.shape, cache.dtype
+        if len(shape) != 4 or shape[0] != rows or shape[3] != width:
             raise ValueError(
-                f"{name} has shape {tuple(cache.shape)} but query has {tuple(query.shape)}: "
+                f"{name} has shape {tuple(shape)} but query has {tuple(query.shape)}: "
                 f"pass ({rows}, Hkv, S, {width})"
             )
-        fits = cache.dtype in (query.dtype, FP8) and cache.dtype == keys.dtype
-        if not fits or cache.device != query.device or cache.stride(-1) != 1:
+        fits = dtype == expected and dtype in (own, FP8)
+        if not fits or cache.device != device or cache.stride(-1) != 1:
             raise ValueError(
-                f"{name} is {cache.dtype} on {cache.device} with strides {cache.stride()}: pass "
-                f"{query.dtype}, or float8_e4m3fn for keys and values, on {query.device} with a "
+                f"{name} is {dtype} on {cache.device} with strides {cache.stride()}: pass "
+                f"{own}, or float8_e4m3fn for keys and values, on {device} with a "
                 "contiguous last dimension"
             )
-        if cache.dtype == FP8 and cache.is_cuda and capability(cache.device) < (8, 9):
+        if dtype == FP8 and cache.is_cuda and capability(device) < (8, 9):
+            raise ValueError(f"{name} is {FP8} and this GPU is older than sm_89: keep it in {own}")
+        if not width or not shape[1] or H % shape[1]:
             raise ValueError(
-                f"{name} is {FP8} and this GPU is older than sm_89: keep it in {query.dtype}"
-            )
-        if not width or not cache.shape[1] or H % cache.shape[1]:
-            raise ValueError(
-                f"{name} has {cache.shape[1]} heads, which do not divide the {H} of query: pass a "
-                "divisor"
+                f"{name} has {shape[1]} heads, which do not divide the {H} of query: pass a divisor"
             )
     if keys.shape != values.shape:
         raise ValueError(
-            f"{values_name} has shape {tuple(values.shape)} but {keys_name} has "
+            f"{names[1]} has shape {tuple(values.shape)} but {names[0]} has "
             f"{tuple(keys.shape)}: make them equal"
         )
-    _check_integers(lengths_name, lengths, B, query.device)
 
 
 def _check_integers(name: str, values: Tensor, count: int, device: torch.device) -> None:

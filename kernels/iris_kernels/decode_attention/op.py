@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .._backend import backend, calls_directly
+from .._backend import backend, direct_backend
 from .._ops import add_op_namespace_prefix
 from .checks import NewToken, check_cache_and_prefix, check_new_token, check_values
 from .cpp_path import decode_cpp
@@ -36,7 +36,8 @@ def _decode_attention_op(
     prefix_lengths: Tensor | None, prefix_index: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
-    return _attend(query, key_cache, value_cache, lengths, prefix, scale)
+    path = backend(key_cache)  # may be fp8, which C++ does not take
+    return _attend(path, query, key_cache, value_cache, lengths, prefix, scale)
 
 
 @_decode_attention_op.register_fake
@@ -55,7 +56,8 @@ def _rope_append_attention_op(
 ) -> Tensor:  # fmt: skip
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
     new = NewToken(key, value, cos, sin)
-    return _attend(query, key_cache, value_cache, lengths, prefix, scale, new)
+    path = backend(key_cache)
+    return _attend(path, query, key_cache, value_cache, lengths, prefix, scale, new)
 
 
 @_rope_append_attention_op.register_fake
@@ -64,13 +66,11 @@ def _(query, *_):
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
+    path: str, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
     prefix: tuple[Tensor | None, ...], scale: float, new: NewToken | None = None,
 ) -> Tensor:  # fmt: skip
-    """The path for these tensors; values are checked where they can be read."""
     if not query.numel():
         return torch.empty_like(query, memory_format=torch.contiguous_format)
-    path = backend(keys)  # the caches may be fp8, which C++ does not take
     if path == "cpp":
         return decode_cpp(query, keys, values, lengths, prefix, scale, new)
     check_values(keys, lengths, prefix, new)
@@ -125,8 +125,9 @@ def decode_attention(
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
     check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if calls_directly(query, key_cache, value_cache):
-        return _attend(query, key_cache, value_cache, lengths, prefix, scale)
+    path = direct_backend(key_cache, value_cache, query)
+    if path is not None:
+        return _attend(path, query, key_cache, value_cache, lengths, prefix, scale)
     return _decode_attention_op(
         query.detach(), key_cache.detach(), value_cache.detach(), lengths, *prefix, scale
     )
@@ -173,9 +174,10 @@ def rope_append_attention(
     check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
     check_new_token(query, key, value, cos, sin, key_cache.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if calls_directly(query, key, value, key_cache, value_cache):
+    path = direct_backend(key_cache, value_cache, query, key, value)
+    if path is not None:
         new = NewToken(key, value, cos, sin)
-        return _attend(query, key_cache, value_cache, lengths, prefix, scale, new)
+        return _attend(path, query, key_cache, value_cache, lengths, prefix, scale, new)
     return _rope_append_attention_op(
         query.detach(), key.detach(), value.detach(), cos, sin,
         key_cache.detach(), value_cache.detach(), lengths, *prefix, scale,
