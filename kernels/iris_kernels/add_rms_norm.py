@@ -28,6 +28,15 @@ MAX_CHANNELS = 32768  # one program holds a row
 
 
 @jit
+def scaled_norm(x, weight, d, inside, eps, D):
+    """The norm of a row in its dtype."""
+    wide = x.to(tl.float32)
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / D + eps)).to(x.dtype)
+    scaled = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) * normed.to(tl.float32)
+    return scaled.to(x.dtype)
+
+
+@jit
 def _add_rms_norm_kernel(
     # residual [R, D], overwritten unless delta [R, D] is None; weight [D]; out [R, D]
     # or delta is PARTS fp32 partial sums [PARTS, R, D], `part` elements apart, if PARTS is not 0
@@ -53,10 +62,7 @@ def _add_rms_norm_kernel(
             added = added.to(x.dtype).to(tl.float32)  # as a product is rounded
         x = (x.to(tl.float32) + added).to(x.dtype)
         tl.store(residual + row + d, x, mask=inside)
-    wide = x.to(tl.float32)
-    normed = (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / D + eps)).to(x.dtype)
-    scaled = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) * normed.to(tl.float32)
-    tl.store(out + row + d, scaled.to(x.dtype), mask=inside)
+    tl.store(out + row + d, scaled_norm(x, weight, d, inside, eps, D), mask=inside)
 
 
 # --- Launcher -------------------------------------------------------------------------------------

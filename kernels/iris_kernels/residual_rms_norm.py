@@ -31,7 +31,7 @@ from . import cpp
 from ._backend import backend, direct_backend, jit, needs_gradient, tl, triton
 from ._checks import LOGIT_DTYPES, check_contiguous
 from ._ops import add_op_namespace_prefix
-from .add_rms_norm import MAX_CHANNELS, norm_cpp
+from .add_rms_norm import MAX_CHANNELS, norm_cpp, scaled_norm
 
 PROGRAMS = 512  # of the backward pass, each with its own sum for the weight's gradient
 CPP_PROGRAMS = 64  # the same in C++, of at least CPP_ROWS rows
@@ -65,10 +65,7 @@ def _residual_rms_norm_kernel(
         added = tl.load(delta + row + d, mask=inside, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) + added).to(x.dtype)
         tl.store(total + row + d, x, mask=inside)
-    wide = x.to(tl.float32)
-    normed = (wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / D + eps)).to(x.dtype)
-    scaled = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32) * normed.to(tl.float32)
-    tl.store(norm + row + d, scaled.to(x.dtype), mask=inside)
+    tl.store(norm + row + d, scaled_norm(x, weight, d, inside, eps, D), mask=inside)
 
 
 @jit
