@@ -114,8 +114,9 @@ def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
             elements = 64 * hidden
             work = Work(elements, 4 * elements * dtype.itemsize)
             yield GateCase(f"add_rms_norm D={hidden} {dtype_name}", launch, [work])
-    stream, norm = (meta(*shape, dtype=torch.bfloat16) for shape in ((64, 2048), (2048,)))
-    launch = partial(add_rms_norm_triton, stream, meta(4, 64, 2048), norm, 1e-6)
-    # Besides the row: four partial sums in fp32 instead of the addend.
-    work = Work(64 * 2048, 64 * 2048 * (3 * 2 + 4 * 4))
-    yield GateCase("add_rms_norm D=2048 partial sums bfloat16", launch, [work])
+    for D in (2048, 4096):
+        stream, norm = (meta(*shape, dtype=torch.bfloat16) for shape in ((64, D), (D,)))
+        launch = partial(add_rms_norm_triton, stream, meta(4, 64, D), norm, 1e-6)
+        # Besides the row: four partial sums in fp32 instead of the addend.
+        work = Work(64 * D, 64 * D * (3 * 2 + 4 * 4))
+        yield GateCase(f"add_rms_norm D={D} partial sums bfloat16", launch, [work])

@@ -37,7 +37,7 @@ The bandwidth is
 where a program has in flight: of `_linear_kernel` and attention, all but one stage of its tiles
 (attention without stages one tile, and in TILE_S, its arithmetic, nothing is in flight). The last
 wave of programs is counted by itself. A multiprocessor holds as many programs as shared memory and
-registers allow: as many per thread as the launch permits, else 128; of the norm 32, as compiled.
+registers allow: as many per thread as the launch permits, else 128; of the norm 48, as compiled.
 Attention reads lengths first, one L2_LATENCY_S more.
 
 Assumed without a count: arithmetic overlaps loads fully in a kernel's pipeline, and the end of a
@@ -109,7 +109,7 @@ TRITON_SHARE, BLAS_SHARE = 0.75, 0.70
 MULTIPROCESSORS, WARP = 132, 32
 REGISTERS, SHARED_BYTES = 65536, 227 << 10  # of a multiprocessor
 REGISTERS_PER_THREAD = 128  # unless the launch states a maximum, or as compiled:
-COMPILED_REGISTERS = {"_add_rms_norm_kernel": 32, "_silu_mul_kernel": 32}
+COMPILED_REGISTERS = {"_add_rms_norm_kernel": 48, "_silu_mul_kernel": 32}
 EAGER_LAUNCH_S, CAPTURE_S_PER_NODE, DEFAULT_WARPS = 6e-6, 15e-6, 4
 LINEAR, ATTENTION = "_linear_kernel", "_decode_kernel"
 GOALS = {"1B": 0.78, "7B": 0.82}

@@ -22,6 +22,7 @@ from ._ops import add_op_namespace_prefix
 from ._overlap import LINE_BYTES, overlap_options, prefetch_to_l2, wait_for_previous_kernel
 
 MAX_CHANNELS = 32768  # one program holds a row
+FEW_CHANNELS = 4096  # up to here in 8 warps, which leave registers to the product that overlaps
 
 
 # --- Triton kernel --------------------------------------------------------------------------------
@@ -71,16 +72,17 @@ def _add_rms_norm_kernel(
 def add_rms_norm_triton(
     residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float
 ) -> Tensor:
-    """One launch, one program per row, 8 elements per thread."""
+    """One launch, one program per row, 8 or more elements per thread."""
     D = residual.shape[-1]
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(D)
     parts = len(delta) if _is_partial(residual, delta) else 0
-    line = LINE_BYTES // weight.element_size()
+    line, overlap = LINE_BYTES // weight.element_size(), overlap_options()
+    most = 8 if overlap["OVERLAP"] and D <= FEW_CHANNELS else 16
     _add_rms_norm_kernel[(out.numel() // D,)](
         residual, delta, weight, out, eps, D, out.numel(),
         BLOCK=block, PARTS=parts, LINE=line, LINES=max(block // line, 1),
-        num_warps=min(max(block // 256, 1), 16), enable_fp_fusion=True, **overlap_options(),
+        num_warps=min(max(block // 256, 1), most), enable_fp_fusion=True, **overlap,
     )  # fmt: skip
     return out
 

@@ -208,7 +208,7 @@ def max_registers(sums: int) -> int:
     """
     if architecture() not in FROM_SHARED_MEMORY:
         return 192
-    return 96 if sums <= 32 else 128 if sums <= 64 else 224
+    return 96 if sums <= 32 else 128 if sums <= 64 else 208
 
 
 def prefetched_lines(weight_rows: int, parts: int, part_k: int) -> int:
