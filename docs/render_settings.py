@@ -14,10 +14,9 @@ from iris_fast.config import (
     GenerateConfig,
     SamplingConfig,
     TrainConfig,
-    bounds_text,
-    defaults,
     sections,
 )
+from iris_fast.fields import bounds_text, defaults
 
 TARGET = Path(__file__).with_name("settings.md")
 INTRODUCTION = """\

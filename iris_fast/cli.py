@@ -12,8 +12,9 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 import docstring_parser
 import jsonargparse
 
-from iris_fast.config import PRESETS, SamplingConfig, TrainConfig, defaults, sections
+from iris_fast.config import PRESETS, SamplingConfig, TrainConfig, sections
 from iris_fast.errors import UserError, read_yaml, report_error
+from iris_fast.fields import defaults
 
 Config = TypeVar("Config", bound=SamplingConfig)
 

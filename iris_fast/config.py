@@ -6,7 +6,6 @@ Precedence: these defaults < `--preset` < `--config file.yaml` < flags.
 
 import dataclasses
 import math
-import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +13,13 @@ from typing import Any, Literal
 import yaml
 
 from iris_fast.errors import UserError, require
+from iris_fast.fields import check_bounds, defaults, number
 from iris_fast.rewards.table import DIFFERENTIABLE, REWARDS
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FP8_SETTINGS = ("kv_cache_dtype", "rollout_weight_dtype")
 
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
-SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 # The sections of --help and docs/settings.md: each starts at the setting named here and ends where
 # the next one starts. A title may occur more than once.
 SECTIONS = {
@@ -29,51 +28,16 @@ SECTIONS = {
     "rollout_engine": "Device and precision",
     "seed": "Sampling",
     "kv_cache_dtype": "Device and precision",
+    "reward_funcs": "Rewards",
     "output_dir": "Run and output",
     "preset": "Run and output",
     "max_steps": "Steps and batches",
-    "reward_funcs": "Rewards",
     "policy_distribution": "Objective",
-    "metric_funcs": "Rewards",
-    "objective": "Objective",
     "use_peft": "LoRA",
     "optim": "Optimizer",
     "offload_reference": "Memory and speed",
     "save_steps": "Run and output",
 }
-
-
-def number(default: float | None, note: str = "", **bounds: float) -> Any:
-    """A dataclass field with bounds: `gt`, `ge`, `lt`, `le`, as in pydantic. `note` is added to the
-    message about a value outside them."""
-    return field(default=default, metadata={"bounds": bounds, "note": note})
-
-
-def bounds_text(setting: dataclasses.Field) -> str:
-    """The bounds of a setting in words, such as "> 0 and <= 1"; empty where it has none."""
-    bounds = setting.metadata.get("bounds", {})
-    return " and ".join(f"{SIGNS[name]} {limit:g}" for name, limit in bounds.items())
-
-
-def check_bounds(config: Any) -> None:
-    """Raise UserError for the first number of `config` that is not finite or not within bounds."""
-    for setting in dataclasses.fields(config):
-        value, data = getattr(config, setting.name), setting.metadata
-        if isinstance(value, int | float):
-            holds = [getattr(operator, n)(value, b) for n, b in data.get("bounds", {}).items()]
-            finite = isinstance(value, int) or math.isfinite(value)
-            remedy = f"give a number {bounds_text(setting)}{data.get('note', '')}".strip()
-            require(finite and all(holds), setting.name, value, remedy)
-
-
-def defaults(config_class: type[Any]) -> dict[str, Any]:
-    """The default of every setting, without a preset's."""
-    return {
-        setting.name: setting.default_factory()
-        if setting.default is dataclasses.MISSING
-        else setting.default
-        for setting in dataclasses.fields(config_class)
-    }
 
 
 def sections(config_class: type[Any]) -> dict[str, list[str]]:
@@ -147,6 +111,21 @@ class SamplingConfig:
     """Compute in bfloat16 (training keeps float32 master weights)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto: on the GPU if there is one."""
+    reward_funcs: list[str] | None = None
+    """Rewards: image_nsc, text_nsc, image_entropy, text_entropy, constant, random; for images of
+    the tiny model's world tiny_verifier, diversity, richness; or any `module:function` that takes
+    prompts and images. Default: image_nsc, with --cot true also text_nsc."""
+    reward_weights: list[float] | None = None
+    """One weight per reward, negative to minimise it; default: all 1."""
+    reward_reduction: Literal["sum", "mean"] = "sum"
+    """How an intrinsic reward is reduced over its tokens; the paper uses the sum."""
+    reward_distribution: Literal["conditional", "guided"] = "conditional"
+    """The distribution that intrinsic rewards are computed from: the conditional one, or the guided
+    one that tokens are sampled from."""
+    metric_funcs: list[str] | None = None
+    """Computed for the images of every step and of the sample grids, and logged only: any reward
+    that is computed from images. Default: tiny_verifier, diversity and richness with the prompts
+    that come with the tiny model, otherwise none."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -165,6 +144,31 @@ class SamplingConfig:
                 f"prompts: --model {self.model} needs a prompt file; add --prompts FILE "
                 "(.txt with one prompt per line, or .jsonl with a field `prompt`)"
             )
+        self._fill_rewards()
+
+    def _fill_rewards(self) -> None:
+        if self.reward_funcs is None:
+            self.reward_funcs = ["image_nsc", "text_nsc"] if self.cot else ["image_nsc"]
+        if self.metric_funcs is None:
+            built_in = self.model == "tiny" and self.prompts is None
+            self.metric_funcs = ["tiny_verifier", "diversity", "richness"] if built_in else []
+        if self.reward_weights is None:
+            self.reward_weights = [1.0] * len(self.reward_funcs)
+
+    def check_rewards(self) -> None:
+        """Raise UserError for rewards or weights that cannot be computed."""
+        names, weights = self.reward_funcs, self.reward_weights
+        require(bool(names), "reward_funcs", "[]", "name at least one reward")
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"reward_funcs: {name} is named twice; name it once, with a weight")
+            if name in REWARDS and REWARDS[name].kind == "text" and not self.cot:
+                raise UserError(
+                    f"reward_funcs: {name} needs a chain of thought; add --cot true or remove it"
+                )
+        remedy = f"give one finite number for each of {', '.join(names)}"
+        complete = len(weights) == len(names) and all(map(math.isfinite, weights))
+        require(complete, "reward_weights", weights, remedy)
 
     @property
     def guided(self) -> bool:
@@ -178,8 +182,12 @@ class GenerateConfig(SamplingConfig):
 
     output_dir: str = "images"
     """Folder for the images, named PROMPT_IMAGE.png, both numbered from 0."""
-    num_images_per_prompt: int = number(1, ge=1)
-    """Images per prompt."""
+    num_images_per_prompt: int | None = number(None, ge=1)
+    """Images per prompt; default: 1, with --alignment true 8."""
+    alignment: bool = False
+    """Also compute reward_funcs and metric_funcs for the images, print how the rewards order the
+    images of a prompt compared with the metrics, and write alignment.json beside the images. To be
+    looked at before a long run."""
     batch_size: int = number(16, ge=1)
     """Images sampled at a time. It affects speed and memory, and the images only where rounding of
     the logits decides between two tokens: rarely in float32, often in bfloat16."""
@@ -195,6 +203,23 @@ class GenerateConfig(SamplingConfig):
         if self.save_codes is not None:
             ends = self.save_codes.endswith(".npz")
             require(ends, "save_codes", self.save_codes, "give a name that ends in .npz")
+        if self.num_images_per_prompt is None:
+            self.num_images_per_prompt = 8 if self.alignment else 1
+        if self.alignment:
+            self._check_alignment()
+
+    def _check_alignment(self) -> None:
+        self.check_rewards()
+        remedy = "name at least one metric to compare the rewards with"
+        require(bool(self.metric_funcs), "metric_funcs", "[]", remedy)
+        remedy = "alignment compares the images of one prompt: give 2 or more, such as 8"
+        count = self.num_images_per_prompt
+        require(count >= 2, "num_images_per_prompt", count, remedy)
+        if self.greedy or self.temperature == 0:
+            raise UserError(
+                "alignment: greedy sampling gives equal images, which cannot be compared; remove "
+                "--greedy and --temperature 0"
+            )
 
 
 @dataclass(kw_only=True)
@@ -220,25 +245,10 @@ class TrainConfig(SamplingConfig):
     """G, images per prompt: the group within which advantages are computed."""
     num_iterations: int = number(1, ge=1)
     """Optimizer steps per rollout."""
-    reward_funcs: list[str] | None = None
-    """Rewards: image_nsc, text_nsc, image_entropy, text_entropy, constant, random; for images of
-    the tiny model's world tiny_verifier, diversity, richness; or any `module:function` that takes
-    prompts and images. Default: image_nsc, with --cot true also text_nsc."""
-    reward_weights: list[float] | None = None
-    """One weight per reward, negative to minimise it; default: all 1."""
-    reward_reduction: Literal["sum", "mean"] = "sum"
-    """How an intrinsic reward is reduced over its tokens; the paper uses the sum."""
-    reward_distribution: Literal["conditional", "guided"] = "conditional"
-    """The distribution that intrinsic rewards are computed from: the conditional one, or the guided
-    one that tokens are sampled from."""
     policy_distribution: Literal["conditional", "guided"] = "conditional"
     """The distribution that is trained: the conditional one (T2I-R1 and the paper), or the guided
     one that tokens are sampled from, at the sampling temperature and before top_k, top_p and min_p;
     guided needs a second sequence per image."""
-    metric_funcs: list[str] | None = None
-    """Computed for the images of every step and of the sample grids, and logged only: any reward
-    that is computed from images. Default: tiny_verifier, diversity and richness with the prompts
-    that come with the tiny model, otherwise none."""
     objective: Literal["grpo", "direct"] = "grpo"
     """grpo, or direct (a control): the gradient of the sampled tokens' own intrinsic reward,
     without groups or advantages."""
@@ -317,8 +327,7 @@ class TrainConfig(SamplingConfig):
             raise UserError(
                 "temperature: 0 gives identical images, whose advantages are 0; give a number > 0"
             )
-        self._fill_dependent_defaults()
-        self._check_rewards()
+        self.check_rewards()
         if self.objective == "direct":
             self._check_direct()
         if self.use_peft:
@@ -329,29 +338,6 @@ class TrainConfig(SamplingConfig):
             raise UserError(
                 "resume_from_checkpoint: no run is named; add --output_dir with its folder"
             )
-
-    def _fill_dependent_defaults(self) -> None:
-        if self.reward_funcs is None:
-            self.reward_funcs = ["image_nsc", "text_nsc"] if self.cot else ["image_nsc"]
-        if self.metric_funcs is None:
-            built_in = self.model == "tiny" and self.prompts is None
-            self.metric_funcs = ["tiny_verifier", "diversity", "richness"] if built_in else []
-        if self.reward_weights is None:
-            self.reward_weights = [1.0] * len(self.reward_funcs)
-
-    def _check_rewards(self) -> None:
-        names, weights = self.reward_funcs, self.reward_weights
-        require(bool(names), "reward_funcs", "[]", "name at least one reward")
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"reward_funcs: {name} is named twice; name it once, with a weight")
-            if name in REWARDS and REWARDS[name].kind == "text" and not self.cot:
-                raise UserError(
-                    f"reward_funcs: {name} needs a chain of thought; add --cot true or remove it"
-                )
-        remedy = f"give one finite number for each of {', '.join(names)}"
-        complete = len(weights) == len(names) and all(map(math.isfinite, weights))
-        require(complete, "reward_weights", weights, remedy)
 
     def _check_direct(self) -> None:
         for name in self.reward_funcs:

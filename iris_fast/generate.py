@@ -3,6 +3,9 @@
 Under torchrun the images are distributed over the ranks. An image depends on its prompt, its number
 and the seed only; batch size and number of ranks matter only where rounding of the logits decides
 between two tokens.
+
+`--alignment true` also compares the rewards of the images with their metrics, without training:
+see `iris_fast.rewards.alignment`.
 """
 
 from iris_fast.cli import parse_command_line
@@ -12,6 +15,7 @@ PROGRAM = "iris_fast.generate"
 # Parsed before torch is imported, so that errors are reported at once.
 CONFIG = parse_command_line(GenerateConfig, PROGRAM) if __name__ == "__main__" else None
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +23,23 @@ import torch
 from tqdm import tqdm
 
 from iris_fast import distributed
+from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, report_error, writing
 from iris_fast.models.images import decode_images, save_png
-from iris_fast.preflight.inputs import check_device, open_inputs, set_attention
+from iris_fast.preflight.inputs import Inputs, check_device, open_inputs, set_attention
+from iris_fast.rewards.group_scores import GroupScores, write_alignment
+from iris_fast.rewards.score import Scorer, load_rewards
 from iris_fast.rollout.sampler import Sampler
 
 COLLECTIVE_TIMEOUT_S = 3600.0
+ALIGNMENT_FILE = "alignment.json"
 
 
 def generate(config: GenerateConfig) -> None:
     """Write `num_images_per_prompt` images per prompt to `output_dir`; UserError as `train`."""
     with distributed.start(config.device, COLLECTIVE_TIMEOUT_S) as ranks:
         check_device(config, ranks.device)
+        rewards = load_rewards(config.reward_funcs or []) if config.alignment else {}
         inputs = open_inputs(config, torch.bfloat16 if config.bf16 else torch.float32)
         count = config.num_images_per_prompt
         paths = [
@@ -38,27 +47,34 @@ def generate(config: GenerateConfig) -> None:
             for prompt in range(len(inputs.prompts))
             for image in range(count)
         ]
+        opened = inputs.loaded
+        decode = functools.partial(decode_images, opened.vq)
+        scores = None
+        if config.alignment:
+            scorer = Scorer.of(config, rewards, inputs.prompts, decode)
+            scores = GroupScores(scorer, len(inputs.prompts), count)
         with ranks.on_first_rank() as mine:
             if mine:
                 check_targets(config, paths)
-        opened = inputs.loaded
-        model, vq = opened.model.to(ranks.device), opened.vq.to(ranks.device)
+        model, _ = opened.model.to(ranks.device), opened.vq.to(ranks.device)
         model.requires_grad_(False)
         set_attention(model, config, ranks.device)
         sampler = Sampler(model, opened.tokenizer, config, inputs.image_tokens, config.greedy)
-        own = range(ranks.rank, len(paths), ranks.world_size)
+        own = own_images(config, inputs, ranks)
         codes = torch.zeros(len(paths), inputs.image_tokens, dtype=torch.int64)
         # disable=None: no bar where standard error is not a terminal.
         disable = None if ranks.is_first else True
         with tqdm(total=len(own), unit="image", disable=disable, dynamic_ncols=True) as bar:
             for start in range(0, len(own), config.batch_size):
-                numbers = list(own[start : start + config.batch_size])
+                numbers = own[start : start + config.batch_size]
                 samples = [inputs.prompts[number // count] for number in numbers]
                 rollout = sampler.rollout(samples, numbers)
                 codes[numbers] = rollout.codes_NI
-                images = decode_images(vq, rollout.codes_NI)
+                images = decode(rollout.codes_NI)
                 for number, image in zip(numbers, images, strict=True):
                     save_png(image, paths[number])
+                if scores:
+                    scores.add(rollout, images)
                 bar.update(len(numbers))
         codes = ranks.gather(codes[None]).sum(dim=0)
         if ranks.is_first:
@@ -67,11 +83,28 @@ def generate(config: GenerateConfig) -> None:
                 with writing("save_codes", Path(config.save_codes)):
                     np.savez(config.save_codes, codes=codes.view(shape).numpy())
             print(f"{len(paths)} images in {config.output_dir}")
+        if scores:
+            values = scores.gather(ranks)
+            with ranks.on_first_rank() as mine:
+                if mine:
+                    write_alignment(values, Path(config.output_dir) / ALIGNMENT_FILE, config)
+
+
+def own_images(config: GenerateConfig, inputs: Inputs, ranks: Ranks) -> list[int]:
+    """The numbers of this rank's images. With `alignment` a prompt's are all on one rank: rewards
+    may compare them."""
+    count = config.num_images_per_prompt
+    if not config.alignment:
+        return list(range(ranks.rank, len(inputs.prompts) * count, ranks.world_size))
+    own = range(ranks.rank, len(inputs.prompts), ranks.world_size)
+    return [prompt * count + image for prompt in own for image in range(count)]
 
 
 def check_targets(config: GenerateConfig, images: list[Path]) -> None:
-    """UserError if an image or the codes file exists already, or a folder is not writable."""
+    """UserError if a file to be written exists already, or a folder is not writable."""
     targets = {"output_dir": images}
+    if config.alignment:
+        targets["output_dir"] = [*images, Path(config.output_dir) / ALIGNMENT_FILE]
     if config.save_codes:
         targets["save_codes"] = [Path(config.save_codes)]
     for setting, paths in targets.items():

@@ -133,6 +133,14 @@ def test_metrics_by_hand(rollout, ranks):
         "cot_tokens": (3 + 1 + 2 + 3) / 4,
         "frac_cot_truncated": 0.25,
     }
+    brighter = scored.reward_terms["text_nsc"].view(2, 2).diff(dim=1).sign()[:, 0]
+    assert 0 not in brighter  # so that one of two images is above the other
+    for name, sign in (("reward", torch.ones(2)), ("text_nsc", brighter)):
+        key = f"/{name}~brightness"
+        assert found[f"reward_alignment{key}"] == pytest.approx(sign.mean().item())
+        assert found[f"reward_alignment_se{key}"] == pytest.approx(sign.std().item() / 2**0.5)
+        assert found[f"reward_alignment_groups{key}"] == 2
+    found = {name: value for name, value in found.items() if "reward_alignment" not in name}
     groups = found.pop("reward_std_by_group")
     assert groups == pytest.approx([1 / 2**0.5, 2 / 2**0.5])
     assert found.keys() == expected.keys()

@@ -20,6 +20,7 @@ LONGEST_FILE = 400  # "about 400"
 # Data flows down this list: a module of iris_fast imports only what stands above it.
 FLOW = [
     "errors",
+    "fields",
     "rewards.table",
     "config",
     "cli",

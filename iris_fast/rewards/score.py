@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from iris_fast.config import TrainConfig
+from iris_fast.config import SamplingConfig
 from iris_fast.errors import UserError
 from iris_fast.records import Prompt, Rewards, Rollout
 from iris_fast.rewards import external
@@ -38,7 +38,7 @@ class Scorer:
     @classmethod
     def of(
         cls,
-        config: TrainConfig,
+        config: SamplingConfig,
         functions: ImageFunctions,
         prompts: list[Prompt],
         decode: Callable[[Tensor], list[Image]],
@@ -50,7 +50,7 @@ class Scorer:
         """
         for name, function in functions.items():
             external.wanted_fields(name, function, prompts)
-        assert config.reward_funcs and config.reward_weights, "filled in by TrainConfig"
+        assert config.reward_funcs and config.reward_weights, "filled in by the settings"
         weights = dict(zip(config.reward_funcs, config.reward_weights, strict=True))
         metrics = load_metrics(config.metric_funcs or [], prompts)
         reads = (config.reward_distribution, config.reward_reduction)
@@ -63,16 +63,27 @@ class Scorer:
         does not return one finite number per sample.
         """
         images = self.decode(rollout.codes_NI) if self.functions or self.metrics else []
-        terms = {}
-        for name in self.weights:
-            if name in self.functions:
-                function = self.functions[name]
-                terms[name] = external.call(name, function, rollout.prompts, images)
-            else:
-                terms[name] = intrinsic_reward(name, rollout, self.distribution, self.reduction)
+        found = self.intrinsic_terms(rollout) | self.external_terms(rollout.prompts, images)
+        terms = {name: found[name] for name in self.weights}
+        return Rewards(terms, self.total(terms), self.measure(rollout.prompts, images))
+
+    def intrinsic_terms(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Name -> [N] of the rewards that are not functions of the images."""
+        names = [name for name in self.weights if name not in self.functions]
+        reads = (self.distribution, self.reduction)
+        return {name: intrinsic_reward(name, rollout, *reads) for name in names}
+
+    def external_terms(self, prompts: list[Prompt], images: list[Image]) -> dict[str, Tensor]:
+        """Name -> [N] of the rewards that are; UserError as for `score`."""
+        return {
+            name: external.call(name, function, prompts, images)
+            for name, function in self.functions.items()
+        }
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of all terms, [N]."""
         weights = torch.tensor(list(self.weights.values()))
-        total_N = (torch.stack(list(terms.values()), dim=1).float() * weights).sum(dim=1)
-        return Rewards(terms, total_N, self.measure(rollout.prompts, images))
+        return (torch.stack(list(terms.values()), dim=1).float() * weights).sum(dim=1)
 
     def measure(self, prompts: list[Prompt], images: list[Image]) -> dict[str, Tensor]:
         """Name -> [N] of the metrics; UserError as for an external reward."""

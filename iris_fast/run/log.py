@@ -14,6 +14,7 @@ from tqdm import tqdm
 from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, atomic_write, writing
+from iris_fast.rewards.alignment import alignment_lines, alignment_warnings, pooled_alignments
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.health import find_warnings
 from iris_fast.run.samples import read_samples
@@ -24,16 +25,19 @@ class Log:
     """Writes metrics and samples to the metrics file at `path`, the console and a tracker.
 
     It is opened at `step`: rows of later steps, left by a run that continued past its last
-    checkpoint, are dropped. On ranks other than the first every method does nothing.
+    checkpoint, are dropped. `num_iterations` steps share a rollout. On ranks other than the first
+    every method does nothing.
     """
 
-    def __init__(self, path: Path, step: int, max_steps: int, is_first: bool) -> None:
+    def __init__(
+        self, path: Path, step: int, max_steps: int, is_first: bool, num_iterations: int = 1
+    ) -> None:
         self.tracker: Tracker | None = None
         self._is_first = is_first
         if not is_first:
             return
         self.history = read_metrics(path, up_to=step)
-        self._path, self._max_steps = path, max_steps
+        self._path, self._max_steps, self._num_iterations = path, max_steps, num_iterations
         self._first_step, self._opened_at = step, time.perf_counter()
         with atomic_write("output_dir", path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.history))
@@ -47,7 +51,8 @@ class Log:
         """Log one step. Warnings are added to `metrics`, and printed when they first appear."""
         if not self._is_first:
             return
-        metrics["warnings"] = find_warnings(metrics, self.history)
+        alignments = pooled_alignments([*self.history, metrics], self._num_iterations)
+        metrics["warnings"] = find_warnings(metrics, self.history) | alignment_warnings(alignments)
         printed = {name for row in self.history for name in row["warnings"]}
         with writing("output_dir", self._path):
             self._file.write(json.dumps(metrics) + "\n")
@@ -55,6 +60,8 @@ class Log:
         elapsed_s, step = time.perf_counter() - self._opened_at, metrics["step"]
         left_s = elapsed_s / (step - self._first_step) * (self._max_steps - step)
         self.print(console_line(metrics, self._max_steps, left_s))
+        if step == 1:
+            self._print_alignment()
         for name, warning in metrics["warnings"].items():
             if name not in printed:
                 self.print(f"  warning: {warning}")
@@ -63,14 +70,20 @@ class Log:
             self.tracker.log_metrics(metrics)
 
     def samples(self, path: Path) -> None:
-        """Log the sample grid at `path`."""
+        """Log the sample grid at `path`, and print the alignment over the steps so far."""
         if not self._is_first:
             return
         samples = read_samples(path)
         means = "  ".join(f"{name} {value:.3f}" for name, value in samples.means().items())
         self.print(f"samples at step {samples.step}: {means}")
+        if samples.step > 1:
+            self._print_alignment()
         if self.tracker:
             self.tracker.log_samples(samples, path)
+
+    def _print_alignment(self) -> None:
+        for line in alignment_lines(pooled_alignments(self.history, self._num_iterations)):
+            self.print(line)
 
     def print(self, line: str) -> None:
         """Print a line above the progress bar. If standard output was closed, such as a pipe whose
@@ -98,7 +111,7 @@ class Log:
 
 def open_log(folder: RunFolder, config: TrainConfig, step: int, ranks: Ranks) -> Log:
     """Open the log of a run that is at `step`, with the tracker that `report_to` names."""
-    log = Log(folder.metrics, step, config.max_steps, ranks.is_first)
+    log = Log(folder.metrics, step, config.max_steps, ranks.is_first, config.num_iterations)
     if ranks.is_first and config.report_to != "none":
         log.tracker = Tracker(config, folder.path)
     return log

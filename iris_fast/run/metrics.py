@@ -11,10 +11,12 @@ from torch import Tensor
 
 from iris_fast.distributed import Ranks
 from iris_fast.records import Scored, Trace
+from iris_fast.rewards.alignment import align, alignment_metrics
 
 
 def rollout_metrics(scored: Scored, num_generations: int, ranks: Ranks) -> dict[str, Any]:
-    """Compute rewards, their spread inside groups, certainty and lengths over all ranks' samples.
+    """Compute rewards, their spread inside groups and alignment with the metrics, certainty and
+    lengths over all ranks' samples.
 
     Per-sample values are gathered before they are averaged, in float64, so that the result does not
     depend on the number of ranks.
@@ -30,6 +32,10 @@ def rollout_metrics(scored: Scored, num_generations: int, ranks: Ranks) -> dict[
     }
     table = ranks.gather(torch.stack([values.double() for values in columns.values()], dim=1))
     mean = dict(zip(columns, table.mean(dim=0).tolist(), strict=True))
+    column = dict(zip(columns, table.unbind(dim=1), strict=True))
+    terms = {name: column[f"rewards/{name}"] for name in scored.reward_terms}
+    measured = {name: column[f"metrics/{name}"] for name in scored.metrics}
+    aligned = align(terms, column["reward"], measured, num_generations)
     spread = table[:, 0].view(-1, num_generations).std(dim=1)
     metrics = {
         "reward": mean["reward"],
@@ -38,6 +44,7 @@ def rollout_metrics(scored: Scored, num_generations: int, ranks: Ranks) -> dict[
         "frac_reward_zero_std": (spread == 0).double().mean().item(),
         "reward_std_by_group": spread.tolist(),
         **{name: value for name, value in mean.items() if "/" in name},
+        **alignment_metrics(aligned),
     }
     for kind in ("image", "text"):
         tokens = mean[f"{kind}_tokens"]

@@ -11,6 +11,7 @@ from PIL import Image
 
 from iris_fast import __version__
 from iris_fast.errors import atomic_write
+from iris_fast.rewards.alignment import by_metric, pooled_alignments
 from iris_fast.rewards.table import title
 from iris_fast.run.curves import Curve, Point
 from iris_fast.run.folder import RunFolder
@@ -50,6 +51,7 @@ def write_report(folder: RunFolder) -> None:
         facts=_facts(settings, rows),
         command=command(folder.path),
         warnings=_first_warnings(rows),
+        alignments=by_metric(pooled_alignments(rows, settings.get("num_iterations", 1))),
         grids=_grids(folder.samples),
         data_url=_data_url,
         title=title,
