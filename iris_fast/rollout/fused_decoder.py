@@ -33,8 +33,8 @@ from iris_fast.models.janus import GenerationHead
 from iris_fast.rollout.shared_cache import SharedKVCache
 
 FP8_MULTIPLE = 16  # of the sizes that `scaled_mm` takes
-# Up to here `decode_linear` is used, above it torch's products. From 128 rows of 1B on the two are
-# modelled to differ by a few percent (bench/trainer/step_model.py): to be decided by
+# Up to here `decode_linear` is used, above it torch's products. At 128 rows the step is modelled to
+# be 3% faster with it (bench/trainer/step_model.py); to be decided by
 # bench/kernels/decode_linear.py on a GPU.
 FEW_ROWS = 128
 FEW_ROWS_MULTIPLE = 16  # of K, or `decode_linear` loads elements one by one

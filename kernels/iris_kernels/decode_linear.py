@@ -295,7 +295,7 @@ def decode_linear(
     Not differentiable. `decode_linear_reference` is the same in eager torch.
 
     Args:
-        x: (M, K) bfloat16 or float16, contiguous, M up to 128.
+        x: (M, K) bfloat16 or float16, contiguous, M up to 128; on a GPU slow unless 16 divides K.
         weight: (N, K) of the same dtype, contiguous; gated: N/2 gates, then N/2 ups.
         bias: (N) of the same dtype; not with `gated`.
         gated: return the input of a SwiGLU's last product, as `silu_mul` of the product.

@@ -1,6 +1,7 @@
 """A decoding step of the trainer's fused decoder on both backends, in the dtype that GPUs use."""
 
 import copy
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -36,12 +37,12 @@ class Launches(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def make_decoder(device: str) -> Decoder:
+def make_decoder(device: str, sizes: DecoderConfig = SIZES) -> Decoder:
     torch.manual_seed(3)
-    decoder = Decoder(SIZES)
+    decoder = Decoder(sizes)
     for number, module in enumerate(decoder.modules()):
         if isinstance(module, RMSNorm):  # norms of ones would hide a mix-up
-            module.weight.data += 0.3 * torch.randn(SIZES.hidden_size)
+            module.weight.data += 0.3 * torch.randn(sizes.hidden_size)
             module.eps = 0.01 * (1 + number)
     return decoder.requires_grad_(False).to(device, torch.bfloat16)
 
@@ -92,6 +93,18 @@ def test_few_rows_take_our_product(rows, backend, device, monkeypatch):
         FusedDecoder(decoder).step(decoder.embed_tokens(start.expand(rows) + 2), cache)
     ours = 4 * SIZES.num_layers if backend == "triton" and rows == 2 else 0
     assert launches.found["decode_linear"] == ours
+
+
+def test_widths_that_16_does_not_divide_take_torch_s_product(backend, device):
+    """An MLP of 100 channels: loads of single elements would be slower."""
+    sizes = dataclasses.replace(SIZES, intermediate_size=100)
+    decoder = make_decoder(device, sizes)
+    cache = SharedKVCache(sizes, SharedPrefixes.of([[1]]), 1, torch.bfloat16, device)
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    decoder(decoder.embed_tokens(start + 1), start, cache.prefill_attention())
+    with Launches() as launches:
+        hidden = FusedDecoder(decoder).step(decoder.embed_tokens(start + 2), cache)
+    assert launches.found["decode_linear"] == 0 and hidden.isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [2, 3])
