@@ -1,4 +1,4 @@
-"""Whole training steps with the blocks that run on a GPU, here by the ops' torch path."""
+"""Whole training steps with fused blocks, here by the ops' C++ or torch path."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ SETTINGS = {
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_a_step_has_the_gradients_and_metrics_of_the_modules(here, monkeypatch, kind):
     once = {"max_steps": 1, "max_grad_norm": 0.0, "reward_funcs": ["random"], "beta": 0.5}
+    monkeypatch.setattr(decoder, "runs_fused", lambda x: False)
     train(quick("modules", **once | SETTINGS[kind]))
     monkeypatch.setattr(decoder, "runs_fused", lambda x: True)
     train(quick("fused", **once | SETTINGS[kind]))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from iris_kernels import residual_rms_norm, rope, silu_mul, uses_triton
+from iris_kernels import backend, residual_rms_norm, rope, silu_mul
 from torch import Tensor, nn
 
 from iris_fast.models.joined_linear import joined_linear
@@ -44,11 +44,12 @@ class DecoderConfig:
 
 
 def runs_fused(x: Tensor) -> bool:
-    """Whether blocks run `iris_kernels` between their products: on a GPU, outside a compiled graph.
-
-    Elsewhere they are plain torch, which a CPU runs faster and a compiler fuses.
-    """
-    return x.is_cuda and not torch.compiler.is_compiling() and uses_triton(x)
+    """Whether blocks run `iris_kernels` between their products: on a GPU, and on a CPU in C++,
+    outside a compiled graph. Elsewhere they are plain torch, which a compiler fuses."""
+    if torch.compiler.is_compiling():
+        return False
+    path = backend(x)
+    return path == "cpp" or (path == "triton" and x.is_cuda)
 
 
 class RMSNorm(nn.Module):
