@@ -119,6 +119,7 @@ class Decoding:
             torch.empty(rows, width, dtype=dtype, device=self._device)
             for rows in (len(prefixes), janus.config.vq.codebook_size)
         )
+        self._embeds_RND = self._embeds_BD.view(-1, len(uniforms_NL), width)
         self._step = CapturedStep(self._decode, self._use_cuda_graph)
         self._addresses = self._weight_addresses()
 
@@ -150,7 +151,7 @@ class Decoding:
         )
         table = self._codes_KD if is_image else self._janus.model.language_model.embed_tokens.weight
         embeds_ND = F.embedding(token_ids_N, table)
-        self._embeds_BD.unflatten(0, (-1, len(embeds_ND))).copy_(embeds_ND)  # both rows of a sample
+        self._embeds_RND.copy_(embeds_ND)  # both rows of a sample
 
     def _embed_codes(self) -> Tensor:
         """Every code's embedding [K, D]: a row of it costs a step less than running the aligner."""
