@@ -2,7 +2,7 @@
 
 Shapes as in `bench.kernels.decode_attention`; query, key and value are parts of one projection's
 output. Minimum bytes: the live keys and values once. Compared with the two ops that it replaces,
-inside a CUDA graph. On GPUs only: on a CPU it is those two ops.
+on a GPU inside a CUDA graph.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from iris_kernels import decode_attention, rope_append, rope_append_attention
 from torch import Tensor
 
 from bench.harness.case import Call, Case, check_close
-from bench.kernels.decode_attention import GPU_GRID, SLOTS, WIDTH, live_entries
+from bench.kernels.decode_attention import CPU_GRID, GPU_GRID, SLOTS, WIDTH, live_entries
 
 SUITE = "kernels"
 FEW_SEQUENCES = 2  # split over more programs
@@ -33,9 +33,7 @@ class Inputs(NamedTuple):
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    if device.type != "cuda":
-        return
-    heads, sequences, dtype = GPU_GRID
+    heads, sequences, dtype = GPU_GRID if device.type == "cuda" else CPU_GRID
     for H, B in product(heads, (FEW_SEQUENCES, *sequences)):
         yield Case(
             case="rope_append_attention",
