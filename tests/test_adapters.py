@@ -13,6 +13,7 @@ from iris_fast.config import PROJECTIONS, TrainConfig
 from iris_fast.errors import UserError
 from iris_fast.export import export
 from iris_fast.grpo import lora as adapters
+from iris_fast.grpo.fsdp import local
 from iris_fast.grpo.micro_batches import log_probs
 from iris_fast.grpo.packing import pack
 from iris_fast.grpo.policy import copy_weights
@@ -31,8 +32,8 @@ def disturb(policy) -> None:
     for name, parameter in policy.named_parameters():
         if not adapters.is_adapter(name):
             continue
-        local = parameter.to_local()
-        local.copy_(0.1 * torch.randn(local.shape, generator=generator))
+        part = local(parameter)
+        part.copy_(0.1 * torch.randn(part.shape, generator=generator))
 
 
 def test_merged_weights_equal_the_adapted_policy_and_the_base_the_initial_one():

@@ -95,9 +95,13 @@ def test_a_rank_copies_one_block_at_a_time(folder, units, kind):
         models = build_models(inputs, config, ranks)
         adapters = {n: p for n, p in models.policy.named_parameters() if is_adapter(n)}
         rest = sum(p.nbytes for p in adapters.values())
-        assert len(units) == (len(models.policy.model.language_model.layers) + 1) * (2 - adapted)
-        assert all(copies <= own + rest for copies, own in units)
-        assert max(own for _, own in units) > 0
+        if config.bf16:
+            blocks = models.policy.model.language_model.layers
+            assert len(units) == (len(blocks) + 1) * (2 - adapted)
+            assert all(copies <= own + rest for copies, own in units)
+            assert max(own for _, own in units) > 0
+        else:  # one rank in float32 is not sharded: its weights are copied one by one
+            assert not units
         for name, p in models.policy.named_parameters():
             if name not in adapters:
                 assert p.dtype == master

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -22,7 +23,8 @@ def shard(
     offload: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Apply FSDP2 in place: one unit per block, and one for the rest of `module`.
+    """Apply FSDP2 in place: one unit per block, and one for the rest of `module`. On a single rank
+    that computes in float32 there is nothing to shard or to cast, and the module stays plain.
 
     Gradient sums are float32; with `bf16` blocks compute in bfloat16. With `offload` the shards
     stay in CPU memory, and a block is on the GPU only while it runs.
@@ -30,6 +32,12 @@ def shard(
     The parameters may be mapped from files. Each unit is copied, to `dtype` if it is given, and cut
     before the next one is, so that besides its shards a rank holds one unit at a time.
     """
+    if ranks.world_size == 1 and not bf16 and not offload:
+        for parameter in module.parameters():
+            to = {"device": ranks.device, "dtype": dtype or parameter.dtype}
+            parameter.data = parameter.data.to(**to, copy=True)
+        module.to(ranks.device)  # buffers
+        return
     pinned = ranks.device.type == "cuda"
     policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     precision = MixedPrecisionPolicy(
@@ -45,11 +53,14 @@ def shard(
 
 
 def discard_pass(module: nn.Module) -> None:
-    """Reset a sharded `module` after a pass that an exception interrupted; gradients are dropped.
+    """Reset `module` after a pass that an exception interrupted; gradients are dropped.
 
     UserError where this torch cannot do so (2.13 can; older versions wait for the end of that
     pass).
     """
+    if not isinstance(module, FSDPModule):
+        module.zero_grad(set_to_none=True)
+        return
     if not hasattr(module, "reset_iter_state"):
         raise UserError(
             "per_device_train_batch_size: out of memory in the training pass; to continue with "
