@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
+from iris_fast import checks
 from iris_fast.errors import UserError, require
 from iris_fast.fields import check_bounds, defaults, number
-from iris_fast.rewards.table import DIFFERENTIABLE, REWARDS
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FP8_SETTINGS = ("kv_cache_dtype", "rollout_weight_dtype")
@@ -155,21 +155,6 @@ class SamplingConfig:
         if self.reward_weights is None:
             self.reward_weights = [1.0] * len(self.reward_funcs)
 
-    def check_rewards(self) -> None:
-        """Raise UserError for rewards or weights that cannot be computed."""
-        names, weights = self.reward_funcs, self.reward_weights
-        require(bool(names), "reward_funcs", "[]", "name at least one reward")
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"reward_funcs: {name} is named twice; name it once, with a weight")
-            if name in REWARDS and REWARDS[name].kind == "text" and not self.cot:
-                raise UserError(
-                    f"reward_funcs: {name} needs a chain of thought; add --cot true or remove it"
-                )
-        remedy = f"give one finite number for each of {', '.join(names)}"
-        complete = len(weights) == len(names) and all(map(math.isfinite, weights))
-        require(complete, "reward_weights", weights, remedy)
-
     @property
     def guided(self) -> bool:
         """Whether images are sampled with classifier-free guidance."""
@@ -206,20 +191,7 @@ class GenerateConfig(SamplingConfig):
         if self.num_images_per_prompt is None:
             self.num_images_per_prompt = 8 if self.alignment else 1
         if self.alignment:
-            self._check_alignment()
-
-    def _check_alignment(self) -> None:
-        self.check_rewards()
-        remedy = "name at least one metric to compare the rewards with"
-        require(bool(self.metric_funcs), "metric_funcs", "[]", remedy)
-        remedy = "alignment compares the images of one prompt: give 2 or more, such as 8"
-        count = self.num_images_per_prompt
-        require(count >= 2, "num_images_per_prompt", count, remedy)
-        if self.greedy or self.temperature == 0:
-            raise UserError(
-                "alignment: greedy sampling gives equal images, which cannot be compared; remove "
-                "--greedy and --temperature 0"
-            )
+            checks.check_alignment(self)
 
 
 @dataclass(kw_only=True)
@@ -254,6 +226,11 @@ class TrainConfig(SamplingConfig):
     without groups or advantages."""
     beta: float = number(0.01, ge=0)
     """Weight of the KL term to the reference model; 0: no reference model."""
+    max_kl: float | None = number(None, gt=0)
+    """Largest KL to the reference, the mean per token of a step (`kl` in the log), that is accepted
+    without max_kl_action; default: no limit. Far from the reference a reward is exploited."""
+    max_kl_action: Literal["warn", "stop"] = "stop"
+    """Above max_kl: warn once, or stop the run with a checkpoint."""
     epsilon: float = number(0.2, ge=0)
     """Lower clip range of the probability ratio."""
     epsilon_high: float | None = number(None, ge=0)
@@ -312,6 +289,11 @@ class TrainConfig(SamplingConfig):
     """Steps between checkpoints; 0: only at the end."""
     save_total_limit: int = number(2, ge=1)
     """Number of newest checkpoints to keep."""
+    best_metric: str | None = None
+    """Also keep the best checkpoint by this metric, higher is better: reward, or one of
+    metric_funcs or reward_funcs. A checkpoint is judged by the mean over the steps around it, up to
+    half of save_steps on each side. `python -m iris_fast.export RUN TARGET --checkpoint best`
+    exports it."""
     sample_steps: int = number(50, ge=0)
     """Steps between sample grids; 0: none. All grids use the same prompts and seeds."""
     num_sample_prompts: int = number(4, ge=1)
@@ -327,51 +309,18 @@ class TrainConfig(SamplingConfig):
             raise UserError(
                 "temperature: 0 gives identical images, whose advantages are 0; give a number > 0"
             )
-        self.check_rewards()
+        checks.check_rewards(self)
+        checks.check_guard(self)
         if self.objective == "direct":
-            self._check_direct()
+            checks.check_direct(self)
         if self.use_peft:
-            self._check_lora()
+            checks.check_lora(self)
         else:
-            self._check_no_lora()
+            checks.check_no_lora(self)
         if self.resume_from_checkpoint and self.output_dir is None:
             raise UserError(
                 "resume_from_checkpoint: no run is named; add --output_dir with its folder"
             )
-
-    def _check_direct(self) -> None:
-        for name in self.reward_funcs:
-            if name not in DIFFERENTIABLE:
-                raise UserError(
-                    f"objective: direct differentiates the reward, and {name} has no gradient; "
-                    f"choose reward_funcs from {', '.join(DIFFERENTIABLE)}, or --objective grpo"
-                )
-        for name in ("reward_distribution", "policy_distribution", "rollout_correction"):
-            value, needed = getattr(self, name), getattr(TrainConfig, name)
-            remedy = f"--objective direct supports {needed} only; change one of the two"
-            require(value == needed, name, value, remedy)
-
-    def _check_lora(self) -> None:
-        require(bool(self.lora_target_modules), "lora_target_modules", "[]", "name at least one")
-        for name in self.lora_target_modules:
-            remedy = f"choose from {', '.join(PROJECTIONS)}"
-            require(name in PROJECTIONS, "lora_target_modules", name, remedy)
-        if self.train_image_head:
-            raise UserError(
-                "train_image_head: --use_peft true trains adapters only; remove one of the two"
-            )
-        if self.offload_reference:
-            raise UserError(
-                "offload_reference: with --use_peft true the reference is the policy without its "
-                "adapters, so there is no copy to offload; remove one of the two"
-            )
-
-    def _check_no_lora(self) -> None:
-        """Raise UserError for settings of adapters that would have no effect."""
-        for name in ("lora_r", "lora_alpha", "lora_target_modules"):
-            value = getattr(self, name)
-            remedy = "it needs adapters: add --use_peft true, or leave it out"
-            require(value == defaults(TrainConfig)[name], name, value, remedy)
 
     @property
     def prompts_per_step(self) -> int:

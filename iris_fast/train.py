@@ -80,7 +80,7 @@ def loop(
     prompts: PromptSource,
     progress: Progress,
 ) -> None:
-    """Train until `max_steps` or a stop signal; `num_iterations` steps share each rollout."""
+    """Train until `max_steps`, `max_kl` or a stop signal; `num_iterations` steps per rollout."""
     config, ranks, batches = run.config, run.ranks, None
     learner.copy_weights_to(sampler.janus)
     if progress.step == 0:
@@ -106,7 +106,7 @@ def loop(
             progress.advance(prompts.cursor, scored, batches, config.num_iterations)
             seen = rollout_metrics(scored, config.num_generations, ranks)
             timed = clock.metrics(len(scored.reward_N) * ranks.world_size, ranks.device)
-            run.log.step({"step": progress.step, **seen, **learned, **timed})
+            run.log_step({"step": progress.step, **seen, **learned, **timed})
             run.show_samples(sampler, scorer, prompts.prompts, progress.step)
             if is_due(config.save_steps, progress.step):
                 run.save(learner, progress)

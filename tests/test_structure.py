@@ -22,6 +22,7 @@ FLOW = [
     "errors",
     "fields",
     "rewards.table",
+    "checks",
     "config",
     "cli",
     "records",

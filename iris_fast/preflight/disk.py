@@ -12,7 +12,8 @@ def checkpoints_at_once(config: TrainConfig) -> int:
     saved = 1  # at the end
     if config.save_steps:
         saved = -(-config.max_steps // config.save_steps)
-    return min(saved, config.save_total_limit + 1)
+    best = int(config.best_metric is not None)
+    return min(saved, config.save_total_limit + best + 1)
 
 
 def check_disk(config: TrainConfig, checkpoint_bytes: float, run_folder: Path) -> None:

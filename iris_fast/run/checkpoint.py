@@ -12,6 +12,7 @@ No file is a pickle that could run code: safetensors and JSON, and tensors and p
 with `weights_only=True`.
 """
 
+import contextlib
 import dataclasses
 import json
 import pickle
@@ -34,6 +35,7 @@ from iris_fast.grpo.micro_batches import MicroBatch
 from iris_fast.grpo.optimizer import plain_parts
 from iris_fast.models.janus import Janus
 from iris_fast.records import Prompt, Rollout, Scored, Trace
+from iris_fast.run.best import Judge
 from iris_fast.run.manifest import MANIFEST, find_fault, fsync, write_manifest
 from iris_fast.run.random_state import random_state, set_random_state
 
@@ -71,8 +73,10 @@ def save(
     progress: Progress,
     ranks: Ranks,
     keep: int,
+    judge: Judge | None = None,
 ) -> Path:
-    """Write `folder/step_NNNNN` and delete all but the `keep` newest checkpoints. A collective.
+    """Write `folder/step_NNNNN` and delete all but the `keep` newest checkpoints and those that the
+    `judge` needs. A collective.
 
     A crash at any moment leaves the earlier checkpoints complete. UserError if the disk is full or
     not writable.
@@ -104,7 +108,7 @@ def save(
                         shutil.rmtree(target)
                     partial.rename(target)
                     fsync(folder)
-                _delete_old(folder, progress.step, keep)
+                _delete_old(folder, progress.step, keep, judge)
     except UserError:
         if ranks.is_first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -137,13 +141,30 @@ def _write_state(
         (partial / "state.json").write_text(json.dumps(state))
 
 
-def _delete_old(folder: Path, step: int, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to `step`; later ones are damaged."""
+def _delete_old(folder: Path, step: int, keep: int, judge: Judge | None) -> None:
+    """Delete all but the `keep` newest checkpoints up to `step` and those that the judge needs;
+    later ones are damaged."""
     paths = step_folders(folder)
     complete = [path for path in paths if _step(path) <= step and (path / MANIFEST).is_file()]
+    needed = judge.needed([_step(path) for path in complete]) if judge else []
     for path in paths:
-        if path not in complete[:keep]:
+        if path not in complete[:keep] and not (path in complete and _step(path) in needed):
+            with contextlib.suppress(OSError):
+                # First, so that what an interruption leaves of it is no checkpoint.
+                (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
+
+
+def ranked(folder: Path, judge: Judge) -> list[Path]:
+    """The checkpoints that `judge` can compare, the best first, without verifying them."""
+    complete = {_step(p): p for p in step_folders(folder) if (p / MANIFEST).is_file()}
+    return [complete[step] for step in judge.ranked(list(complete))]
+
+
+def describe_best(folder: Path, judge: Judge | None) -> str | None:
+    """Name the best checkpoint and its score; None if there is none."""
+    paths = ranked(folder, judge) if judge else []
+    return judge.describe(paths[0], _step(paths[0])) if judge and paths else None
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ from iris_fast.records import Prompt
 from iris_fast.rewards.score import Scorer
 from iris_fast.rollout.sampler import Sampler
 from iris_fast.run import checkpoint
-from iris_fast.run.checkpoint import Progress
+from iris_fast.run.best import Judge
+from iris_fast.run.checkpoint import Progress, describe_best
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.log import Log
 from iris_fast.run.random_state import random_state, set_random_state
@@ -28,7 +30,8 @@ from iris_fast.run.signals import Interrupted, StopSignal
 
 @dataclass
 class Run:
-    """One training run of one process; `saved_at` is the step of its newest checkpoint."""
+    """One training run of one process; `saved_at` is the step of its newest checkpoint, `halted`
+    says why it stops by itself."""
 
     config: TrainConfig
     folder: RunFolder
@@ -36,11 +39,16 @@ class Run:
     ranks: Ranks
     signal: StopSignal
     saved_at: int
+    halted: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.ranks.broadcast(self.log.history[-1:]):
+            self._kl_warning(row)  # a run that has stopped is not continued by resuming it
 
     @property
     def stopped(self) -> bool:
-        """Whether any rank was asked to stop; a collective."""
-        return self.ranks.any(self.signal.requested)
+        """Whether any rank was asked to stop, or the run stops by itself; a collective."""
+        return self.ranks.any(self.signal.requested or bool(self.halted))
 
     def pause(self) -> None:
         """Raise Interrupted, on all ranks, if any was asked to stop. For use inside a step."""
@@ -61,12 +69,26 @@ class Run:
             learner.discard_gradients()
             set_random_state(before)
 
+    def log_step(self, metrics: dict[str, Any]) -> None:
+        """Log a step, and warn or stop if its KL is above `max_kl`."""
+        self.log.step(metrics, self._kl_warning(metrics))
+
+    def _kl_warning(self, metrics: dict[str, Any]) -> dict[str, str]:
+        limit = self.config.max_kl
+        if limit is None or metrics["kl"] <= limit:
+            return {}
+        text = f"KL to the reference is {metrics['kl']:.3g}, above max_kl {limit:.3g}"
+        if self.config.max_kl_action == "stop":
+            self.halted = text
+            return {"max kl": f"{text}; the run stops here"}
+        return {"max kl": f"{text}; look at the samples and the metrics"}
+
     def show_samples(
         self, sampler: Sampler, scorer: Scorer, prompts: list[Prompt], step: int
     ) -> None:
         """Write the sample grid of a step, if it is due, and log its metrics. Rank 0 samples."""
         config = self.config
-        last = config.sample_steps > 0 and step == config.max_steps
+        last = config.sample_steps > 0 and (step == config.max_steps or bool(self.halted))
         if not (last or is_due(config.sample_steps, step)):
             return
         with self.ranks.on_first_rank() as mine:
@@ -81,7 +103,9 @@ class Run:
         if self.saved_at != progress.step:
             folder, keep = self.folder.checkpoints, self.config.save_total_limit
             policy, optimizer = learner.policy, learner.optimizer
-            checkpoint.save(folder, policy, optimizer, progress, self.ranks, keep)
+            self.log.sync()
+            judge = Judge.of(vars(self.config), self.log.history)
+            checkpoint.save(folder, policy, optimizer, progress, self.ranks, keep, judge)
             self.saved_at = progress.step
 
     def close(self) -> None:
@@ -97,13 +121,19 @@ class Run:
         """Print where the run ended, and how to resume it."""
         if not self.ranks.is_first:
             return
+        best = describe_best(self.folder.checkpoints, Judge.of(vars(self.config), self.log.history))
+        if best:
+            print(f"best checkpoint: {best}")
         if step >= self.config.max_steps:
             print(f"finished at step {step}; report: {self.folder.report}")
             return
         saved = f"saved at step {step}" if step else "before the first step"
-        print(f"stopped by a signal, {saved}; report: {self.folder.report}")
+        reason, change = f"stopped by a signal, {saved}", ""
+        if self.halted:
+            reason, change = f"stopped at step {step}: {self.halted}", "raise --max_kl and "
+        print(f"{reason}; report: {self.folder.report}")
         print(
-            f"to resume, repeat the command with: --output_dir {self.folder.path} "
+            f"to resume, {change}repeat the command with: --output_dir {self.folder.path} "
             "--resume_from_checkpoint true"
         )
 

@@ -24,7 +24,8 @@ MAY_CHANGE = {
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "beta", "epsilon", "epsilon_high", "preset",
     "rollout_correction", "rollout_correction_cap", "rollout_engine",
-    "attn_implementation", "torch_compile", "offload_reference", "metric_funcs",
+    "attn_implementation", "torch_compile", "offload_reference", "metric_funcs", "max_kl",
+    "max_kl_action", "best_metric",
 }  # fmt: skip
 
 

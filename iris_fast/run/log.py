@@ -33,6 +33,7 @@ class Log:
         self, path: Path, step: int, max_steps: int, is_first: bool, num_iterations: int = 1
     ) -> None:
         self.tracker: Tracker | None = None
+        self.history: list[dict[str, Any]] = []
         self._is_first = is_first
         if not is_first:
             return
@@ -47,12 +48,17 @@ class Log:
             total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
         )
 
-    def step(self, metrics: dict[str, Any]) -> None:
-        """Log one step. Warnings are added to `metrics`, and printed when they first appear."""
+    def step(self, metrics: dict[str, Any], warnings: dict[str, str] | None = None) -> None:
+        """Log one step. Warnings, also those given, are added to `metrics`, and printed when they
+        first appear."""
         if not self._is_first:
             return
         alignments = pooled_alignments([*self.history, metrics], self._num_iterations)
-        metrics["warnings"] = find_warnings(metrics, self.history) | alignment_warnings(alignments)
+        metrics["warnings"] = {
+            **find_warnings(metrics, self.history),
+            **alignment_warnings(alignments),
+            **(warnings or {}),
+        }
         printed = {name for row in self.history for name in row["warnings"]}
         with writing("output_dir", self._path):
             self._file.write(json.dumps(metrics) + "\n")
@@ -97,6 +103,12 @@ class Log:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
             message = f"standard output was closed; the run continues, see {self._path}"
             print(message, file=sys.stderr)
+
+    def sync(self) -> None:
+        """Flush the metrics to the disk: a checkpoint is judged by those of the steps before it."""
+        if self._is_first:
+            with writing("output_dir", self._path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close everything."""

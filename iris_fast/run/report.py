@@ -13,6 +13,8 @@ from iris_fast import __version__
 from iris_fast.errors import atomic_write
 from iris_fast.rewards.alignment import by_metric, pooled_alignments
 from iris_fast.rewards.table import title
+from iris_fast.run.best import Judge
+from iris_fast.run.checkpoint import describe_best
 from iris_fast.run.curves import Curve, Point
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.log import read_metrics
@@ -48,7 +50,7 @@ def write_report(folder: RunFolder) -> None:
     settings = yaml.safe_load(config)
     page = TEMPLATES.get_template("report.html.jinja").render(
         name=folder.path.name,
-        facts=_facts(settings, rows),
+        facts=_facts(settings, rows) | _best(folder, settings, rows),
         command=command(folder.path),
         warnings=_first_warnings(rows),
         alignments=by_metric(pooled_alignments(rows, settings.get("num_iterations", 1))),
@@ -76,6 +78,13 @@ def _facts(settings: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
         "Hardware": hardware(),
         "Attention": ", then ".join(attention) or "not known",
     }
+
+
+def _best(
+    folder: RunFolder, settings: dict[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, str]:
+    found = describe_best(folder.checkpoints, Judge.of(settings, rows))
+    return {"Best checkpoint": found} if found else {}
 
 
 def _first_warnings(rows: list[dict[str, Any]]) -> list[str]:
