@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import torch
 
@@ -91,7 +92,8 @@ class CudaClock:
 
 
 class CpuClock:
-    """perf_counter; implementations alternate, so that noise of the machine affects all alike."""
+    """perf_counter; implementations alternate, so that noise of the machine affects all alike, in a
+    random order, because what ran before decides what is in the cache."""
 
     def time_together(self, calls: dict[str, Sequence[Call]]) -> dict[str, float]:
         """Median seconds of one call, per implementation."""
@@ -102,9 +104,11 @@ class CpuClock:
         slowest = sum(self._once(each[0]) for each in calls.values())
         rounds = int(min(max(CPU_SECONDS * len(calls) / slowest, MIN_ROUNDS), MAX_ROUNDS))
         seconds: dict[str, list[float]] = {name: [] for name in calls}
+        order, random = list(calls), Random(0)
         for i in range(rounds):
-            for name, each in calls.items():
-                seconds[name].append(self._once(each[i % len(each)]))
+            random.shuffle(order)
+            for name in order:
+                seconds[name].append(self._once(calls[name][i % len(calls[name])]))
         return {name: statistics.median(each) for name, each in seconds.items()}
 
     def _once(self, call: Call) -> float:

@@ -127,38 +127,42 @@ class Bench:
     def _run_all(self, case: Case) -> dict[str, Measured]:
         """Seconds and peak bytes, or an error, of every available candidate; ours first.
 
-        On a GPU one after the other, so that each has all the memory; on a CPU alternating.
+        On a GPU one after the other, so that each has all the memory. On a CPU alternating, with
+        inputs made in turn: the pages that a process gets first can be slower than later ones.
         """
         waiting: dict[str, list[Call]] = {}
+        more: range = range(0)
 
         def measure(name: str) -> Measured:
-            calls, peak = self._ready(case, name)
+            nonlocal more
+            call, peak, more = self._ready(case, name)
             if self.device.type == "cuda":
+                calls = [call, *(self._prepare(case, name, seed) for seed in more)]
                 return Measured(self.clock.time(calls, case.in_graph), peak)
-            waiting[name] = calls
+            waiting[name] = [call]
             return Measured(None, peak)
 
         results = self.compare(
             case.name, {name: partial(measure, name) for name in case.candidates}
         )
         if waiting:
+            for seed in more:
+                for name, calls in waiting.items():
+                    calls.append(self._prepare(case, name, seed))
             for name, seconds in self.clock.time_together(waiting).items():
                 results[name] = results[name]._replace(value=seconds)
         return results
 
-    def _ready(self, case: Case, name: str) -> tuple[list[Call], int]:
-        """Calls on enough sets of inputs to exceed the cache, and the peak bytes of the first.
-
-        The first call is checked as well.
-        """
+    def _ready(self, case: Case, name: str) -> tuple[Call, int, range]:
+        """A checked call, its peak bytes, and the seeds of as many more sets of inputs as exceed
+        the cache."""
         first = case.make_inputs(0)
         call = case.candidates[name](first)
         case.check_call(first, call)
-        peak = self.clock.peak_bytes(call)
-        calls = [call]
-        for seed in range(1, self._input_sets(first)):
-            calls.append(case.candidates[name](case.make_inputs(seed)))
-        return calls, peak
+        return call, self.clock.peak_bytes(call), range(1, self._input_sets(first))
+
+    def _prepare(self, case: Case, name: str, seed: int) -> Call:
+        return case.candidates[name](case.make_inputs(seed))
 
     def _input_sets(self, inputs: Any) -> int:
         size = sum(t.numel() * t.element_size() for t in tensors(inputs))
