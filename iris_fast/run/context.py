@@ -71,7 +71,7 @@ class Run:
 
     def log_step(self, metrics: dict[str, Any]) -> None:
         """Log a step, and warn or stop if its KL is above `max_kl`."""
-        self.log.step(metrics, self._kl_warning(metrics))
+        self.log.step({**metrics, "warnings": self._kl_warning(metrics)})
 
     def _kl_warning(self, metrics: dict[str, Any]) -> dict[str, str]:
         limit = self.config.max_kl

@@ -48,16 +48,16 @@ class Log:
             total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True
         )
 
-    def step(self, metrics: dict[str, Any], warnings: dict[str, str] | None = None) -> None:
-        """Log one step. Warnings, also those given, are added to `metrics`, and printed when they
-        first appear."""
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Log one step. Warnings are added to those in `metrics`, and printed when they first
+        appear."""
         if not self._is_first:
             return
         alignments = pooled_alignments([*self.history, metrics], self._num_iterations)
         metrics["warnings"] = {
             **find_warnings(metrics, self.history),
             **alignment_warnings(alignments),
-            **(warnings or {}),
+            **metrics.get("warnings", {}),
         }
         printed = {name for row in self.history for name in row["warnings"]}
         with writing("output_dir", self._path):
