@@ -116,7 +116,8 @@ def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
             yield GateCase(f"add_rms_norm D={hidden} {dtype_name}", launch, [work])
     for D in (2048, 4096):
         stream, norm = (meta(*shape, dtype=torch.bfloat16) for shape in ((64, D), (D,)))
-        launch = partial(add_rms_norm_triton, stream, meta(4, 64, D), norm, 1e-6)
+        ahead = meta(3 * D, D, dtype=torch.bfloat16)
+        launch = partial(add_rms_norm_triton, stream, meta(4, 64, D), norm, 1e-6, ahead)
         # Besides the row: four partial sums in fp32 instead of the addend.
         work = Work(64 * D, 64 * D * (3 * 2 + 4 * 4))
         yield GateCase(f"add_rms_norm D={D} partial sums bfloat16", launch, [work])

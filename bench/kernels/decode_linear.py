@@ -35,8 +35,10 @@ PRODUCTS = {
 GPU_ROWS = (2, 16, 64, 128)
 CPU_GRID = ((16, "qkv"),)
 GATE_ROWS = (2, 64, 128)
-# With the widest tiles: of 1B's image head, and of 7B.
+# With the widest tiles: of 1B's image head, and of 7B; and with tiles in two parts.
 WIDE_GATES = {
+    "qkv 7B": (12288, 4096, "plain"),
+    "down": (2048, 5632, "partial"),
     "head": (16384, 2048, "plain"),
     "out 7B": (4096, 4096, "partial"),
     "gate_up 7B": (22016, 4096, "gated"),
@@ -119,7 +121,7 @@ def check(kind: str, inputs: Inputs, result: Tensor) -> None:
 
 
 def gate_cases(vocabularies: Sequence[int]) -> Iterator[GateCase]:
-    """Without `down`, which runs the code of `out`."""
+    """Without `down` for few rows, which runs the code of `out`."""
     sizes = {(name, M): PRODUCTS[name] for name in ("qkv", "out", "gate_up") for M in GATE_ROWS}
     sizes |= {(name, 128): size for name, size in WIDE_GATES.items()}
     for (name, M), (N, K, kind) in sizes.items():

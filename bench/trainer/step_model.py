@@ -24,17 +24,19 @@ The kernels of a step depend on each other and run one after another. On a commo
     latency   LATENCY_S; L2_LATENCY_S where first data have been fetched early, or where a Triton
               kernel reads only what the step wrote before
     early     PDL kernels after a Triton kernel start while that one runs; `_linear_kernel` then
-              fetches the first LINES cache lines of its rows of the weight into the L2 cache,
-              attention the first EARLY entries of its own sequence, of which those that are not
+              fetches the first LINES cache lines of its rows of the weight into the L2 cache, a
+              norm AHEAD more for the product after it, and the first EARLY_PROGRAMS programs of
+              attention the first EARLY entries of their own sequences, of which those that are not
               live yet are read in vain. This goes on while memory would be idle: from the last byte
               of the kernel before (and its start + LATENCY_S) to start + LATENCY_S. Only programs
-              count that fit on a multiprocessor next to the last ones of the kernel before.
+              count that fit on a multiprocessor next to the last ones of the kernel before; what
+              all of them read in vain takes its time of memory.
 
 The bandwidth is
 
     share COPY_RATE, at most bytes in flight / (LATENCY_S + TILE_S)
 
-where a program has in flight: of `_linear_kernel` and attention, all but one stage of its tiles
+where a program has in flight: of the products and attention, all but one stage of its tiles
 (attention without stages one tile, and in TILE_S, its arithmetic, nothing is in flight). The last
 wave of programs is counted by itself. A multiprocessor holds as many programs as shared memory and
 registers allow: as many per thread as the launch permits, else 128; of the norm 48, as compiled.
@@ -83,7 +85,6 @@ import math
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -92,160 +93,30 @@ from bench.harness.fake_cuda import Launch, fake_cuda
 from bench.harness.rows import rounded
 from bench.trainer.models import NumberTokenizer, make_model, model_configs
 from bench.trainer.rollout import CFG_WEIGHT, PROMPT_TOKENS, make_prompts, step_bytes
+from bench.trainer.step_time import (
+    ATTENTION,
+    CAUTIOUS,
+    COPY_RATE,
+    DEFAULT_WARPS,
+    OPTIMISTIC,
+    REGISTERS_PER_THREAD,
+    TILE_S,
+    Machine,
+    Node,
+    Step,
+)
 from iris_fast.config import SamplingConfig
 from iris_fast.models.janus import Janus, JanusConfig
 from iris_fast.models.templates import unconditional_ids
-from iris_fast.preflight.estimate import H200
 from iris_fast.rollout.decode_loop import WARM_UP_STEPS
 from iris_fast.rollout.sampler import Sampler
 
 SEQUENCES = (2, 16, 64, 128, 256)
-COPY_RATE, MATRIX_RATE = H200.copy_bytes_per_s, H200.flops_per_s  # bytes/s, operations/s
-L2_RATE = 5.5e12  # bytes/s
-PORT_RATE = 64 * 1.755e9  # bytes/s from the L2 cache to one multiprocessor
-LAUNCH_S, PDL_S, LATENCY_S, L2_LATENCY_S = 1.95e-6, 0.75e-6, 0.9e-6, 0.45e-6
-TILE_S = 0.3e-6
-TRITON_SHARE, BLAS_SHARE = 0.75, 0.70
-MULTIPROCESSORS, WARP = 132, 32
-REGISTERS, SHARED_BYTES = 65536, 227 << 10  # of a multiprocessor
-REGISTERS_PER_THREAD = 128  # unless the launch states a maximum, or as compiled:
 COMPILED_REGISTERS = {"_add_rms_norm_kernel": 48, "_silu_mul_kernel": 32}
-EAGER_LAUNCH_S, CAPTURE_S_PER_NODE, DEFAULT_WARPS = 6e-6, 15e-6, 4
-LINEAR, ATTENTION = "_linear_kernel", "_decode_kernel"
+EAGER_LAUNCH_S, CAPTURE_S_PER_NODE = 6e-6, 15e-6
+LINEAR = "_linear_kernel"
+PRODUCTS = (LINEAR, "_uneven_linear_kernel")
 GOALS = {"1B": 0.78, "7B": 0.82}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The constants that are assumptions and are varied."""
-
-    triton_share: float = TRITON_SHARE
-    blas_share: float = BLAS_SHARE
-    launch_s: float = LAUNCH_S
-    pdl_s: float = PDL_S
-    latency_s: float = LATENCY_S
-    l2_latency_s: float = L2_LATENCY_S
-    l2_rate: float = L2_RATE
-
-
-CAUTIOUS = Machine()
-OPTIMISTIC = Machine(0.85, 0.80, 1.3e-6, 0.5e-6, 0.6e-6, 0.3e-6, 6.2e12)
-
-
-@dataclass(frozen=True)
-class Node:
-    """A kernel's work: bytes from memory and through the L2 cache, operations of products; its
-    programs, what each takes of a multiprocessor, and bytes that it has in flight; bytes that the
-    kernel may fetch early."""
-
-    name: str
-    dram: float
-    l2: float
-    operations: float = 0.0
-    programs: int = MULTIPROCESSORS
-    warps: int = DEFAULT_WARPS
-    registers: int = REGISTERS_PER_THREAD
-    shared: int = 0
-    in_flight: float | None = None
-    tile_s: float = 0.0
-    early: float = 0.0
-    useful: float = 1.0  # share of the bytes fetched early
-    pdl: bool = False
-    triton: bool = False
-
-    @property
-    def busiest(self) -> float:
-        """Work of the multiprocessor with the most programs, over the average of all."""
-        if not self.triton:
-            return 1.0
-        return -(-self.programs // MULTIPROCESSORS) * MULTIPROCESSORS / self.programs
-
-    def beside(self, shared: int = 0, registers: int = 0) -> int:
-        """Programs that fit on a multiprocessor of which so much is taken."""
-        most = (REGISTERS - registers) // (WARP * self.warps * self.registers)
-        if self.shared:
-            most = min(most, (SHARED_BYTES - shared) // self.shared)
-        return max(most, 0)
-
-    def memory_s(self, machine: Machine) -> float:
-        """Seconds in which its bytes from memory arrive."""
-        share = machine.triton_share if self.triton else machine.blas_share
-        if self.in_flight is None:
-            return self.dram / (share * COPY_RATE)
-        resident = MULTIPROCESSORS * max(self.beside(), 1)
-        whole, rest = divmod(self.programs, resident)
-        seconds = 0.0
-        for running, waves in ((resident, whole), (rest, 1)):
-            if running and waves:
-                most = running * self.in_flight / (machine.latency_s + self.tile_s)
-                rate = min(share * COPY_RATE, most)
-                seconds += waves * running * (self.dram / self.programs) / rate
-        return seconds
-
-    def other_s(self, machine: Machine) -> float:
-        """Seconds that the L2 cache or the tensor cores take."""
-        l2 = max(self.l2 / machine.l2_rate, self.l2 * self.busiest / (MULTIPROCESSORS * PORT_RATE))
-        return max(l2, self.operations * self.busiest / MATRIX_RATE)
-
-    def early_next_to(self, previous: "Node") -> float:
-        """Bytes that the programs which fit next to the last ones of `previous` fetch early."""
-        if not (self.pdl and previous.triton):
-            return 0.0
-        at_once = MULTIPROCESSORS * max(previous.beside(), 1)
-        last = (previous.programs - 1) % at_once + 1
-        each, one_more = divmod(last, MULTIPROCESSORS)
-        running = 0
-        for held, count in ((each, MULTIPROCESSORS - one_more), (each + 1, one_more)):
-            registers = WARP * previous.warps * previous.registers
-            running += count * self.beside(held * previous.shared, held * registers)
-        return self.early * min(running / self.programs, 1.0)
-
-
-@dataclass
-class Step:
-    """The model of one step: its nodes, and seconds by kernel."""
-
-    nodes: list[Node]
-    floor_s: float
-    machine: Machine = CAUTIOUS
-    seconds: Counter = field(default_factory=Counter)
-    memory_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        machine, previous = self.machine, Node("", 0.0, 0.0)
-        released = ended = memory_ended = 0.0  # of the previous kernel
-        for node in self.nodes:
-            start = ended + (machine.pdl_s if node.pdl else machine.launch_s)
-            first = start + machine.latency_s
-            if node.name == ATTENTION:
-                first += machine.l2_latency_s  # it reads lengths before entries
-            share = machine.triton_share * COPY_RATE
-            memory_s = node.memory_s(machine)
-            idle = first - max(memory_ended, released + machine.latency_s)
-            early = min(node.early_next_to(previous) / share, max(idle, 0.0))
-            early = min(early * node.useful, memory_s)
-            cached = early or (node.triton and not node.dram)
-            latency = machine.l2_latency_s if cached else machine.latency_s
-            end = max(first + memory_s - early, start + latency + node.other_s(machine))
-            self.seconds[node.name] += end - ended
-            self.memory_s += memory_s
-            memory_ended = first + memory_s - early if node.dram else memory_ended
-            released, ended, previous = start, end, node
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of the step."""
-        return self.seconds.total()
-
-    @property
-    def idle_s(self) -> float:
-        """Seconds in which memory delivers nothing."""
-        return self.total_s - self.memory_s
-
-    @property
-    def fraction(self) -> float:
-        """Of the benchmark's floor."""
-        return self.floor_s / self.total_s
 
 
 def capture(config: JanusConfig, sequences: int) -> list[Launch]:
@@ -273,10 +144,11 @@ def node_of(launch: Launch, config: JanusConfig, sequences: int) -> Node:
     pdl = bool(options.get("launch_pdl"))
     warps = options.get("num_warps", DEFAULT_WARPS)
     programs = math.prod(grid)
-    if name == LINEAR:
+    if name in PRODUCTS:
         weight, x = operands["weight"], operands["x"]
         line, stages = 2 * options["BLOCK_K"], options["num_stages"]  # of a tile, in bytes
-        columns = options["BLOCK_N"] * (2 if options["GATED"] else 1)
+        columns = options["BLOCK_N"] + options.get("EXTRA", 0)
+        columns *= 2 if options["GATED"] else 1
         return Node(
             name, weight.bytes, launch.bytes + (grid[0] - 1) * x.bytes, x.shape[0] * weight.bytes,
             programs, warps, options["maxnreg"] or REGISTERS_PER_THREAD,
@@ -296,7 +168,15 @@ def node_of(launch: Launch, config: JanusConfig, sequences: int) -> Node:
     if launch.triton:  # of a cache, it writes one entry
         moved -= sum(operand.bytes for operand in operands.values() if len(operand.shape) == 4)
         registers = COMPILED_REGISTERS.get(name, REGISTERS_PER_THREAD)
-        return Node(name, 0.0, moved, 0.0, programs, warps, registers, pdl=pdl, triton=True)
+        ahead = 0.0
+        if "ahead" in operands:  # fetched into the L2 cache, if at all
+            moved -= operands["ahead"].bytes
+            rows, width = operands["ahead"].shape
+            lines = -(-width // options["LINE"]) - options["FROM_LINE"]
+            ahead = 2.0 * options["LINE"] * min(programs * options["AHEAD"], rows * max(lines, 0))
+        return Node(
+            name, 0.0, moved, 0.0, programs, warps, registers, ahead=ahead, pdl=pdl, triton=True
+        )
     return Node(name, 0.0, moved)
 
 
@@ -313,10 +193,12 @@ def _attention(launch: Launch, config: JanusConfig, sequences: int) -> Node:
     programs = math.prod(launch.grid)
     warps = launch.options["num_warps"]
     entries = 2 * launch.options["EARLY"] * launch.options["WIDTH"] * item  # a key and a value
+    fetching = min(programs, launch.options["EARLY_PROGRAMS"])
     return Node(
         launch.name, from_memory, (own + sequences * PROMPT_TOKENS) * slot,
         programs=programs, warps=warps, shared=max(stages - 1, 1) * tile,
-        early=programs * entries, useful=1 - launch.options["EARLY"] / (2 * config.image_tokens),
+        early=fetching * entries, fetching=fetching,
+        useful=1 - launch.options["EARLY"] / (2 * config.image_tokens),
         in_flight=max(stages - 1, 1) * tile, tile_s=TILE_S if stages == 1 else 0.0,
         pdl=bool(launch.options.get("launch_pdl")), triton=True,
     )  # fmt: skip

@@ -131,6 +131,11 @@ class FusedLinear:
         """K of the product by `few_rows` and the like; None: fp8, which they do not take."""
         return None if self._fp8 else self._layers[0].in_features
 
+    @property
+    def weight(self) -> Tensor:
+        """[All outputs, inputs], in the layers' dtype."""
+        return self._weight
+
     def few_rows(self, x_BD: Tensor) -> Tensor:
         """The same product by `decode_linear`."""
         return decode_linear(x_BD, self._weight, self._bias)
@@ -200,17 +205,20 @@ class FusedDecoder:
         config, stream_BD, rows = self._decoder.config, embeds_BD, len(embeds_BD)
         heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
 
-        def add_norm(norm: RMSNorm, delta: Tensor | None) -> Tensor:
-            return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta)
+        def add_norm(
+            norm: RMSNorm, delta: Tensor | None, then: FusedLinear | None = None
+        ) -> Tensor:
+            ahead = then.weight if few and then is not None else None
+            return add_rms_norm(stream_BD, norm.weight, eps=norm.eps, delta=delta, ahead=ahead)
 
         few, delta = self._layers[0].takes_few_rows(embeds_BD), None
         for index, fused in enumerate(self._layers):
-            normed_BD = add_norm(fused.layer.input_layernorm, delta)
+            normed_BD = add_norm(fused.layer.input_layernorm, delta, fused.qkv)
             projected = fused.project(normed_BD, few).view(rows, -1, config.head_dim)
             new = projected.split_with_sizes(heads, dim=1)
             context_BHd = cache.append_and_attend(index, *new)
             delta = fused.attention_output(context_BHd.view(rows, -1), few)
-            normed_BD = add_norm(fused.layer.post_attention_layernorm, delta)
+            normed_BD = add_norm(fused.layer.post_attention_layernorm, delta, fused.gate_up)
             delta = fused.mlp_output(normed_BD, few)
         hidden_BD = add_norm(self._decoder.norm, delta)  # next to the kernel that it overlaps with
         cache.advance()

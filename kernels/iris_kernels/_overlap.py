@@ -17,6 +17,10 @@ from ._backend import interpreted, jit, tl, triton
 
 FIRST_ARCHITECTURE = 90
 LINE_BYTES = 128  # of the L2 cache
+# Of a weight, into the L2 cache while the previous kernel ends, at least: what memory delivers in
+# 2 us. At most twice as much, as long as the norm between two products, which leaves memory idle,
+# and the start of the second one take.
+PREFETCH_BYTES = 8 << 20
 
 
 def architecture() -> int:
@@ -32,6 +36,14 @@ def overlap_options() -> dict[str, bool]:
     if architecture() < FIRST_ARCHITECTURE:
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
+
+
+def prefetched_lines(weight_rows: int, parts: int, part_k: int) -> int:
+    """Cache lines per row and part of a weight of 2-byte elements that its product fetches early: a
+    power of two."""
+    wanted = -(-PREFETCH_BYTES // (LINE_BYTES * weight_rows * parts))
+    most = max(2 * part_k // LINE_BYTES, 1)
+    return min(triton.next_power_of_2(wanted), 1 << most.bit_length() - 1)
 
 
 @jit

@@ -19,9 +19,18 @@ from . import cpp
 from ._backend import backend, direct_backend, jit, tl, triton
 from ._checks import check_contiguous
 from ._ops import add_op_namespace_prefix
-from ._overlap import LINE_BYTES, overlap_options, prefetch_to_l2, wait_for_previous_kernel
+from ._overlap import (
+    LINE_BYTES,
+    overlap_options,
+    prefetch_to_l2,
+    prefetched_lines,
+    wait_for_previous_kernel,
+)
 
 MAX_CHANNELS = 32768  # one program holds a row
+# Of the next product's weight, by a program: 64 KB, for 128 rows 8 MB together. So long the product
+# before the norm, bound by the L2 cache, leaves memory idle.
+AHEAD_LINES = 512
 FEW_CHANNELS = 4096  # up to here in 8 warps, which leave registers to the product that overlaps
 
 
@@ -42,15 +51,23 @@ def _add_rms_norm_kernel(
     # residual [R, D], overwritten unless delta [R, D] is None; weight [D]; out [R, D]
     # or delta is PARTS fp32 partial sums [PARTS, R, D], `part` elements apart, if PARTS is not 0
     residual, delta, weight, out,
+    # [N, K] of the next product or None, of whose rows FROM_LINE lines are left to the product
+    ahead, N, K,
     eps, D, part,
     BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    LINE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    LINE: tl.constexpr, LINES: tl.constexpr, FROM_LINE: tl.constexpr, AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK)
     inside = d < D
     # No kernel of a decoding step writes the weight: it is read while the previous kernel ends.
     lines = tl.arange(0, LINES) * LINE
     prefetch_to_l2(weight + tl.minimum(lines, D - 1), OVERLAP)
+    if ahead is not None:
+        # The first tiles of the product, all its rows before the next lines of them.
+        line = tl.program_id(0) * AHEAD + tl.arange(0, AHEAD)
+        column = tl.minimum((FROM_LINE + line // N) * LINE, K - 1)
+        prefetch_to_l2(ahead + (line % N).to(tl.int64) * K + column, OVERLAP)
     wait_for_previous_kernel(OVERLAP)  # it wrote `residual` and `delta`, and may have read `out`
     row = tl.program_id(0).to(tl.int64) * D
     x = tl.load(residual + row + d, mask=inside, other=0.0)
@@ -70,7 +87,7 @@ def _add_rms_norm_kernel(
 
 
 def add_rms_norm_triton(
-    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, ahead: Tensor | None = None
 ) -> Tensor:
     """One launch, one program per row, 8 or more elements per thread."""
     D = residual.shape[-1]
@@ -79,9 +96,13 @@ def add_rms_norm_triton(
     parts = len(delta) if _is_partial(residual, delta) else 0
     line, overlap = LINE_BYTES // weight.element_size(), overlap_options()
     most = 8 if overlap["OVERLAP"] and D <= FEW_CHANNELS else 16
+    if ahead is not None and not ahead.numel():
+        ahead = None
+    N, K = (1, 1) if ahead is None else ahead.shape
     _add_rms_norm_kernel[(out.numel() // D,)](
-        residual, delta, weight, out, eps, D, out.numel(),
+        residual, delta, weight, out, ahead, N, K, eps, D, out.numel(),
         BLOCK=block, PARTS=parts, LINE=line, LINES=max(block // line, 1),
+        FROM_LINE=prefetched_lines(N, 1, K), AHEAD=AHEAD_LINES,
         num_warps=min(max(block // 256, 1), most), enable_fp_fusion=True, **overlap,
     )  # fmt: skip
     return out
@@ -145,10 +166,15 @@ PATHS = {"triton": add_rms_norm_triton, "cpp": add_rms_norm_cpp, "torch": add_rm
 
 
 @torch.library.custom_op(add_op_namespace_prefix("add_rms_norm"), mutates_args=("residual",))
-def _add_rms_norm_op(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def _add_rms_norm_op(
+    residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float, ahead: Tensor | None = None
+) -> Tensor:
     if not residual.numel():
         return torch.empty_like(residual)
-    return PATHS[backend(residual)](residual, delta, weight, eps)
+    path = backend(residual)
+    if path == "triton":
+        return add_rms_norm_triton(residual, delta, weight, eps, ahead)
+    return PATHS[path](residual, delta, weight, eps)
 
 
 @_add_rms_norm_op.register_fake
@@ -160,7 +186,12 @@ def _(residual, *_):
 
 
 def add_rms_norm(
-    residual: Tensor, weight: Tensor, *, eps: float, delta: Tensor | None = None
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    delta: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """RMSNorm of `residual`, after adding `delta` to it IN PLACE.
 
@@ -176,6 +207,9 @@ def add_rms_norm(
         delta: what to add, of the same shape and dtype; or (S, ..., D) float32, partial sums as
             those of `decode_linear_partials`, which are added in their order and rounded to the
             dtype of `residual` first; None adds nothing.
+        ahead: (N, K) of the dtype of `residual`, contiguous: the weight of the `decode_linear` that
+            follows. From sm_90 on part of it is fetched into the L2 cache while the previous kernel
+            ends; otherwise it is not read.
 
     Returns:
         The norm, in the shape and dtype of `residual`.
@@ -194,9 +228,12 @@ def add_rms_norm(
         check_contiguous("delta", delta, torch.Size(shape), residual, torch.float32)
     elif delta is not None:
         check_contiguous("delta", delta, residual.shape, residual)
+    if ahead is not None:
+        check_contiguous("ahead", ahead)
+        check_contiguous("ahead", ahead, torch.Size((len(ahead), ahead.shape[-1])), residual)
     path = direct_backend(residual, delta, weight) if residual.numel() else None
     if path is None:
-        return _add_rms_norm_op(residual, delta, weight, float(eps))
+        return _add_rms_norm_op(residual, delta, weight, float(eps), ahead)
     return PATHS[path](residual, delta, weight, eps)
 
 

@@ -28,194 +28,120 @@ Shapes: x (M, K), weight (N, K), S partial sums.
 import torch
 from torch import Tensor
 
-from ._backend import calls_directly, interpreted, jit, tl, triton, uses_triton
+from ._backend import calls_directly, interpreted, triton, uses_triton
+from ._linear_kernels import _linear_kernel, _uneven_linear_kernel
 from ._ops import add_op_namespace_prefix
-from ._overlap import (
-    LINE_BYTES,
-    architecture,
-    overlap_options,
-    prefetch_to_l2,
-    wait_for_previous_kernel,
-)
+from ._overlap import LINE_BYTES, architecture, overlap_options, prefetched_lines
 
 MAX_ROWS = 128  # of the Triton path: one program holds all rows
 DTYPES = (torch.bfloat16, torch.float16)
 BLOCK_N, BLOCK_K = 64, 64  # columns of the narrowest tile; gated: gates, and as many ups
 WIDE_ROWS = 64  # from here on tiles may be wider: each one reads all rows from the L2 cache again
 WIDEST = 256  # columns of a tile, gates and ups together
+UNEVEN = 128, 32  # the same of a tile in two parts, where 128 are too few and 256 too many
 # Architectures whose tensor cores read operands from shared memory. The others' registers hold them
 # and have no room for the sums of the widest tiles.
 FROM_SHARED_MEMORY = range(90, 120)
 PROGRAMS = 132  # multiprocessors of an H100 or H200
-PART_N = 128  # columns of a tile for which K is divided
-MAX_PARTS = 4  # of K: every part costs 4 M N bytes written and read
+MAX_PARTS = 6  # of K: every part costs 4 M N bytes written and read
 # Of the weight, by all programs together: what memory delivers in 1 us, about its latency.
 IN_FLIGHT_BYTES = 4 << 20
 STAGES = (3, 6)  # of the pipeline, all but one of which are in flight
 SHARED_BYTES = 160 << 10  # one program of attention still fits next to it on sm_90
 SMALL_SHARED_BYTES, SMALL = 96 << 10, (86, 89, 120, 121)  # architectures that have less
 OPERATIONS_PER_BYTE = 144  # of an H200: 790 TFLOP/s by 5.5 TB/s from the L2 cache
-# Of the weight, into the L2 cache while the previous kernel ends, at least: what memory delivers in
-# 2 us. At most twice as much, as long as the norm between two products, which leaves memory idle,
-# and the start of the second one take.
-PREFETCH_BYTES = 8 << 20
-
-
-# --- Triton kernel --------------------------------------------------------------------------------
-
-
-@jit
-def _load_weight(pointers, in_rows, k, K, EVEN: tl.constexpr):
-    """A tile of the weight. EVEN: BLOCK_K divides K."""
-    if EVEN:
-        return tl.load(pointers, mask=in_rows[:, None], other=0.0)
-    return tl.load(pointers, mask=in_rows[:, None] & (k < K)[None, :], other=0.0)
-
-
-@jit
-def _add_product(left, right, total, WIDEN: tl.constexpr):
-    """total + left @ right; WIDEN: in Triton's interpreter, which cannot multiply bfloat16."""
-    if WIDEN:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), total)
-    return tl.dot(left, right, total)
-
-
-@jit
-def _prefetch(
-    weight, n, N, K, first_k, LINES: tl.constexpr, LINE: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """The first LINES cache lines of each row in this program's part of the weight."""
-    rows = tl.minimum(n, N - 1).to(tl.int64) * K
-    columns = tl.minimum(first_k + tl.arange(0, LINES) * LINE, K - 1)
-    prefetch_to_l2(weight + rows[:, None] + columns[None, :], OVERLAP)
-
-
-@jit
-def _linear_kernel(
-    # x [M, K], weight [N, K] or, gated, [2 N, K], bias [N] or None
-    x, weight, bias,
-    # [M, N], or PARTS partial sums in fp32 [PARTS, M, N]
-    out,
-    M, N, K,
-    GATED: tl.constexpr, GELU: tl.constexpr, PARTIAL: tl.constexpr, PART_K: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    LINES: tl.constexpr, LINE: tl.constexpr, WIDEN: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N columns of all rows, over PART_K of K; products are transposed."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(1)
-    first_k = part * PART_K
-    m = tl.arange(0, BLOCK_M)
-    k = first_k + tl.arange(0, BLOCK_K)
-    inside = n < N
-    # Nothing but the weight, which no kernel of a decoding step writes, is worth fetching now.
-    _prefetch(weight, n, N, K, first_k, LINES, LINE, OVERLAP)
-    w = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    up_weight = weight + tl.cast(N, tl.int64) * K  # an N of 1 is a constant, without `to`
-    u = w
-    if GATED:
-        _prefetch(up_weight, n, N, K, first_k, LINES, LINE, OVERLAP)
-        u = up_weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    # x is what the previous kernel wrote, and `out` may be memory that it read.
-    wait_for_previous_kernel(OVERLAP)
-    rows = x + m[:, None] * K + k[None, :]
-    product = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for _ in range(first_k, tl.minimum(first_k + PART_K, K), BLOCK_K):
-        mask = (m < M)[:, None]
-        if not EVEN:
-            mask = mask & (k < K)[None, :]
-        right = tl.trans(tl.load(rows, mask=mask, other=0.0))
-        product = _add_product(_load_weight(w, inside, k, K, EVEN), right, product, WIDEN)
-        if GATED:
-            up = _add_product(_load_weight(u, inside, k, K, EVEN), right, up, WIDEN)
-            u += BLOCK_K
-        w += BLOCK_K
-        rows += BLOCK_K
-        k += BLOCK_K
-    if bias is not None:
-        product += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        gate = product.to(x.dtype.element_ty).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(x.dtype.element_ty)
-        product = silu.to(tl.float32) * up.to(x.dtype.element_ty).to(tl.float32)
-    if GELU:
-        v = product.to(x.dtype.element_ty).to(tl.float32)
-        product = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
-    if PARTIAL:
-        out += part * M * N
-    to = out + m[None, :] * N + n[:, None]
-    tl.store(to, product.to(out.dtype.element_ty), mask=inside[:, None] & (m < M)[None, :])
 
 
 # --- Launcher -------------------------------------------------------------------------------------
 
 
 def parts_of(N: int, K: int) -> tuple[int, int]:
-    """How many partial sums `decode_linear_partials` returns, and the columns of each one."""
+    """How many partial sums `decode_linear_partials` returns, and the columns of each one.
+
+    Of the numbers the one with which MAX_ROWS rows are done first, the partial sums read included.
+    """
     tiles = -(-K // BLOCK_K)
-    parts = min(max(PROGRAMS // -(-N // PART_N), 1), MAX_PARTS, tiles)
+
+    def time(parts: int) -> float:
+        per_part = -(-tiles // parts)
+        uneven = parts * per_part / tiles
+        partial_sums = 2 * parts * MAX_ROWS / K  # written, and once more read
+        shortest = min(
+            _time(MAX_ROWS, N, parts, columns, 1, partial_sums, uneven)
+            for columns in (2 * BLOCK_N, sum(UNEVEN), WIDEST)
+        )
+        return shortest + partial_sums
+
+    parts = min(range(1, min(MAX_PARTS, tiles) + 1), key=time)
     tiles_per_part = -(-tiles // parts)
     return -(-tiles // tiles_per_part), tiles_per_part * BLOCK_K
 
 
-def block_columns(block_m: int, N: int, parts: int, gated: bool) -> int:
+def _time(
+    rows: int, N: int, parts: int, columns: int, weights: int, results: float = 0.0,
+    uneven: float = 1.0,
+) -> float:  # fmt: skip
+    """Of a product, in units of the time that the weight takes from the L2 cache.
+
+    That, the rows, once per tile of columns, and the results pass the L2 cache in
+    1 + rows / columns + results; the tensor cores take rows / OPERATIONS_PER_BYTE if all are in
+    use, and more if programs do not come out even on the multiprocessors.
+    """
+    programs = -(-N // columns) * parts
+    busiest = -(-programs // PROGRAMS) * PROGRAMS / programs
+    l2 = 1 + rows / (weights * columns) + results
+    return max(l2, uneven * busiest * rows / OPERATIONS_PER_BYTE)
+
+
+def block_columns(block_m: int, N: int, K: int, parts: int, gated: bool) -> int:
     """Columns of a program's tile: of the choices the one that is done first, the widest if equal.
 
-    In units of the time that the weight takes from the L2 cache: that and the rows, once per tile
-    of columns, pass the L2 cache in 1 + M / columns; the tensor cores take M / OPERATIONS_PER_BYTE
-    if all are in use, and more if programs do not come out even on the multiprocessors.
+    Of the widest two, one is no power of two: those of UNEVEN, gates and ups together.
     """
     weights = 2 if gated else 1
-
-    def time(columns: int) -> float:
-        programs = -(-N // columns) * parts
-        busiest = -(-programs // PROGRAMS) * PROGRAMS / programs
-        l2 = 1 + block_m / (weights * columns)
-        return max(l2, busiest * block_m / OPERATIONS_PER_BYTE)
-
+    # Partial sums have 4 bytes; a single part is taken for one in the dtype of x.
+    results = (2 * parts if parts > 1 else 1 / weights) * block_m / K
     choices = [BLOCK_N]
     if block_m >= WIDE_ROWS and not gated:
         choices.append(2 * BLOCK_N)
     if block_m >= MAX_ROWS and architecture() in FROM_SHARED_MEMORY:
-        choices.append(WIDEST // weights)
+        choices += [sum(UNEVEN) // weights, WIDEST // weights]
+
+    def time(columns: int) -> float:
+        return _time(block_m, N, parts, columns, weights, results)
+
     return min(reversed(choices), key=time)
 
 
-def linear_launch(M: int, N: int, parts: int, gated: bool) -> dict[str, int | bool | None]:
+def linear_launch(M: int, N: int, K: int, parts: int, gated: bool) -> dict[str, int | bool | None]:
     """Tile sizes, and as many pipeline stages as memory needs and fit, for 2-byte elements."""
     block_m = max(16, triton.next_power_of_2(M))
-    block_n = block_columns(block_m, N, parts, gated)
-    weight_rows = 2 * block_n if gated else block_n
+    columns = block_columns(block_m, N, K, parts, gated)
+    weights = 2 if gated else 1
+    weight_rows = weights * columns
+    block_n = UNEVEN[0] // weights if weight_rows == sum(UNEVEN) else columns
     tile_bytes = 2 * BLOCK_K * weight_rows
-    wanted = 1 + -(-IN_FLIGHT_BYTES // (-(-N // block_n) * parts * tile_bytes))
+    wanted = 1 + -(-IN_FLIGHT_BYTES // (-(-N // columns) * parts * tile_bytes))
     stages = min(max(wanted, STAGES[0]), STAGES[1])
     warps = 8 if block_m >= WIDE_ROWS else 4
     sums = block_m * weight_rows // (32 * warps)  # per thread
     shared = SMALL_SHARED_BYTES if architecture() in SMALL else SHARED_BYTES
     return {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": BLOCK_K,
+        **({"EXTRA": columns - block_n} if columns > block_n else {}),
         "num_stages": min(stages, shared // (tile_bytes + 2 * BLOCK_K * block_m)),
-        "num_warps": warps, "maxnreg": max_registers(sums), "enable_fp_fusion": True,
+        "num_warps": warps, "maxnreg": max_registers(sums, gated), "enable_fp_fusion": True,
     }  # fmt: skip
 
 
-def max_registers(sums: int) -> int:
+def max_registers(sums: int, gated: bool) -> int:
     """Of a thread that holds so many sums; what it does not take is left to the next kernel.
 
     The compiler's own choice spills on sm_80.
     """
     if architecture() not in FROM_SHARED_MEMORY:
         return 192
-    return 96 if sums <= 32 else 128 if sums <= 64 else 208
-
-
-def prefetched_lines(weight_rows: int, parts: int, part_k: int) -> int:
-    """Cache lines per row and part of the weight that are fetched early: a power of two."""
-    wanted = -(-PREFETCH_BYTES // (LINE_BYTES * weight_rows * parts))
-    most = max(2 * part_k // LINE_BYTES, 1)
-    return min(triton.next_power_of_2(wanted), 1 << most.bit_length() - 1)
+    return 96 if sums <= 32 else 128 if sums <= (64 if gated else 80) else 208
 
 
 def linear_triton(
@@ -225,8 +151,10 @@ def linear_triton(
     (M, K), N = x.shape, weight.shape[0] // (2 if gated else 1)
     parts, part_k = parts_of(N, K) if partial else (1, -(-K // BLOCK_K) * BLOCK_K)
     out = x.new_empty(parts, M, N, dtype=torch.float32) if partial else x.new_empty(M, N)
-    options = linear_launch(M, N, parts, gated)
-    _linear_kernel[(-(-N // options["BLOCK_N"]), parts)](
+    options = linear_launch(M, N, K, parts, gated)
+    columns = options["BLOCK_N"] + options.get("EXTRA", 0)
+    kernel = _uneven_linear_kernel if "EXTRA" in options else _linear_kernel
+    kernel[(-(-N // columns), parts)](
         x, weight, bias, out, M, N, K,
         GATED=gated, GELU=gelu, PARTIAL=partial, PART_K=part_k, EVEN=K % BLOCK_K == 0,
         WIDEN=interpreted(),

@@ -49,6 +49,21 @@ def test_extreme_rows(size, backend, device):
     torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=0.0)
 
 
+def test_a_weight_that_is_fetched_early_changes_nothing(backend, device):
+    residual, delta, weight = case((3, 96), torch.bfloat16, device)
+    ahead = torch.full((40, 96), math.nan, dtype=torch.bfloat16, device=device)
+    streams = [residual.clone() for _ in range(3)]
+    found = [
+        add_rms_norm(stream, weight, eps=NORM_EPS, delta=delta, ahead=next_weight)
+        for stream, next_weight in zip(streams, (None, ahead, ahead[:0]), strict=True)
+    ]
+    for stream, out in zip(streams, found, strict=True):
+        assert torch.equal(stream, streams[0]) and torch.equal(out, found[0])
+    for wrong in (ahead[0], ahead[:, ::2], ahead.float(), ahead[None]):
+        with pytest.raises(ValueError, match="ahead"):
+            add_rms_norm(residual, weight, eps=NORM_EPS, ahead=wrong)
+
+
 def test_nan_stays_in_its_row(backend, device):
     residual, delta, weight = case((3, 32), torch.float32, device)
     delta[1, 5] = math.nan

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 from iris_kernels import add_rms_norm, decode_linear, decode_linear_partials
+from iris_kernels._overlap import PREFETCH_BYTES, prefetched_lines
 from iris_kernels.decode_linear import (
     BLOCK_K,
     BLOCK_N,
-    PREFETCH_BYTES,
+    UNEVEN,
     WIDEST,
     decode_linear_reference,
     parts_of,
-    prefetched_lines,
 )
 from kernel_oracle import EPS, assert_close, rounding
 
@@ -91,23 +91,45 @@ def test_the_widest_tiles(kind, backend, device, monkeypatch):
     else:
         found = decode_linear(x, weight, gated=kind == "gated")
     truth = decode_linear_reference(x.double(), weight.double(), gated=kind == "gated")
-    options = module.linear_launch(100, N, 1, kind == "gated")
+    options = module.linear_launch(100, N, 3 * BLOCK_K, 1, kind == "gated")
     assert options["BLOCK_N"] == (WIDEST // 2 if kind == "gated" else WIDEST)
     limit = budget(truth, 3 * BLOCK_K, torch.bfloat16)
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=limit)
 
 
-# Rows, N, parts, gated of 1B and 7B on an H200: columns of a tile.
+@pytest.mark.parametrize("kind", ["plain", "bias", "gelu", "gated", "partial", "ragged k"])
+def test_tiles_in_two_parts(kind, backend, device, monkeypatch):
+    """Where 160 columns are better than 128 and 256; the last tiles are ragged."""
+    monkeypatch.setattr(module, "architecture", lambda: 90)
+    monkeypatch.setattr(module, "block_columns", lambda *a: sum(UNEVEN) // (2 if a[-1] else 1))
+    gated, gelu = kind == "gated", kind == "gelu"
+    N, K = sum(UNEVEN) + UNEVEN[0] + 10, 2 * BLOCK_K + (8 if kind == "ragged k" else 0)
+    x, weight, bias = make_inputs(100, N, K, torch.bfloat16, device)
+    bias = bias if kind in ("bias", "gelu") else None
+    if kind == "partial":
+        found = decode_linear_partials(x, weight).sum(0)
+    else:
+        found = decode_linear(x, weight, bias, gated=gated, gelu=gelu)
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    truth = decode_linear_reference(*wide, gated, gelu)
+    limit = budget(truth, K, torch.bfloat16)
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=limit)
+
+
+# Rows, N, K, parts, gated of 1B and 7B on an H200: columns of a tile.
 TILES = {
-    (16, 6144, 1, False): 64,
-    (64, 6144, 1, False): 128,
-    (64, 11264 // 2, 1, True): 64,
-    (128, 6144, 1, False): 128,  # 24 wider tiles would leave most multiprocessors idle
-    (128, 2048, 4, False): 128,
-    (128, 11264 // 2, 1, True): 64,
-    (128, 16384, 1, False): 256,
-    (128, 4096, 4, False): 256,
-    (128, 22016 // 2, 1, True): 128,
+    (16, 6144, 2048, 1, False): 64,
+    (64, 6144, 2048, 1, False): 128,
+    (64, 11264 // 2, 2048, 1, True): 64,
+    (128, 6144, 2048, 1, False): 128,  # 24 wider tiles would leave most multiprocessors idle
+    (128, 2048, 2048, 4, False): 160,
+    (128, 2048, 5632, 5, False): 160,
+    (128, 11264 // 2, 2048, 1, True): 80,
+    (128, 16384, 2048, 1, False): 256,
+    (128, 4096, 4096, 4, False): 256,
+    (128, 4096, 11008, 5, False): 256,
+    (128, 12288, 4096, 1, False): 160,
+    (128, 22016 // 2, 4096, 1, True): 128,
 }
 
 
@@ -115,10 +137,11 @@ TILES = {
 def test_tiles_of_real_sizes(case, monkeypatch):
     """Their rows and columns fill the shared memory and the registers of no more than a GPU."""
     monkeypatch.setattr(module, "architecture", lambda: 90)
-    M, N, parts, gated = case
-    options = module.linear_launch(M, N, parts, gated)
-    assert options["BLOCK_N"] == TILES[case]
-    columns = options["BLOCK_N"] * (2 if gated else 1)
+    M, N, K, parts, gated = case
+    options = module.linear_launch(M, N, K, parts, gated)
+    columns = options["BLOCK_N"] + options.get("EXTRA", 0)
+    assert columns == TILES[case]
+    columns *= 2 if gated else 1
     stage = 2 * BLOCK_K * (columns + options["BLOCK_M"])
     assert 3 <= options["num_stages"] <= 6
     assert options["num_stages"] * stage <= 160 << 10
@@ -126,11 +149,13 @@ def test_tiles_of_real_sizes(case, monkeypatch):
 
 
 def test_the_number_of_parts_occupies_the_gpu_and_ignores_the_rows():
-    """Of 1B and 7B: the output projection and the MLP's last product; QKV is wide enough."""
+    """Of 1B and 7B: the output projection and the MLP's last product; the image head is wide
+    enough."""
     assert parts_of(2048, 2048) == (4, 512)
-    assert parts_of(2048, 5632) == (4, 22 * 64)
-    assert parts_of(4096, 11008) == (4, 43 * 64)
-    assert parts_of(3 * 4096, 4096)[0] == 1
+    assert parts_of(2048, 5632) == (5, 18 * 64)
+    assert parts_of(4096, 4096) == (4, 16 * 64)
+    assert parts_of(4096, 11008) == (5, 35 * 64)
+    assert parts_of(16384, 2048)[0] == 1
 
 
 @pytest.mark.parametrize(("N", "K"), [(6144, 2048), (2048, 5632), (102400, 2048), (64, 64)])

@@ -20,7 +20,11 @@ from .checks import NewToken
 CHUNK = 256  # entries, of fp8 twice as many: reducing the slots after each costs instructions
 TILE = 4096  # elements of a key or value tile
 STAGES = 3  # two tiles are in flight while one is multiplied; of fp32, whose are larger, one
-EARLY_TILES = 4  # of a sequence's own entries, fetched into L2 while the previous kernel ends
+# Tiles of a sequence's own entries, fetched into L2 while the previous kernel ends. Entries that
+# are not live yet are fetched in vain. For many sequences that kernel, a product, is bound by the
+# L2 cache and leaves memory idle longer; for still more it is torch's, with which nothing overlaps.
+EARLY_TILES, MORE_EARLY_TILES, MANY = 4, 8, range(96, 129)
+EARLY_PROGRAMS = 264  # that fetch them: two per multiprocessor, those that start first
 SPLIT_BELOW = 256  # programs: fewer than about two per multiprocessor of an H200
 MERGED_AT_ONCE = 16  # chunks whose results are loaded together
 
@@ -146,18 +150,20 @@ def _decode_kernel(
     # H / Hkv; Dh, and that rounded up to a power of two; slots; the largest fp8 or 0
     HEADS_PER_KV: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, L: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, FP8_MAX: tl.constexpr,
-    EARLY: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr, OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr, EARLY_PROGRAMS: tl.constexpr, LINE: tl.constexpr, LINES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence; SPLIT: one chunk of it, those of the prefix first."""
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     kv = h // HEADS_PER_KV
     d = tl.arange(0, D)
-    if EARLY:
-        own = keys + b * k_b + kv * k_h
-        _prefetch_entries(own, k_s, S, EARLY, WIDTH, LINE, LINES, OVERLAP)
-        own = values + b * v_b + kv * v_h
-        _prefetch_entries(own, v_s, S, EARLY, WIDTH, LINE, LINES, OVERLAP)
+    if EARLY:  # noqa: SIM102
+        if b * H + h < EARLY_PROGRAMS:
+            own = keys + b * k_b + kv * k_h
+            _prefetch_entries(own, k_s, S, EARLY, WIDTH, LINE, LINES, OVERLAP)
+            own = values + b * v_b + kv * v_h
+            _prefetch_entries(own, v_s, S, EARLY, WIDTH, LINE, LINES, OVERLAP)
     # The projections and, some kernels earlier, the lengths and entries were written in this step.
     wait_for_previous_kernel(OVERLAP)
     length = tl.load(lengths + b).to(tl.int32)
@@ -299,7 +305,8 @@ def decode_triton(
         *strides, *context.stride()[:2],
         HEADS_PER_KV=H // keys.shape[1], WIDTH=width, SPLIT=split,
         FP8_MAX=FP8_MAX if keys.dtype == FP8 else 0,
-        EARLY=EARLY_TILES * options["L"] if early else 0, LINE=line,
+        EARLY=(MORE_EARLY_TILES if B in MANY else EARLY_TILES) * options["L"] if early else 0,
+        EARLY_PROGRAMS=EARLY_PROGRAMS, LINE=line,
         LINES=triton.next_power_of_2(-(-width // line)), **options, **overlap,
     )  # fmt: skip
     if split:
