@@ -46,7 +46,7 @@ class DecoderConfig:
 def runs_fused(x: Tensor) -> bool:
     """Whether blocks run `iris_kernels` between their products: on a GPU, and on a CPU in C++,
     outside a compiled graph. Elsewhere they are plain torch, which a compiler fuses."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.dtype == torch.float64:
         return False
     path = backend(x)
     return path == "cpp" or (path == "triton" and x.is_cuda)
