@@ -131,13 +131,13 @@ def _peer(row: Row, peer: Row | None) -> str:
 
 
 def _multiples(row: Row, peer: Row | None) -> str:
-    """The peer's time and memory as multiples of ours."""
+    """The peer's time and memory as multiples of ours; no multiple of less than half a MiB."""
     if peer is None:
         return ""
     if not peer["value"] or not row["value"]:
         return _short_error(peer)
     text = f"{peer['value'] / row['value']:.2g}x"
-    if row["peak_memory_bytes"] and peer["peak_memory_bytes"]:
+    if (row["peak_memory_bytes"] or 0) >= 2**19 and peer["peak_memory_bytes"]:
         text += f" ({peer['peak_memory_bytes'] / row['peak_memory_bytes']:.2g}x MiB)"
     return text
 
