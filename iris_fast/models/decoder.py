@@ -45,8 +45,11 @@ class DecoderConfig:
 
 def runs_fused(x: Tensor) -> bool:
     """Whether blocks run `iris_kernels` between their products: on a GPU, and on a CPU in C++,
-    outside a compiled graph. Elsewhere they are plain torch, which a compiler fuses."""
+    outside a compiled graph. Elsewhere they are plain torch, which a compiler fuses, and whose
+    dtypes autocast chooses."""
     if torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
         return False
     path = backend(x)
     return path == "cpp" or (path == "triton" and x.is_cuda)
