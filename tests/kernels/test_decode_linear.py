@@ -135,7 +135,7 @@ TILES = {
 
 @pytest.mark.parametrize("case", TILES)
 def test_tiles_of_real_sizes(case, monkeypatch):
-    """Their rows and columns fill the shared memory and the registers of no more than a GPU."""
+    """They fit the shared memory and the registers of one multiprocessor."""
     monkeypatch.setattr(module, "architecture", lambda: 90)
     M, N, K, parts, gated = case
     options = module.linear_launch(M, N, K, parts, gated)

@@ -26,8 +26,9 @@ struct Results {
 
 thread_local Scratch scratch;
 
-template <class T>
-inline Vec mix(Vec cond, const T*, Vec uncond, float cfg_weight) {
+constexpr float WEIGHT = 1099511627776.0f;  // 2^40
+
+inline Vec mix(Vec cond, Vec uncond, float cfg_weight) {
     const Vec mixed = (cond - uncond) * cfg_weight + uncond;
     return ((cond == -INF) | (uncond == -INF)) ? all(-INF) : mixed;
 }
@@ -39,13 +40,13 @@ float mix_row(const T* cond, const T* uncond, int64_t V, float cfg_weight, float
     int64_t i = 0;
     for (; i + LANES <= V; i += LANES) {
         Vec x = load(cond + i);
-        if (uncond) x = mix(x, uncond, load(uncond + i), cfg_weight);
+        if (uncond) x = mix(x, load(uncond + i), cfg_weight);
         store(mixed + i, x);
         best = larger(x, best);
     }
     if (i < V) {
         Vec x = load_part(cond + i, V - i, -INF);
-        if (uncond) x = mix(x, uncond, load_part(uncond + i, V - i, -INF), cfg_weight);
+        if (uncond) x = mix(x, load_part(uncond + i, V - i, -INF), cfg_weight);
         store_part(mixed + i, x, V - i);
         best = larger(x, best);
     }
@@ -54,7 +55,7 @@ float mix_row(const T* cond, const T* uncond, int64_t V, float cfg_weight, float
 
 // floor(2^40 e), 0 below the threshold.
 inline Longs weights(Vec e, Vec mixed, float threshold) {
-    const Vec kept = (Vec)((Ints)(e * 1099511627776.0f) & (mixed >= threshold));
+    const Vec kept = (Vec)((Ints)(e * WEIGHT) & (mixed >= threshold));
     return __builtin_convertvector(kept, Longs);
 }
 
@@ -93,7 +94,7 @@ int64_t find_token(const float* mixed, const float* e, int64_t V, const int64_t*
     int64_t block = 0, before = 0;
     while (before + block_sums[block] <= position) before += block_sums[block++];
     for (int64_t i = block * BLOCK;; i++) {
-        if (mixed[i] >= threshold) before += static_cast<int64_t>(e[i] * 1099511627776.0f);
+        if (mixed[i] >= threshold) before += static_cast<int64_t>(e[i] * WEIGHT);
         if (before > position) return i;
     }
 }
