@@ -111,7 +111,7 @@ def rope_append_triton(query, key, value, cos, sin, key_cache, value_cache, slot
     kv_heads = key.shape[1]
     heads = min(triton.next_power_of_2(max(H, kv_heads)), 16)
     query_blocks, key_blocks = -(-H // heads), -(-kv_heads // heads)
-    rotated = query.new_empty(B, H, width)
+    rotated, slots = query.new_empty(B, H, width), slots.contiguous()
     strides = [stride for t in (query, key, value) for stride in t.stride()[:2]]
     strides += [stride for t in (key_cache, value_cache) for stride in t.stride()[:3]]
     _rope_append_kernel[(B, query_blocks + 2 * key_blocks)](

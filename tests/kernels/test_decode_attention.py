@@ -189,6 +189,26 @@ def test_strided_caches(backend, device):
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
+SPREAD = {
+    "every_third": lambda n: n.repeat_interleave(3)[::3],
+    "expanded": lambda n: n[:1].expand(2),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_lengths_of_any_strides(name, backend, device):
+    query, keys, values, lengths = case(2, 3, 3, 12, 16, torch.float32, device)
+    keys, values, lengths = keys.nan_to_num(), values.nan_to_num(), SPREAD[name](lengths)
+    prefix = {"prefix_keys": keys, "prefix_values": values, "prefix_lengths": lengths}
+    index = torch.arange(2, device=device)
+    found = decode_attention(query, keys, values, lengths, **prefix, prefix_index=index)
+    prefix["prefix_lengths"] = lengths.contiguous()
+    expected = decode_attention(
+        query, keys, values, lengths.contiguous(), **prefix, prefix_index=index
+    )
+    assert torch.equal(found, expected)
+
+
 def test_opcheck_and_fullgraph(backend, device):
     tensors = case(2, 2, 2, 10, 16, torch.float32, device)
     torch.library.opcheck(ops.decode_attention.default, (*tensors, None, None, None, None, 0.25))

@@ -71,11 +71,19 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     if not query.numel():
         return torch.empty_like(query, memory_format=torch.contiguous_format)
+    prefix_keys, prefix_values, *counts = prefix
+    lengths, prefix_lengths, prefix_index = map(_adjacent, (lengths, *counts))
+    prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
     if path == "cpp":
         return decode_cpp(query, keys, values, lengths, prefix, scale, new)
     check_values(keys, lengths, prefix, new)
     run = decode_triton if path == "triton" else decode_torch
     return run(query, keys, values, lengths, prefix, scale, new)
+
+
+def _adjacent(numbers: Tensor | None) -> Tensor | None:
+    """The same, adjacent in memory, where Triton and C++ look for them."""
+    return numbers if numbers is None or numbers.is_contiguous() else numbers.contiguous()
 
 
 # --- Public ---------------------------------------------------------------------------------------
@@ -125,7 +133,7 @@ def decode_attention(
     prefix = (prefix_keys, prefix_values, prefix_lengths, prefix_index)
     check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    path = direct_backend(key_cache, value_cache, query)
+    path = direct_backend(key_cache, value_cache, query, lengths, *prefix)
     if path is not None:
         return _attend(path, query, key_cache, value_cache, lengths, prefix, scale)
     return _decode_attention_op(
@@ -174,7 +182,7 @@ def rope_append_attention(
     check_cache_and_prefix(query, key_cache, value_cache, lengths, prefix)
     check_new_token(query, key, value, cos, sin, key_cache.shape[1])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    path = direct_backend(key_cache, value_cache, query, key, value)
+    path = direct_backend(key_cache, value_cache, query, key, value, cos, sin, lengths, *prefix)
     if path is not None:
         new = NewToken(key, value, cos, sin)
         return _attend(path, query, key_cache, value_cache, lengths, prefix, scale, new)
