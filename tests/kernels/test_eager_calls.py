@@ -61,6 +61,14 @@ def test_a_step_outside_the_buffers_is_refused(column):
         )
 
 
+def test_buffers_that_a_step_has_written_have_a_new_version():
+    buffers = zeros(12).view(3, 4), torch.zeros(4, 3, 4), torch.zeros(4, 3, 4)
+    guided_sample_step(
+        logits(), None, torch.rand(3, 4), torch.tensor([1]), *buffers, cfg_weight=1.0
+    )
+    assert all(buffer._version > 0 for buffer in buffers)
+
+
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_a_cache_never_becomes_part_of_a_graph(name):
     new = {each: torch.randn(2, 1, 8) for each in ("query", "key", "value")}

@@ -342,6 +342,21 @@ def test_layouts(name, backend, device):
     assert torch.equal(out.conditional.nsc.reshape(-1), flat.conditional.nsc)
 
 
+SPREAD = {
+    "every_third": lambda u: u.repeat_interleave(3)[::3],
+    "expanded": lambda u: u[:1].expand(40),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_uniform_of_any_strides(name, backend, device):
+    cond, _ = random_case((40,), 300, torch.float32, device)
+    uniform = SPREAD[name](torch.rand(40, generator=torch.Generator().manual_seed(1)).to(device))
+    found = guided_sample(cond, None, uniform, cfg_weight=1.0).token_ids
+    expected = guided_sample(cond, None, uniform.contiguous(), cfg_weight=1.0).token_ids
+    assert torch.equal(found, expected)
+
+
 def test_vocab_size(backend, device):
     cond, uncond, uniform = case(5, 400, torch.float32, device, "guided")
     for name in ("guided", "all_truncations"):

@@ -32,14 +32,16 @@ def sample_cpp(
     if uncond is not None and uncond_rows is None:
         uncond_rows = rows_of(uncond := uncond.contiguous())
     rows = cond.numel() // cond.shape[-1]
-    tokens, conditional, guided = empty_outputs(cond, (rows,))
-    column, room, step_tokens = 0, 1, tokens
-    if recording is not None:
+    uniform = uniform.contiguous()  # held until the call has read it
+    if recording is None:
+        column, room = 0, 1
+        step_tokens, conditional, guided = empty_outputs(cond, (rows,))
+    else:
         column, room = int(recording.step), recording.token_ids.shape[1]
         _, step_tokens, conditional, guided = recording
     places = [
         each.data_ptr() + column * each.element_size()
-        for each in (uniform.contiguous(), step_tokens, conditional, guided)
+        for each in (uniform, step_tokens, conditional, guided)
     ]
     in_range = _sample()(
         cond.dtype == torch.bfloat16, *cond_rows, *(uncond_rows or (None, 1, 0, 0)), rows,
@@ -49,6 +51,7 @@ def sample_cpp(
     )  # fmt: skip
     if not in_range:
         raise ValueError("uniform holds numbers outside [0, 1): pass the result of torch.rand")
-    if recording is not None:
-        tokens.copy_(step_tokens[:, column])
-    return tokens, conditional, guided
+    if recording is None:
+        return step_tokens, conditional, guided
+    torch.autograd.graph.increment_version((step_tokens, conditional, guided))
+    return step_tokens[:, column].clone(), conditional, guided

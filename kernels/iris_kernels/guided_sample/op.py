@@ -157,7 +157,7 @@ def guided_sample(
         cond_logits, uncond_logits, cfg_weight, temperature, top_k, top_p, min_p, vocab_size
     )
     check_uniform("uniform", uniform, rows, cond_logits.device)
-    if calls_directly(cond_logits) and uniform.numel():
+    if calls_directly(cond_logits, uncond_logits, uniform) and uniform.numel():
         numbers = float(cfg_weight), float(temperature)
         tokens, conditional, guided = sample(
             cond_logits, uncond_logits, uniform.detach(), *numbers, *truncation

@@ -87,7 +87,7 @@ def guided_sample_step(
     )
     recording = Recording(step, token_ids, conditional, guided)
     _check_buffers(uniforms, recording, cond_logits)
-    if calls_directly(cond_logits) and len(cond_logits):
+    if calls_directly(cond_logits, uncond_logits, uniforms, *recording) and len(cond_logits):
         numbers = float(cfg_weight), float(temperature)
         return sample(cond_logits, uncond_logits, uniforms, *numbers, *truncation, recording)[0]
     if not len(cond_logits):
