@@ -53,6 +53,13 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
         assert cpp.library.__wrapped__() is None
 
 
+def test_a_library_that_cannot_be_loaded_is_not_used(tmp_path):
+    broken = tmp_path / "_avx2.so"
+    broken.write_bytes(b"cut off")
+    with pytest.warns(UserWarning, match="cannot be loaded .*run pip install again"):
+        assert cpp._load(broken) is None
+
+
 def test_uses_triton_answers_for_a_tensor(monkeypatch):
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
     assert not uses_triton(torch.zeros(1))

@@ -40,16 +40,20 @@ def library() -> ctypes.CDLL | None:
 
 
 def _load(path: Path) -> ctypes.CDLL | None:
-    loaded = ctypes.CDLL(str(path))
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:  # compiled on another system, or cut off
+        return _warn(f"{path} cannot be loaded ({error})")
     loaded.iris_sources.restype = ctypes.c_char_p
     if loaded.iris_sources().decode() != source_hash():
-        warnings.warn(
-            f"{path} was compiled from other sources, and CPU ops take their slower torch path: "
-            "run pip install again",
-            stacklevel=2,
-        )
-        return None
+        return _warn(f"{path} was compiled from other sources")
     return loaded
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"{reason}, and CPU ops take their slower torch path: run pip install again", stacklevel=3
+    )
 
 
 def function(name: str, result: type | None, *arguments: type) -> Callable[[], Callable]:
