@@ -10,6 +10,7 @@ from iris_kernels import (
     rope_append,
     token_stats,
 )
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 
 @pytest.fixture(autouse=True, params=["cpp", "torch"])
@@ -83,6 +84,35 @@ def test_attention_to_a_cache_has_no_gradient():
     cache = torch.randn(2, 1, 4, 8, requires_grad=True)
     context = decode_attention(torch.randn(2, 1, 8), cache, cache, zeros(2) + 3)
     assert not context.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*performance drop")
+def test_gradients_of_several_upstream_gradients_at_once():
+    leaf, token_ids = logits().requires_grad_(), zeros()
+    out = token_stats(leaf, token_ids).nsc
+    upstream = torch.randn(4, 3)
+
+    def gradient(each):
+        return torch.autograd.grad(out, leaf, each, retain_graph=True)[0]
+
+    expected = torch.stack([gradient(each) for each in upstream])
+    torch.testing.assert_close(torch.func.vmap(gradient)(upstream), expected)
+
+
+def test_one_fake_argument_makes_fake_results():
+    """Its address is 0."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = torch.empty(3, 50)
+    uniform, token_ids = (mode.from_tensor(t) for t in (torch.rand(3), zeros()))
+    heads, cache = torch.randn(3, 1, 8), torch.zeros(3, 1, 4, 8)
+    results = [
+        guided_sample(logits(), fake, torch.rand(3), cfg_weight=2.0).token_ids,
+        guided_sample(logits(), None, uniform, cfg_weight=2.0).token_ids,
+        token_stats(logits(), token_ids).nsc,
+        token_stats(logits(), zeros(), mask=token_ids == 0).nsc,
+        decode_attention(heads, cache, cache, token_ids),
+    ]
+    assert all(isinstance(result, FakeTensor) for result in results)
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")

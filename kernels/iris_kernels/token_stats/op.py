@@ -186,6 +186,12 @@ class _TokenStats(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         logits, token_ids, mask, *saved = ctx.saved_tensors
+        if not calls_directly(logits, *upstream[:4], with_gradient=True):
+            temperature = to_scalar_tensor(ctx.temperature, logits)
+            grad = _backward_op(
+                logits, token_ids, mask, *saved, *upstream[:4], temperature, ctx.vocab_size
+            )
+            return grad, None, None, None, None, None
         # A graph that is kept is run again, and needs the logits then.
         if ctx.inplace and not torch._C._autograd._get_current_graph_task_keep_graph():
             grad = logits = logits.detach()
@@ -250,7 +256,7 @@ def token_stats(
     logits = last_dim_contiguous(logits)
     if inplace_backward:
         _check_overwritable(logits)
-    if calls_directly(logits, with_gradient=True):
+    if calls_directly(logits, token_ids, mask, with_gradient=True):
         arguments = (logits, token_ids, mask, float(temperature), vocab_size)
         if torch.is_grad_enabled() and logits.requires_grad:
             return TokenStats(*_TokenStats.apply(*arguments, inplace_backward)[:4])
