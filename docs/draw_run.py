@@ -19,14 +19,16 @@ from iris_fast.cli import CommandParser
 from iris_fast.errors import UserError, report_error
 from iris_fast.models.images import GAP_PIXELS, save_png
 from iris_fast.run.curves import Point, moving_mean
+from iris_fast.run.evaluation import Comparison, compare, read_evaluations
 from iris_fast.run.log import read_metrics
 from iris_fast.run.samples import Samples, read_strips, samples_of_same_prompts
 
 PROGRAM = "docs/draw_run.py"
+VERIFIER = "tiny_verifier"
 CURVES = {
     "image_nsc": "NSC per image token (nats)",
     "text_nsc": "NSC per text token (nats)",
-    "metrics/tiny_verifier": "Share of training images that the verifier accepts",
+    f"metrics/{VERIFIER}": "Share of training images that the verifier accepts",
 }
 ROWS, IMAGES_PER_ROW = 4, 2
 # Sizes in pixels.
@@ -56,7 +58,8 @@ def draw_figure(run_folder: Path) -> Image.Image:
         )
     settings = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
     (before, before_path), (after, after_path) = grids[0], grids[-1]
-    header = describe(settings, before, after)
+    held_out = {found.metric: found for found in compare(read_evaluations(run_folder / "eval"))}
+    header = describe(settings, before, after, held_out.get(VERIFIER))
     num_prompts = len(after.prompts)
     num_rows = min(ROWS, num_prompts)
     prompt_rows = [place * num_prompts // num_rows for place in range(num_rows)]
@@ -90,8 +93,11 @@ def draw_figure(run_folder: Path) -> Image.Image:
     return figure
 
 
-def describe(settings: dict[str, Any], before: Samples, after: Samples) -> list[str]:
-    """The header: what the model was trained on, and how the metrics of the samples changed."""
+def describe(
+    settings: dict[str, Any], before: Samples, after: Samples, held_out: Comparison | None = None
+) -> list[str]:
+    """The header: what the model was trained on, and how the metrics of the samples changed, or
+    accuracy on `held_out` images, of which there are more."""
     weighted = zip(settings["reward_funcs"], settings["reward_weights"], strict=True)
     rewards = [name if weight == 1 else f"{weight:g} x {name}" for name, weight in weighted]
     steps = f"{after.step} steps, rewarded by {' + '.join(rewards)} alone"
@@ -100,9 +106,16 @@ def describe(settings: dict[str, Any], before: Samples, after: Samples) -> list[
     if "image_nsc" in last:
         change = f"from {first['image_nsc']:.2f} to {last['image_nsc']:.2f} nats"
         lines.append(f"NSC per image token of the samples: {change}.")
-    if "tiny_verifier" in last:
+    if held_out:
+        count = len(held_out.last.prompts) * held_out.last.per_prompt
+        change = f"from {held_out.before.value:.0%} to {held_out.after.value:.0%}"
+        lines.append(
+            f"Share of {count} held-out images that the verifier accepts: {change} (green frames: "
+            "the samples that it accepts)."
+        )
+    elif VERIFIER in last:
         count = len(after.prompts) * after.per_prompt
-        change = f"from {first['tiny_verifier']:.0%} to {last['tiny_verifier']:.0%}"
+        change = f"from {first[VERIFIER]:.0%} to {last[VERIFIER]:.0%}"
         lines.append(
             f"Share of the {count} samples that the verifier accepts (green frame): {change}."
         )
@@ -127,7 +140,7 @@ def _paste_images(
     """Paste the first images of a prompt, each in a frame that shows the verifier's decision."""
     size = strip.height
     resample = Image.Resampling.NEAREST if size <= IMAGE_SIZE else Image.Resampling.LANCZOS
-    accepted = samples.metrics.get("tiny_verifier")
+    accepted = samples.metrics.get(VERIFIER)
     for column in range(min(IMAGES_PER_ROW, samples.per_prompt)):
         left = GAP_PIXELS + column * (size + GAP_PIXELS)
         image = strip.crop((left, 0, left + size, size)).resize((IMAGE_SIZE, IMAGE_SIZE), resample)

@@ -58,6 +58,18 @@ def check_guard(config: Any) -> None:
             )
 
 
+def check_evaluation(config: Any) -> None:
+    """Raise UserError for an evaluation that would measure nothing, or would not take place."""
+    if config.evaluates and not config.metric_funcs:
+        raise UserError(
+            "eval_prompts: there is no metric to measure their images with; add --metric_funcs, or "
+            "--eval_prompts none"
+        )
+    if config.eval_steps and not config.evaluates:
+        remedy = "it needs held-out prompts: add --eval_prompts, or leave it out"
+        require(False, "eval_steps", config.eval_steps, remedy)
+
+
 def check_direct(config: Any) -> None:
     """Raise UserError for what `--objective direct` does not support."""
     for name in config.reward_funcs:

@@ -129,7 +129,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        for name in ("model", "prompts", "cot_instruction", "output_dir"):
+        for name in ("model", "prompts", "cot_instruction", "output_dir", "eval_prompts"):
             require(getattr(self, name, None) != "", name, "''", "give a value or leave it out")
         for name in FP8_SETTINGS:
             if getattr(self, name) == "fp8" and self.rollout_engine != "static":
@@ -150,10 +150,15 @@ class SamplingConfig:
         if self.reward_funcs is None:
             self.reward_funcs = ["image_nsc", "text_nsc"] if self.cot else ["image_nsc"]
         if self.metric_funcs is None:
-            built_in = self.model == "tiny" and self.prompts is None
-            self.metric_funcs = ["tiny_verifier", "diversity", "richness"] if built_in else []
+            built_in = ["tiny_verifier", "diversity", "richness"]
+            self.metric_funcs = built_in if self.has_built_in_prompts else []
         if self.reward_weights is None:
             self.reward_weights = [1.0] * len(self.reward_funcs)
+
+    @property
+    def has_built_in_prompts(self) -> bool:
+        """Whether the prompts are those that come with the tiny model."""
+        return self.model == "tiny" and self.prompts is None
 
     @property
     def guided(self) -> bool:
@@ -298,6 +303,15 @@ class TrainConfig(SamplingConfig):
     """Steps between sample grids; 0: none. All grids use the same prompts and seeds."""
     num_sample_prompts: int = number(4, ge=1)
     """Prompts in a sample grid, evenly spaced over the prompt file."""
+    eval_prompts: str | None = None
+    """Held-out prompts, a file as for `prompts`: their images are measured with metric_funcs before
+    the first step and after the last, with the same random numbers, for a standard error of the
+    difference. none: no evaluation. Default: with the prompts that come with the tiny model its
+    held-out ones, otherwise none."""
+    num_generations_eval: int = number(4, ge=1)
+    """Images per held-out prompt."""
+    eval_steps: int = number(0, ge=0)
+    """Steps between further evaluations of the held-out prompts; 0: only before and after."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Tracker to log to, in addition to metrics.jsonl."""
     ddp_timeout: int = number(600, ge=1)
@@ -311,6 +325,7 @@ class TrainConfig(SamplingConfig):
             )
         checks.check_rewards(self)
         checks.check_guard(self)
+        checks.check_evaluation(self)
         if self.objective == "direct":
             checks.check_direct(self)
         if self.use_peft:
@@ -326,6 +341,18 @@ class TrainConfig(SamplingConfig):
     def prompts_per_step(self) -> int:
         """Prompts per rollout and rank."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def samples_per_step(self) -> int:
+        """Images per rollout and rank."""
+        return self.prompts_per_step * self.num_generations
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether held-out prompts are measured."""
+        if self.eval_prompts is None:
+            return self.has_built_in_prompts and bool(self.metric_funcs)
+        return self.eval_prompts != "none"
 
 
 def to_yaml(config: SamplingConfig) -> str:

@@ -33,6 +33,7 @@ from iris_fast.rollout.sampler import Sampler
 from iris_fast.run import folder as run_folder
 from iris_fast.run.checkpoint import Progress
 from iris_fast.run.context import Run, StepClock, is_due
+from iris_fast.run.evaluation import HeldOut
 from iris_fast.run.log import open_log
 from iris_fast.run.metrics import rollout_metrics
 from iris_fast.run.resume import restore
@@ -57,12 +58,13 @@ def train(config: TrainConfig) -> None:
         prompts = PromptSource(inputs.prompts, config.seed)
         decode = functools.partial(decode_images, models.vq)
         scorer = Scorer.of(config, rewards, inputs.prompts, decode)
+        held_out = HeldOut.of(inputs.held_out, config, models.sampler, scorer)
         optimizer = make_optimizer(models.policy, config)
         learner = Learner(models.policy, models.reference, optimizer, config, ranks)
         progress = restore(folder, learner, prompts.sha256(), config, ranks)
         with run_folder.claimed(folder, config, ranks):
             log = open_log(folder, config, progress.step, ranks)
-            run = Run(config, folder, log, ranks, stop, saved_at=progress.step)
+            run = Run(config, folder, log, ranks, stop, progress.step, held_out)
             log.print(f"run folder: {folder.path}")
             log.print(f"attention: {models.policy.attn_implementation}")
             try:
@@ -87,6 +89,7 @@ def loop(
         run.show_samples(sampler, scorer, prompts.prompts, step=0)
     while progress.step < config.max_steps and not run.stopped:
         with run.step_or_rollback(learner):
+            run.evaluate(progress.step)
             clock, scored = StepClock(), progress.scored
             prompts.cursor = progress.cursor
             if scored is None:
@@ -111,6 +114,8 @@ def loop(
             if is_due(config.save_steps, progress.step):
                 run.save(learner, progress)
     run.save(learner, progress)
+    with run.step_or_rollback(learner):
+        run.evaluate(progress.step)
 
 
 def take_samples(

@@ -33,6 +33,7 @@ QUICK: dict[str, Any] = {
     "image_token_num_per_image": 4,
     "cfg_weight": 5.0,
     "metric_funcs": [],
+    "eval_prompts": "none",
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
     "sample_steps": 0,

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from iris_fast.models.images import GAP_PIXELS
+from iris_fast.run.evaluation import Evaluation, compare
 from iris_fast.run.samples import Samples, read_strips, samples_of_same_prompts
 
 SPEC = importlib.util.spec_from_file_location(
@@ -65,6 +66,14 @@ def test_the_header_reports_how_the_samples_changed():
     assert "from -3.00 to -1.00 nats" in nsc
     assert "Share of the 2 samples" in accepted
     assert "from 50% to 0%" in accepted
+    evaluations = [
+        Evaluation(step, ["a ring", "a ball"], 2, {"tiny_verifier": values})
+        for step, values in ((0, [1.0, 0.0, 0.0, 0.0]), (60, [1.0, 1.0, 1.0, 0.0]))
+    ]
+    title, nsc, held_out = draw_run.describe(settings, before, after, *compare(evaluations))
+    assert held_out.startswith(
+        "Share of 4 held-out images that the verifier accepts: from 25% to 75%"
+    )
 
 
 def test_the_command_writes_a_png(finished_run, command):

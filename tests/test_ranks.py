@@ -12,6 +12,7 @@ from small_runs import flags, metrics, quick, tree
 
 from iris_fast.cli import parse
 from iris_fast.config import TrainConfig
+from iris_fast.run.evaluation import read_evaluations
 from iris_fast.train import train
 
 
@@ -34,13 +35,14 @@ def assert_close_runs(left: list[dict[str, Any]], right: list[dict[str, Any]]) -
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        {"metric_funcs": ["richness"], "eval_prompts": "five.txt", "num_generations_eval": 3},
         {"loss_type": "dapo", "gradient_accumulation_steps": 2, "scale_rewards": "batch"},
         {"use_peft": True, "lora_r": 4, "gradient_checkpointing": True},
     ],
     ids=["grpo", "dapo, accumulating, batch scale", "adapters, checkpointed blocks"],
 )
 def test_two_ranks_give_the_results_of_one(prompts, settings):
+    Path("five.txt").write_text("a ring\na cone\ntwo balls\na red ring\na blue cone\n")
     settings = {"prompts": prompts, "max_steps": 3, "learning_rate": 1e-4, **settings}
     train(quick("one", **settings, per_device_train_batch_size=2))
     command = [*flags(**settings, per_device_train_batch_size=1), "--output_dir", "two"]
@@ -48,6 +50,13 @@ def test_two_ranks_give_the_results_of_one(prompts, settings):
     assert (finished.codes, finished.err) == ([0, 0], "")
     assert finished.out.count("step 1/") == 1  # only rank 0 prints
     assert_close_runs(metrics("one"), metrics("two"))
+    evaluations = [read_evaluations(Path(folder) / "eval") for folder in ("one", "two")]
+    assert len(evaluations[0]) == (2 if "eval_prompts" in settings else 0)
+    for ours, theirs in zip(*evaluations, strict=True):  # five prompts: the ranks' shares differ
+        assert (ours.step, ours.prompts) == (theirs.step, theirs.prompts)
+        for name, values in ours.metrics.items():
+            assert len(values) == 15
+            assert values == pytest.approx(theirs.metrics[name], rel=5e-4), name
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_8bit"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import re
 import shlex
 import subprocess
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from small_runs import quick
 from iris_fast.cli import parse
 from iris_fast.config import PRESETS, TrainConfig, to_yaml
 from iris_fast.run.curves import Curve, Point, moving_mean
+from iris_fast.run.evaluation import Evaluation, compare, read_evaluations
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.provenance import command
 from iris_fast.run.report import TEMPLATES, write_report
@@ -43,7 +45,10 @@ def finished(tmp_path_factory) -> Path:
     """A run whose name has special characters. Read-only."""
     folder = tmp_path_factory.mktemp("report") / 'a <b> & "c"'
     settings = {"max_steps": 4, "sample_steps": 1, "num_sample_prompts": 2}
-    train(quick(folder, **settings, metric_funcs=["diversity"], image_token_num_per_image=16))
+    held_out = {"eval_prompts": str(folder.parent / "held_out.txt"), "eval_steps": 2}
+    Path(held_out["eval_prompts"]).write_text("a red cube\na <b> ball\n")
+    settings |= {"metric_funcs": ["diversity"], "image_token_num_per_image": 16, **held_out}
+    train(quick(folder, **settings))
     return folder
 
 
@@ -66,15 +71,17 @@ def test_images_and_curves_of_the_report_are_described(report):
     prompts = [tag["data-prompt"] for _, tag in report.tags if "data-prompt" in tag]
     assert len(prompts) == 2
     assert [image["alt"] for image in images] == [
-        f"{when} (step {step}): 4 images of {prompt}"
+        f"{when} (step {step}), image {n} of 4: {prompt}"
         for prompt in prompts
         for when, step in (("Before", 0), ("During", 2), ("After", 4))
+        for n in (1, 2, 3, 4)
     ]
     curves = [attributes for tag, attributes in report.tags if tag == "svg"]
     assert len(curves) >= 6
     for drawn in curves:
         assert drawn["role"] == "img"
-        assert "at step 1" in drawn["aria-label"]
+        first = 0 if drawn["aria-label"].startswith("Held-out") else 1
+        assert f"at step {first}" in drawn["aria-label"]
         assert "at step 4" in drawn["aria-label"]
     assert ("html", {"lang": "en"}) in report.tags
 
@@ -88,6 +95,57 @@ def test_the_report_shows_the_metrics_before_and_after(finished):
     for step in (0, 2, 4):
         for value in read_samples(finished / f"samples/step_{step:05d}.png").means().values():
             assert f"<td>{value:.3f}</td>" in page
+
+
+def test_the_report_begins_with_the_held_out_prompts(finished):
+    page = (finished / "report.html").read_text()
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings[:2] == [
+        "Held-out prompts, before and after",
+        "Does the reward select for the metrics?",
+    ]
+    assert headings.index("Samples") < headings.index("Curves") < headings.index("The run")
+    found = {
+        comparison.metric: comparison for comparison in compare(read_evaluations(finished / "eval"))
+    }
+    assert found.keys() == {"diversity", "image_nsc", "text_nsc"}
+    for comparison in found.values():
+        for cell in (comparison.before.text(), comparison.after.text(), comparison.verdict):
+            assert f">{cell}</td>" in page
+        assert f"<td>{comparison.difference.text('+')}</td>" in page
+    assert "2 prompts x 4 images" in page
+    assert "Held-out prompts: diversity" in page  # a curve: there are three evaluations
+
+
+BEFORE = [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]  # prompts with means 0, 1/2, 1
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        ([1.0] * 4 + [1.0, 1.0], "unclear: no clear change (+0.500 ± 0.289)"),
+        ([0.0, 1.0, 1.0, 1.0, 1.0, 1.0], "unclear: no clear change (+0.333 ± 0.167)"),
+        ([1.0, 0.0, 1.0, 1.0, 1.0, 0.0], "unclear: no clear change (+0.167 ± 0.333)"),
+        ([-1.0, -1.0, 0.0, -1.0, 0.0, 0.0], "lower: lower by 1.000 ± 0.000"),
+        ([1.0, 1.0, 1.0, 2.0, 2.0, 1.0], "higher: higher by 0.833 ± 0.167"),
+    ],
+)
+def test_the_verdict_in_words_and_colours(here, after, verdict):
+    folder = RunFolder(here / "run", resumed=False)
+    folder.evaluations.mkdir(parents=True)
+    config = quick("run", metric_funcs=["tiny_verifier"])
+    folder.config.write_text(to_yaml(config))
+    for step, values in ((0, BEFORE), (9, after)):
+        found = Evaluation(step, ["a", "b", "c"], 2, {"image_nsc": values, "tiny_verifier": values})
+        path = folder.evaluations / f"step_{step:05d}.json"
+        path.write_text(json.dumps(asdict(found)))
+        write_report(folder)
+        page = " ".join(folder.report.read_text().split())
+        assert ("there is nothing to compare" in page) == (step == 0)
+    colour, _, words = verdict.partition(": ")
+    assert f'<p class="verdict {colour}"><strong>Correct (verifier): 0.500 →' in page
+    assert f"</strong>, {words}" in page
+    assert page.count('class="unclear"') == (1 if colour != "unclear" else 2)  # NSC has no colour
 
 
 def test_the_report_shows_the_facts_of_the_run(report, finished):
@@ -108,7 +166,7 @@ def test_a_short_run_has_a_report_too(here, grids):
     write_report(folder)
     page = folder.report.read_text()
     assert f"{min(grids, 1)} steps of 1" in page
-    assert page.count("<img ") == 2 * grids
+    assert page.count("<img ") == 2 * 4 * grids
     assert "nan" not in page.lower().split("</style>")[1].split("base64")[0]
 
 
@@ -117,8 +175,8 @@ def test_grids_of_other_prompts_are_left_out(here):
     train(quick("run", max_steps=1, num_sample_prompts=2, **settings))
     train(quick("run", max_steps=3, num_sample_prompts=3, resume_from_checkpoint=True, **settings))
     images = [a["alt"] for tag, a in Page(Path("run/report.html").read_text()).tags if tag == "img"]
-    assert len(images) == 2 * 3
-    assert {alt.split(":")[0] for alt in images} == {"Before (step 2)", "After (step 3)"}
+    assert len(images) == 2 * 4 * 3
+    assert {alt.split(",")[0] for alt in images} == {"Before (step 2)", "After (step 3)"}
 
 
 @pytest.mark.parametrize(
@@ -171,7 +229,7 @@ def test_a_curve_of_equal_values():
 
 # Shows the page in a frame as wide as a phone, and returns measurements as its own title.
 PROBE = """
-<title></title><iframe id="frame" width="390" height="800" style="border: 0"></iframe><script>
+<title></title><iframe id="frame" width="360" height="800" style="border: 0"></iframe><script>
 const frame = document.getElementById("frame");
 const light = rgb => rgb.map(v => v / 255)
   .map(v => v > .03928 ? ((v + .055) / 1.055) ** 2.4 : v / 12.92)
@@ -193,6 +251,7 @@ frame.onload = () => {
     [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()));
   const width = page.documentElement.scrollWidth;
   const unlabelled = [...page.querySelectorAll("input")].filter(e => !e.labels.length).length;
+  const image = Math.min(...[...page.images].map(e => Math.min(e.clientWidth, e.clientHeight)));
   const visible = () => [...page.querySelectorAll(".prompt")].filter(e => e.offsetHeight).length;
   const counts = [visible()];
   for (const text of [WORDS, "no such prompt", ""]) {
@@ -200,7 +259,7 @@ frame.onload = () => {
     box.dispatchEvent(new Event("input"));
     counts.push(visible());
   }
-  document.title = JSON.stringify({width, unlabelled, counts, texts: texts.length,
+  document.title = JSON.stringify({width, image, unlabelled, counts, texts: texts.length,
     contrast: Math.min(...texts.map(contrast))});
 };
 frame.srcdoc = PAGE;
@@ -235,7 +294,8 @@ def seen(finished, report, tmp_path_factory) -> dict[str, Any]:
 
 @pytest.mark.browser
 def test_on_a_phone_nothing_is_wider_than_the_screen(seen):
-    assert seen["width"] <= 390
+    assert seen["width"] <= 360
+    assert seen["image"] >= 96
 
 
 @pytest.mark.browser

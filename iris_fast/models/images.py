@@ -71,6 +71,13 @@ def strips(sheet: Image.Image, rows: int, columns: int) -> list[Image.Image]:
     return [sheet.crop((0, bottom - height, sheet.width, bottom)) for bottom in bottoms]
 
 
+def cells(strip: Image.Image, columns: int) -> list[Image.Image]:
+    """The images of one of the `strips`."""
+    size = strip.height
+    lefts = [GAP_PIXELS + column * (size + GAP_PIXELS) for column in range(columns)]
+    return [strip.crop((left, 0, left + size, size)) for left in lefts]
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write an image, creating its folder if needed; UserError if that fails."""
     with atomic_write("output_dir", path) as partial:

@@ -32,8 +32,8 @@ def estimate_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Estimate:
     counted = inputs.prompts[:PROMPTS_COUNTED]
     lengths = [len(image_prompt_ids(tokenizer, template, prompt.text)) for prompt in counted]
     mean_length = round(sum(lengths) / len(lengths))
-    gpu = this_gpu(ranks.device)
-    return estimate(config, inputs.loaded.config, ranks.world_size, gpu, mean_length)
+    gpu, held_out = this_gpu(ranks.device), len(inputs.held_out)
+    return estimate(config, inputs.loaded.config, ranks.world_size, gpu, mean_length, held_out)
 
 
 def keeps_rollout_memory(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> bool:

@@ -6,6 +6,7 @@ GPU's matrix rate and bytes at its copy rate, without any overhead.
 `item` is the size of the compute dtype in bytes, `world_size` the number of GPUs.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +49,7 @@ class Estimate:
     training_bytes: dict[str, float]
     seconds: dict[str, float]
     checkpoint_bytes: float  # on disk, of all ranks together
+    evaluation_s: float  # of the held-out prompts, once; 0 without them
 
     @property
     def peak_bytes(self) -> float:
@@ -78,6 +80,9 @@ class Estimate:
         lines.append("time per step, at least")
         for name, value in (self.seconds | {"whole step": sum(self.seconds.values())}).items():
             lines.append(f"  {name:<43} {value:9.2f} s")
+        if self.evaluation_s:
+            title = "time per evaluation of held-out prompts, at least"
+            lines.append(f"{title:<45} {self.evaluation_s:>9.2f} s")
         return "\n".join(lines)
 
 
@@ -99,10 +104,15 @@ def layer_activation_elements(decoder: DecoderConfig, fused: bool = True) -> tup
 
 
 def estimate(
-    config: TrainConfig, model: JanusConfig, world_size: int, gpu: Gpu, prompt_tokens: int
+    config: TrainConfig,
+    model: JanusConfig,
+    world_size: int,
+    gpu: Gpu,
+    prompt_tokens: int,
+    held_out: int = 0,
 ) -> Estimate:
     """The estimate for `world_size` GPUs; `prompt_tokens` is the length of a typical image prompt,
-    with its template."""
+    with its template, `held_out` the number of prompts of an evaluation."""
     with torch.device("meta"):
         shapes = Janus(model)
     decoder = model.decoder
@@ -121,7 +131,7 @@ def estimate(
 
     image = config.image_token_num_per_image or model.image_tokens
     text = config.max_completion_length if config.cot else 0
-    samples = config.prompts_per_step * config.num_generations
+    samples = config.samples_per_step
     batch = config.per_device_train_batch_size * config.num_generations
     tokens = prompt_tokens + text + image + (prompt_tokens + text if config.cot else 0)
     if config.policy_distribution == "guided" and config.guided:
@@ -141,6 +151,9 @@ def estimate(
     fp8_bytes = blocks if config.rollout_weight_dtype == "fp8" else 0
     read_bytes = (total - fp8_bytes) * item + fp8_bytes
     step_bytes = read_bytes + (prompts + rows * image / 2) * kv_token_bytes
+    rollout_s = (image + text) * step_bytes / gpu.copy_bytes_per_s
+    # An evaluation samples its share in batches of a rollout's size.
+    evaluated = math.ceil(held_out / world_size) * config.num_generations_eval
 
     saved = 4 * (trained if config.use_peft else total) + _moment_bytes(config) * trained
     flops = 2 * total * batch * tokens * config.gradient_accumulation_steps
@@ -161,10 +174,11 @@ def estimate(
             "gathered weights": (total - blocks + 2 * block) * item,
         },
         seconds={
-            "rollout": (image + text) * step_bytes / gpu.copy_bytes_per_s,
+            "rollout": rollout_s,
             "training and reference passes": passes * flops / gpu.flops_per_s,
         },
         checkpoint_bytes=saved,
+        evaluation_s=math.ceil(evaluated / samples) * rollout_s,
     )
 
 

@@ -1,10 +1,10 @@
 """Prompts and model: opened, and checked against each other before a command starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from iris_fast.config import FP8_SETTINGS, SamplingConfig
+from iris_fast.config import FP8_SETTINGS, SamplingConfig, TrainConfig
 from iris_fast.errors import UserError
 from iris_fast.models import templates
 from iris_fast.models.attention import resolve_implementation
@@ -15,7 +15,7 @@ from iris_fast.models.pretrained.load import LoadedJanus, load_janus
 from iris_fast.prompts import check_against, read_prompts
 from iris_fast.records import Prompt
 from iris_fast.rollout.fused_decoder import FP8_MULTIPLE
-from iris_fast.tiny import PROMPTS_FILE, build_tiny
+from iris_fast.tiny import HELD_OUT_FILE, PROMPTS_FILE, build_tiny
 
 FP8_CAPABILITY = (8, 9)  # older GPUs cannot convert e4m3
 SCALED_PRODUCT_ON_CPU = (2, 13)  # the first torch whose CPU products take one scale per row
@@ -23,11 +23,13 @@ SCALED_PRODUCT_ON_CPU = (2, 13)  # the first torch whose CPU products take one s
 
 @dataclass(frozen=True)
 class Inputs:
-    """Model and prompts, checked: every prompt fits the model."""
+    """Model and prompts, checked: every prompt fits the model. `held_out` is for evaluations, and
+    empty without them."""
 
     loaded: LoadedJanus
     prompts: list[Prompt]
     image_tokens: int
+    held_out: list[Prompt] = field(default_factory=list)
 
 
 def open_model(name: str, dtype: torch.dtype | None) -> LoadedJanus:
@@ -74,16 +76,21 @@ def check_device(config: SamplingConfig, device: torch.device) -> None:
 def open_inputs(config: SamplingConfig, dtype: torch.dtype | None) -> Inputs:
     """Read the prompts, open the model and check them against each other, the fastest first.
     `dtype` as for `load_janus`."""
-    source = config.prompts or str(PROMPTS_FILE)
-    prompts = read_prompts(source)
+    sources = {"prompts": config.prompts or str(PROMPTS_FILE)}
+    if isinstance(config, TrainConfig) and config.evaluates:
+        sources["eval_prompts"] = config.eval_prompts or str(HELD_OUT_FILE)
+    prompts = {setting: read_prompts(source, setting) for setting, source in sources.items()}
     instruction = templates.load_instruction(config.cot_instruction) if config.cot else ""
     loaded = open_model(config.model, dtype)
-    longest = check_against(loaded.tokenizer, prompts, config.max_prompt_length, source)
     tokens = check_image_tokens(config.image_token_num_per_image, loaded.config.image_tokens)
-    check_positions(config, loaded, longest.text, instruction, tokens)
+    for setting, source in sources.items():
+        longest = check_against(
+            loaded.tokenizer, prompts[setting], config.max_prompt_length, f"{setting}: {source}"
+        )
+        check_positions(config, loaded, longest.text, instruction, tokens)
     if config.rollout_weight_dtype == "fp8":
         check_fp8_sizes(loaded.config.decoder)
-    return Inputs(loaded, prompts, tokens)
+    return Inputs(loaded, prompts["prompts"], tokens, prompts.get("eval_prompts", []))
 
 
 def check_fp8_sizes(decoder: DecoderConfig) -> None:

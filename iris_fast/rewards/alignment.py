@@ -53,11 +53,17 @@ class Alignment(NamedTuple):
         return cls(mean, error, groups)
 
     @property
+    def direction(self) -> int:
+        """1 above 0 by more than two standard errors, -1 below, 0 otherwise, or with fewer than
+        `MIN_GROUPS` groups."""
+        if self.value is None or self.standard_error is None or self.groups < MIN_GROUPS:
+            return 0
+        return (self.value > 2 * self.standard_error) - (self.value < -2 * self.standard_error)
+
+    @property
     def is_clearly_negative(self) -> bool:
         """Whether value + 2 standard errors < 0, with at least `MIN_GROUPS` groups."""
-        if self.value is None or self.standard_error is None or self.groups < MIN_GROUPS:
-            return False
-        return self.value + 2 * self.standard_error < 0
+        return self.direction < 0
 
     def __str__(self) -> str:
         if self.value is None:

@@ -20,6 +20,7 @@ from iris_fast.rollout.sampler import Sampler
 from iris_fast.run import checkpoint
 from iris_fast.run.best import Judge
 from iris_fast.run.checkpoint import Progress, describe_best
+from iris_fast.run.evaluation import Evaluations, HeldOut, compare, read_evaluations
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.log import Log
 from iris_fast.run.random_state import random_state, set_random_state
@@ -27,11 +28,14 @@ from iris_fast.run.report import write_report
 from iris_fast.run.samples import write_samples
 from iris_fast.run.signals import Interrupted, StopSignal
 
+TRUE_REWARD = "torchrun -m iris_fast.train --reward_funcs '[tiny_verifier]'"
+
 
 @dataclass
 class Run:
-    """One training run of one process; `saved_at` is the step of its newest checkpoint, `halted`
-    says why it stops by itself."""
+    """One training run of one process; `saved_at` is the step of its newest checkpoint, `held_out`
+    is evaluated, `halted` says why it stops by itself, `evaluation_is_missing` that the last
+    evaluation was stopped."""
 
     config: TrainConfig
     folder: RunFolder
@@ -39,9 +43,12 @@ class Run:
     ranks: Ranks
     signal: StopSignal
     saved_at: int
+    held_out: HeldOut | None = None
     halted: str = ""
+    evaluation_is_missing: bool = False
 
     def __post_init__(self) -> None:
+        self.evaluations = Evaluations(self.folder.evaluations, self.saved_at, self.ranks)
         for row in self.ranks.broadcast(self.log.history[-1:]):
             self._kl_warning(row)  # a run that has stopped is not continued by resuming it
 
@@ -98,6 +105,30 @@ class Run:
                 )
                 self.log.samples(path)
 
+    def evaluate(self, step: int) -> None:
+        """Evaluate the held-out prompts after `step`, if that is due and has not been done.
+
+        Raise Interrupted, on all ranks, if any was asked to stop meanwhile. The global random
+        numbers that a metric takes do not change those of the next step.
+        """
+        last = step >= self.config.max_steps or bool(self.halted)
+        due = last or is_due(self.config.eval_steps, step)
+        if self.held_out is None or not self.evaluations.are_missing(self.held_out, step, due):
+            return
+        self.evaluation_is_missing = True
+        before, started = random_state(), time.perf_counter()
+        evaluation = self.held_out.evaluate(step, self.ranks, self._pause_for_signal)
+        set_random_state(before)
+        self.evaluations.add(evaluation)
+        self.evaluation_is_missing = False
+        metrics = list(self.held_out.scorer.metrics)
+        self.log.evaluation(evaluation, metrics, time.perf_counter() - started)
+
+    def _pause_for_signal(self) -> None:
+        """As `pause`, but not for a run that stops by itself: it is evaluated at its end."""
+        if self.ranks.any(self.signal.requested):
+            raise Interrupted
+
     def save(self, learner: Learner, progress: Progress) -> None:
         """Write a checkpoint, unless this step has one."""
         if self.saved_at != progress.step:
@@ -121,21 +152,39 @@ class Run:
         """Print where the run ended, and how to resume it."""
         if not self.ranks.is_first:
             return
+        for comparison in compare(read_evaluations(self.folder.evaluations)):
+            if comparison.metric in (self.config.metric_funcs or []):
+                print(comparison)
         best = describe_best(self.folder.checkpoints, Judge.of(vars(self.config), self.log.history))
         if best:
             print(f"best checkpoint: {best}")
         if step >= self.config.max_steps:
             print(f"finished at step {step}; report: {self.folder.report}")
-            return
+            if not self.evaluation_is_missing:
+                print_next_steps(self.config, self.folder)
+                return
         saved = f"saved at step {step}" if step else "before the first step"
         reason, change = f"stopped by a signal, {saved}", ""
         if self.halted:
             reason, change = f"stopped at step {step}: {self.halted}", "raise --max_kl and "
-        print(f"{reason}; report: {self.folder.report}")
+        if step >= self.config.max_steps:
+            print("stopped by a signal, before the held-out prompts were evaluated")
+        else:
+            print(f"{reason}; report: {self.folder.report}")
         print(
             f"to resume, {change}repeat the command with: --output_dir {self.folder.path} "
             "--resume_from_checkpoint true"
         )
+
+
+def print_next_steps(config: TrainConfig, folder: RunFolder) -> None:
+    """Print where to go from a run on the built-in prompts."""
+    if not (config.has_built_in_prompts and config.evaluates):
+        return
+    print(f"next: open {folder.report}, the same prompts before and after, and the curves")
+    if config.reward_funcs != ["tiny_verifier"]:
+        print("  the same with a true reward: " + TRUE_REWARD)
+    print("  Janus-Pro: docs/janus.md")
 
 
 def is_due(every: int, step: int) -> bool:

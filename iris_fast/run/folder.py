@@ -1,6 +1,7 @@
 """The run folder: chosen without overwriting another run, and found again on resume.
 
-config.yaml  metrics.jsonl  samples/step_NNNNN.png  checkpoints/step_NNNNN/  report.html
+config.yaml  metrics.jsonl  samples/step_NNNNN.png  eval/step_NNNNN.json
+checkpoints/step_NNNNN/  report.html
 """
 
 import contextlib
@@ -25,7 +26,7 @@ MAY_CHANGE = {
     "adam_beta2", "adam_epsilon", "max_grad_norm", "beta", "epsilon", "epsilon_high", "preset",
     "rollout_correction", "rollout_correction_cap", "rollout_engine",
     "attn_implementation", "torch_compile", "offload_reference", "metric_funcs", "max_kl",
-    "max_kl_action", "best_metric",
+    "max_kl_action", "best_metric", "eval_prompts", "num_generations_eval", "eval_steps",
 }  # fmt: skip
 
 
@@ -37,6 +38,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples"
+        self.evaluations = path / "eval"
         self.checkpoints = path / "checkpoints"
         self.report = path / "report.html"
 

@@ -15,6 +15,7 @@ from iris_fast.config import TrainConfig
 from iris_fast.distributed import Ranks
 from iris_fast.errors import UserError, atomic_write, writing
 from iris_fast.rewards.alignment import alignment_lines, alignment_warnings, pooled_alignments
+from iris_fast.run.evaluation import Evaluation
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.health import find_warnings
 from iris_fast.run.samples import read_samples
@@ -86,6 +87,18 @@ class Log:
             self._print_alignment()
         if self.tracker:
             self.tracker.log_samples(samples, path)
+
+    def evaluation(self, evaluation: Evaluation, metrics: list[str], seconds: float) -> None:
+        """Log an evaluation that took this long, and print its `metrics`."""
+        if not self._is_first:
+            return
+        self._opened_at += seconds  # not a part of the steps, which the time left is computed from
+        means = {name: evaluation.mean(name) for name in evaluation.metrics}
+        line = "  ".join(f"{name} {means[name].text()}" for name in metrics)
+        self.print(f"held-out at step {evaluation.step}, {evaluation.size}: {line}")
+        if self.tracker:
+            values = {f"eval/{name}": mean.value for name, mean in means.items()}
+            self.tracker.log_metrics({"step": evaluation.step, **values})
 
     def _print_alignment(self) -> None:
         for line in alignment_lines(pooled_alignments(self.history, self._num_iterations)):

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from PIL import Image
 
 from iris_fast import __version__
 from iris_fast.errors import atomic_write
+from iris_fast.models.images import cells
 from iris_fast.rewards.alignment import by_metric, pooled_alignments
 from iris_fast.rewards.table import title
 from iris_fast.run.best import Judge
 from iris_fast.run.checkpoint import describe_best
 from iris_fast.run.curves import Curve, Point
+from iris_fast.run.evaluation import Evaluation, comparable, compare, read_evaluations
 from iris_fast.run.folder import RunFolder
 from iris_fast.run.log import read_metrics
 from iris_fast.run.provenance import command, commit, hardware
@@ -33,6 +36,9 @@ CURVES = {
 }
 WHEN = {0: (), 1: ("Before",), 2: ("Before", "After"), 3: ("Before", "During", "After")}
 JPEG_MIN_HEIGHT = 200  # pixels; of photographs JPEG takes a tenth of PNG's bytes
+# CSS pixels: small images are enlarged by the first whole factor that reaches SHOWN_MIN, larger
+# ones are shown at up to SHOWN_MAX.
+SHOWN_MIN, SHOWN_MAX = 112, 192
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -48,16 +54,21 @@ def write_report(folder: RunFolder) -> None:
     rows = read_metrics(folder.metrics)
     config = folder.config.read_text(encoding="utf-8")
     settings = yaml.safe_load(config)
+    evaluations = comparable(read_evaluations(folder.evaluations))
     page = TEMPLATES.get_template("report.html.jinja").render(
         name=folder.path.name,
         facts=_facts(settings, rows) | _best(folder, settings, rows),
         command=command(folder.path),
+        evaluations=evaluations,
+        comparisons=compare(evaluations),
+        metric_funcs=settings.get("metric_funcs") or [],
         warnings=_first_warnings(rows),
         alignments=by_metric(pooled_alignments(rows, settings.get("num_iterations", 1))),
         grids=_grids(folder.samples),
         data_url=_data_url,
+        shown_size=_shown_size,
         title=title,
-        curves=_curves(rows),
+        curves=_evaluation_curves(evaluations) + _curves(rows),
         config=config,
     )
     with atomic_write("output_dir", folder.report) as partial:
@@ -111,17 +122,33 @@ def _curves(rows: list[dict[str, Any]]) -> list[Curve]:
     return curves
 
 
-def _grids(folder: Path) -> list[tuple[str, Samples, list[Image.Image]]]:
-    """The first, a middle and the last grid: its label, its samples, and its rows of images."""
+def _evaluation_curves(evaluations: list[Evaluation]) -> list[Curve]:
+    """Of each metric of more than two evaluations; two are in the table."""
+    curves = []
+    for name in evaluations[-1].metrics if len(evaluations) > 2 else []:
+        known = [found for found in evaluations if name in found.metrics]
+        means = [(found.step, found.mean(name).value) for found in known]
+        curves.append(Curve(f"Held-out prompts: {title(name)}", means, []))
+    return curves
+
+
+def _grids(folder: Path) -> list[tuple[str, Samples, list[list[Image.Image]]]]:
+    """The first, a middle and the last grid: its label, its samples, and the images by prompt."""
     grids = samples_of_same_prompts(folder)
     if len(grids) > 2:
         first, last = grids[0], grids[-1]
         middle = (first[0].step + last[0].step) / 2
         grids = [first, min(grids[1:-1], key=lambda grid: abs(grid[0].step - middle)), last]
     return [
-        (when, samples, read_strips(samples, path))
+        (when, samples, [cells(s, samples.per_prompt) for s in read_strips(samples, path)])
         for when, (samples, path) in zip(WHEN[len(grids)], grids, strict=True)
     ]
+
+
+def _shown_size(image: Image.Image) -> int:
+    """Width and height in CSS pixels; a whole factor keeps the pixels of a small image square."""
+    factor = math.ceil(SHOWN_MIN / image.height)
+    return image.height * factor if factor > 1 else min(image.height, SHOWN_MAX)
 
 
 def _data_url(image: Image.Image) -> str:

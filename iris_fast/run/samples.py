@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Self
 
 from PIL import Image
+from torch import Tensor
 
 from iris_fast.errors import atomic_write
 from iris_fast.models.images import grid, save_png, strips
-from iris_fast.records import Prompt
+from iris_fast.records import Prompt, Rollout
 from iris_fast.rewards.intrinsic import reduce_tokens
 from iris_fast.rewards.score import Scorer
 from iris_fast.rollout.sampler import Sampler
@@ -60,12 +61,7 @@ def write_samples(
     # Negative sample numbers: random streams that no training sample uses.
     rollout = sampler.rollout(repeated, [-1 - n for n in range(len(repeated))])
     images = scorer.decode(rollout.codes_NI)
-    certainty = {
-        name: reduce_tokens(trace.conditional.nsc, trace.mask, "mean")
-        for name, trace in (("image_nsc", rollout.image), ("text_nsc", rollout.text))
-        if trace.mask.numel()
-    }
-    measured = certainty | scorer.measure(repeated, images)
+    measured = nsc_per_token(rollout) | scorer.measure(repeated, images)
     samples = Samples(
         step=step,
         prompts=[prompt.text for prompt in chosen],
@@ -80,6 +76,15 @@ def write_samples(
     with atomic_write("output_dir", path.with_suffix(".json")) as partial:
         partial.write_text(json.dumps(asdict(samples)), encoding="utf-8")
     return path
+
+
+def nsc_per_token(rollout: Rollout) -> dict[str, Tensor]:
+    """`image_nsc`, with a chain of thought also `text_nsc`: means over each sample's tokens [N]."""
+    return {
+        name: reduce_tokens(trace.conditional.nsc, trace.mask, "mean")
+        for name, trace in (("image_nsc", rollout.image), ("text_nsc", rollout.text))
+        if trace.mask.numel()
+    }
 
 
 def read_samples(path: Path) -> Samples:

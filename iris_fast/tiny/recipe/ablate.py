@@ -150,7 +150,8 @@ class Run:
 
     def _overrides(self) -> Settings:
         steps = self.plan.settings.get("max_steps", PRESETS["tiny"]["max_steps"])
-        shared = {"preset": "tiny", "save_steps": 0, "sample_steps": steps} | self.plan.settings
+        shared = {"preset": "tiny", "save_steps": 0, "sample_steps": steps, "eval_prompts": "none"}
+        shared |= self.plan.settings
         return (
             shared | self.plan.arms[self.arm] | {"seed": self.seed, "output_dir": str(self.folder)}
         )
