@@ -41,6 +41,7 @@ class Log:
         self.history = read_metrics(path, up_to=step)
         self._path, self._max_steps, self._num_iterations = path, max_steps, num_iterations
         self._first_step, self._opened_at = step, time.perf_counter()
+        self._evaluation_s = 0.0  # of the last one
         with atomic_write("output_dir", path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in self.history))
         with writing("output_dir", path):
@@ -66,6 +67,7 @@ class Log:
         self.history.append(metrics)
         elapsed_s, step = time.perf_counter() - self._opened_at, metrics["step"]
         left_s = elapsed_s / (step - self._first_step) * (self._max_steps - step)
+        left_s += self._evaluation_s  # there is one after the last step
         self.print(console_line(metrics, self._max_steps, left_s))
         if step == 1:
             self._print_alignment()
@@ -92,6 +94,7 @@ class Log:
         """Log an evaluation that took this long, and print its `metrics`."""
         if not self._is_first:
             return
+        self._evaluation_s = seconds
         self._opened_at += seconds  # not a part of the steps, which the time left is computed from
         means = {name: evaluation.mean(name) for name in evaluation.metrics}
         line = "  ".join(f"{name} {means[name].text()}" for name in metrics)
