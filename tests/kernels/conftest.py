@@ -1,37 +1,26 @@
 """Fixtures: all backends, poisoned memory, and which path ran.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which must be requested before triton
-is imported. If another test imported it first, `test_interpreter.py` runs the `triton` half of
-these tests in a separate process.
+Without a GPU the Triton kernels run in Triton's interpreter (see tests/conftest.py).
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 
 import pytest
 import torch
-
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
+from backends import TRITON
 from iris_kernels import cpp
-from kernel_oracle import TRITON_RUNS
+from kernel_oracle import NO_TRITON, TRITON_RUNS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# On a machine with a GPU, the Triton half of the tests is selected by the gpu marker.
-ON_A_GPU = [pytest.mark.gpu] if torch.cuda.is_available() else []
-
-
-@pytest.fixture(params=["torch", "cpp", pytest.param("triton", marks=ON_A_GPU)])
+@pytest.fixture(params=["torch", "cpp", TRITON])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run each test once per backend."""
     if request.param == "triton" and not TRITON_RUNS:
-        pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
+        pytest.skip(NO_TRITON)
     if request.param == "cpp" and (DEVICE != "cpu" or cpp.library() is None):
         pytest.skip("the C++ kernels run on a CPU, if a compiler was found at installation")
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", request.param)

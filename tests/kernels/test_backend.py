@@ -7,13 +7,20 @@ import sys
 import pytest
 import torch
 from iris_kernels import cpp, token_stats, uses_triton
-from iris_kernels._backend import backend
+from iris_kernels._backend import backend, triton
+from kernel_oracle import TRITON_RUNS
 
 CALL = """
 import torch
 from iris_kernels import token_stats
 print(token_stats(torch.zeros(2, 4), torch.tensor([0, 3])).entropy.tolist())
 """
+
+
+@pytest.mark.skipif(triton is None, reason="Triton is not installed")
+def test_these_tests_cover_the_triton_kernels():
+    """Without a GPU in the interpreter: no other module may import Triton before the conftest."""
+    assert TRITON_RUNS
 
 
 def test_unknown_name(monkeypatch):

@@ -12,7 +12,7 @@ from iris_kernels._inverse_cdf import (
     weight_scale,
 )
 from iris_kernels.guided_sample import guided_sample_reference, mix
-from kernel_oracle import FIELDS, random_case
+from kernel_oracle import FIELDS, TRITON_RUNS, random_case
 from torch._subclasses import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +23,8 @@ PATHS = ("torch", "cpp", "triton")
 # name: (rows, V, dtype). A row is one tile or several, of groups of 16 bytes.
 REGIMES = {
     "one_class": (2, 1, torch.float32),
-    "fewer_classes_than_groups": (7, 11, torch.float32),
-    "unaligned_rows": (5, 257, torch.bfloat16),
+    "fewer_classes_than_groups": (3, 11, torch.float32),
+    "unaligned_rows": (3, 257, torch.bfloat16),
     "one_group_per_thread": (3, 1000, torch.float16),
     "image_vocabulary": (2, 16384, torch.bfloat16),
     "several_tiles": (2, 20000, torch.bfloat16),
@@ -59,14 +59,12 @@ def arguments(name: str) -> dict:
 @pytest.mark.parametrize("regime", REGIMES)
 def test_same_token_on_every_backend(regime, name, device, monkeypatch, paths_run):
     """Also at both ends of [0, 1)."""
-    from kernel_oracle import TRITON_RUNS
-
     cond, uncond, uniform = case(*REGIMES[regime], device, name)
     uniform[0], uniform[-1] = 0.0, 1 - 2.0**-24
     absent = {"triton": not TRITON_RUNS, "cpp": not cpp.takes(cond)}
     paths = [path for path in PATHS if not absent.get(path)]
     if len(paths) == 1:
-        pytest.skip("only the torch path runs here: test_interpreter.py runs this")
+        pytest.skip("only the torch path runs here")
     out = {}
     for path in paths:
         monkeypatch.setenv("IRIS_KERNELS_BACKEND", path)
@@ -84,9 +82,10 @@ def test_same_token_on_every_backend(regime, name, device, monkeypatch, paths_ru
 @pytest.mark.parametrize("name", ["plain", "guided", "guided_cold", "guided_hot"])
 def test_inverse_cdf(name, backend, device):
     """The float64 inverse CDF, unless the uniform is within rounding of a step of it."""
-    cond, uncond, _ = case(40, 3000, torch.float32, device, name)
-    cond, uncond = cond[:1].expand(40, -1), uncond if uncond is None else uncond[:1].expand(40, -1)
-    uniform = ((torch.arange(40, device=device) + 0.5) / 40).float()
+    rows = 16 if backend == "triton" and device == "cpu" else 40  # the interpreter is slow
+    cond, uncond, _ = case(1, 3000, torch.float32, device, name)
+    cond, uncond = cond.expand(rows, -1), uncond if uncond is None else uncond.expand(rows, -1)
+    uniform = ((torch.arange(rows, device=device) + 0.5) / rows).float()
     kwargs = arguments(name)
     other = cond if uncond is None else uncond
     # The oracle runs on the CPU: cumsum is not deterministic on a GPU, and raises there.
@@ -94,7 +93,7 @@ def test_inverse_cdf(name, backend, device):
     mixed = mix(cond, uncond, kwargs["cfg_weight"]).double().cpu() / kwargs.get("temperature", 1.0)
     steps = torch.softmax(mixed, -1).cumsum(-1)
     clear = ((steps - uniform[:, None].cpu()).abs() > 1e-5).all(-1)
-    assert clear.sum() > 20
+    assert clear.sum() > rows / 2
     token_ids = guided_sample(cond, uncond, uniform, **kwargs).token_ids.cpu()
     assert torch.equal(token_ids[clear], exact[clear])
 
@@ -125,7 +124,7 @@ def test_chi_square(backend, device):
     """Samples follow the exact probabilities (few samples in the interpreter, which is slow)."""
     V, draws, limit = 12, 20000, 31.3  # the limit: the 99.9% point, 11 degrees of freedom
     if backend == "triton" and device == "cpu":
-        V, draws, limit = 4, 100, 16.3  # 3 degrees of freedom
+        V, draws, limit = 4, 32, 16.3  # 3 degrees of freedom
     cond, uncond, _ = case(1, V, torch.float32, device, "guided", scale=0.5)
     uniform = torch.rand(draws, generator=torch.Generator().manual_seed(11)).to(device)
     token_ids = guided_sample(
@@ -143,12 +142,12 @@ def test_chi_square(backend, device):
 @pytest.mark.parametrize("uniform", [0.0, 1e-38, 0.5, 1 - 2.0**-24])
 def test_impossible_classes_are_never_sampled(uniform, backend, device):
     """-inf at both ends, and in one branch only; a class of weight 0."""
-    cond, uncond, _ = case(6, 600, torch.float32, device, "guided")
+    cond, uncond, _ = case(2, 600, torch.float32, device, "guided")
     cond[:, :100], uncond[:, 100:130] = -math.inf, -math.inf
     cond[:, 500:], uncond[:, 550:] = -math.inf, -math.inf
     cond[:, 140:160] = -200.0
     out = guided_sample(
-        cond, uncond, torch.full((6,), uniform, device=device), cfg_weight=4.0, temperature=0.9
+        cond, uncond, torch.full((2,), uniform, device=device), cfg_weight=4.0, temperature=0.9
     )
     sampled_logits = mix(cond, uncond, 4.0).gather(1, out.token_ids[:, None])
     assert sampled_logits.isfinite().all()
@@ -183,7 +182,7 @@ def test_nan_is_not_sampled_and_not_hidden(backend, device):
     "settings", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str
 )
 def test_a_nan_class_is_sampled_like_a_masked_one(backend, device, column, settings):
-    cond, _, uniform = case(6, 40, torch.float32, device, "plain")
+    cond, _, uniform = case(3, 40, torch.float32, device, "plain")
     masked = cond.clone()
     cond[:, column], masked[:, column] = math.nan, -math.inf
     token_ids = guided_sample(cond, None, uniform, cfg_weight=1.0, **settings).token_ids
@@ -209,7 +208,7 @@ def test_truncation_copies_no_temperature_from_the_host():
 @pytest.mark.parametrize("name", ["plain", "guided", "guided_cold", "greedy", "all_truncations"])
 def test_statistics_are_those_of_token_stats(name, backend, device):
     """`conditional` at temperature 1, `guided` at the sampling one; both before truncation."""
-    cond, uncond, uniform = case(5, 3000, torch.float32, device, name)
+    cond, uncond, uniform = case(3, 3000, torch.float32, device, name)
     kwargs = arguments(name)
     out = guided_sample(cond, uncond, uniform, **kwargs)
     mixed = mix(cond, uncond, kwargs["cfg_weight"])
@@ -261,9 +260,10 @@ def test_ties_with_the_last_one_kept_are_kept(backend, device):
 
 def test_truncated_samples_are_among_the_kept(backend, device):
     cond, _, _ = case(1, 500, torch.float32, device, "plain")
-    uniform = torch.cat([torch.rand(38), torch.tensor([0.0, 1 - 2.0**-24])]).to(device)
+    rows = 10 if backend == "triton" and device == "cpu" else 38
+    uniform = torch.cat([torch.rand(rows), torch.tensor([0.0, 1 - 2.0**-24])]).to(device)
     token_ids = guided_sample(
-        cond.expand(40, -1), None, uniform, cfg_weight=1.0, temperature=3.0, top_k=9
+        cond.expand(rows + 2, -1), None, uniform, cfg_weight=1.0, temperature=3.0, top_k=9
     ).token_ids
     assert set(token_ids.tolist()) <= set(cond[0].topk(9).indices.tolist())
 
@@ -291,9 +291,9 @@ def test_greedy_takes_the_first_of_equals(backend, device):
 
 @pytest.mark.parametrize("name", ["guided", "all_truncations"])
 def test_batch_invariance(name, backend, device):
-    cond, uncond, uniform = case(6, 700, torch.bfloat16, device, name)
+    cond, uncond, uniform = case(4, 700, torch.bfloat16, device, name)
     together = guided_sample(cond, uncond, uniform, **arguments(name))
-    for row in range(6):
+    for row in range(4):
         part = slice(row, row + 1)
         alone = guided_sample(cond[part], uncond[part], uniform[part], **arguments(name))
         assert torch.equal(alone.token_ids, together.token_ids[part])
@@ -495,8 +495,9 @@ def test_every_step_of_the_cdf_is_exact(backend, device):
     logits, _ = random_case((1,), V, torch.float32, device, scale=1.5)
     weights = sampling_weights(logits, logits.amax(-1, keepdim=True), weight_scale(1.0, device))
     steps = [sum(weights[0].tolist()[: i + 1]) for i in range(V)]
-    uniform = torch.tensor([step / steps[-1] for step in steps[:-1]], device=device)
+    places = range(0, V - 1, 3 if backend == "triton" and device == "cpu" else 1)
+    uniform = torch.tensor([steps[i] / steps[-1] for i in places], device=device)
     wanted = [int(u * float(steps[-1])) for u in uniform.double().tolist()]
     expected = [next(i for i, step in enumerate(steps) if step > w) for w in wanted]
-    rows = logits.expand(V - 1, -1)
+    rows = logits.expand(len(places), -1)
     assert guided_sample(rows, None, uniform, cfg_weight=1.0).token_ids.tolist() == expected

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from iris_kernels import token_stats
 from iris_kernels.token_stats import token_stats_reference
-from kernel_oracle import FIELDS, random_case, run, upstream_gradients
+from kernel_oracle import (
+    FIELDS,
+    NO_TRITON,
+    TRITON_RUNS,
+    random_case,
+    run,
+    upstream_gradients,
+)
 
 ops = torch.ops.iris_kernels
 
@@ -29,10 +36,8 @@ properties = settings(max_examples=15, deadline=None, derandomize=True)
 @pytest.fixture(scope="module", params=["torch", "triton"])
 def module_backend(request):
     """`backend`, set once for all examples of a property."""
-    from kernel_oracle import TRITON_RUNS
-
     if request.param == "triton" and not TRITON_RUNS:
-        pytest.skip("triton was imported without its interpreter: test_interpreter.py runs this")
+        pytest.skip(NO_TRITON)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IRIS_KERNELS_BACKEND", request.param)
         yield request.param
