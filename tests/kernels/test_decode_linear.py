@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from backends import without_cpp
 from iris_kernels import add_rms_norm, decode_linear, decode_linear_partials
 from iris_kernels._overlap import PREFETCH_BYTES, prefetched_lines
 from iris_kernels.decode_linear import (
@@ -51,6 +52,7 @@ def budget(truth, K, dtype):
     return (math.sqrt(K) * 4 * EPS + 3 * rounding(dtype)) * float(truth.abs().max())
 
 
+@without_cpp
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("kind", ["plain", "bias", "gated", "gelu"])
 def test_budget(regime, kind, backend, device):
@@ -65,6 +67,7 @@ def test_budget(regime, kind, backend, device):
     assert_close("product", out, eager, truth, budget(truth, K, dtype))
 
 
+@without_cpp
 @pytest.mark.parametrize("regime", REGIMES)
 def test_partial_sums(regime, backend, device):
     M, N, K, dtype = REGIMES[regime]
@@ -79,6 +82,7 @@ def test_partial_sums(regime, backend, device):
     torch.testing.assert_close(parts.double(), truth, rtol=1e-5, atol=2e-4)
 
 
+@without_cpp
 @pytest.mark.parametrize("kind", ["plain", "gated", "partial"])
 def test_the_widest_tiles(kind, backend, device, monkeypatch):
     """Of sm_90, in the interpreter as well: more than one of them, the last one ragged."""
@@ -97,6 +101,7 @@ def test_the_widest_tiles(kind, backend, device, monkeypatch):
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=limit)
 
 
+@without_cpp
 @pytest.mark.parametrize("kind", ["plain", "bias", "gelu", "gated", "partial", "ragged k"])
 def test_tiles_in_two_parts(kind, backend, device, monkeypatch):
     """Where 160 columns are better than 128 and 256; the last tiles are ragged."""
@@ -186,6 +191,7 @@ def test_the_norm_adds_partial_sums_as_it_adds_the_product(dtype, backend, devic
     torch.testing.assert_close(out, expected, rtol=2 * step, atol=2 * step)
 
 
+@without_cpp
 @pytest.mark.parametrize("kind", ["plain", "gated", "partial"])
 def test_a_row_does_not_depend_on_the_other_rows(kind, backend, device):
     x, weight, _ = make_inputs(40, 2 * BLOCK_N, 5 * BLOCK_K, torch.bfloat16, device)
@@ -203,12 +209,14 @@ def test_a_row_does_not_depend_on_the_other_rows(kind, backend, device):
         torch.testing.assert_close(alone[0], together[b], rtol=2e-2, atol=1e-4)
 
 
+@without_cpp
 def test_nan_stays_in_its_row(backend, device):
     x, weight, _ = make_inputs(4, BLOCK_N, BLOCK_K, torch.bfloat16, device)
     x[2, 5] = math.nan
     assert decode_linear(x, weight).isnan().any(1).tolist() == [False, False, True, False]
 
 
+@without_cpp
 def test_opcheck_and_fullgraph(backend, device):
     x, weight, bias = make_inputs(3, 32, 64, torch.bfloat16, device)
     flags = (
@@ -226,6 +234,7 @@ def test_opcheck_and_fullgraph(backend, device):
     torch.testing.assert_close(compiled(x), decode_linear(x * 2, weight, bias) + 1)
 
 
+@without_cpp
 def test_no_rows(backend, device):
     x, weight, _ = make_inputs(0, 32, 64, torch.bfloat16, device)
     assert decode_linear(x, weight).shape == (0, 32)

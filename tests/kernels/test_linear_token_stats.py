@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from backends import without_cpp
 from iris_kernels import linear_token_stats, token_stats
 from iris_kernels.linear_token_stats import linear_token_stats_reference, tile_shape
 from kernel_oracle import EPS, FIELDS, assert_close, rounding, upstream_gradients
@@ -135,6 +136,7 @@ def test_sums_over_tiles_are_kept_in_fp32(device, monkeypatch):
         assert float((a != b).double().mean()) < 0.02, name
 
 
+@without_cpp
 @pytest.mark.parametrize("alone", FIELDS)
 def test_each_gradient_alone(alone, backend, device):
     head, token_ids = case(5, 65, 16, torch.float32, device)
@@ -148,6 +150,7 @@ def test_each_gradient_alone(alone, backend, device):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
 
 
+@without_cpp
 def test_tiles_agree_with_token_stats_of_whole_logits(backend, device):
     """Also if whole tiles (of 20 columns) are -inf, huge, or hold only the token."""
     (hidden, weight, _), token_ids = case(3, 70, 8, torch.float32, device)
@@ -167,6 +170,7 @@ def test_tiles_agree_with_token_stats_of_whole_logits(backend, device):
             )
 
 
+@without_cpp
 def test_masked_classes_give_no_nan(backend, device):
     head, token_ids = case(3, 70, 8, torch.float32, device)
     head[2][:50] = -math.inf
@@ -175,6 +179,7 @@ def test_masked_classes_give_no_nan(backend, device):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@without_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_parts_cost_nothing(dtype, backend, device, tiles):
     """A frozen weight costs no matrix product and no tiles."""
@@ -209,6 +214,7 @@ def test_frozen_weight_costs_no_product(device, monkeypatch):
     assert weight.grad is None
 
 
+@without_cpp
 def test_dropped_rows(backend, device):
     head, token_ids = case(8, 30, 8, torch.float32, device)
     mask = torch.tensor([True, False] * 4, device=device)
@@ -225,6 +231,7 @@ def test_dropped_rows(backend, device):
     torch.testing.assert_close(mine[0][mask], theirs[0], rtol=1e-4, atol=1e-5)
 
 
+@without_cpp
 def test_dropped_rows_contribute_nothing_to_weight_and_bias(backend, device):
     """As without these rows (finite ones: 0 * NaN is NaN in any product)."""
     head, token_ids = case(8, 30, 8, torch.float32, device)
@@ -237,6 +244,7 @@ def test_dropped_rows_contribute_nothing_to_weight_and_bias(backend, device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@without_cpp
 def test_vocab_size(backend, device):
     """Classes from vocab_size on are padding; their rows of the weight get gradient 0."""
     (hidden, weight, bias), token_ids = case(3, 100, 8, torch.float32, device)
@@ -254,6 +262,7 @@ def test_vocab_size(backend, device):
         assert (a[len(b) :] == 0).all(), name
 
 
+@without_cpp
 def test_leading_dimensions_and_strides(backend, device):
     (hidden, weight, bias), token_ids = case(6, 50, 8, torch.float32, device)
     flat = linear_token_stats(hidden, weight, token_ids, bias)
@@ -264,6 +273,7 @@ def test_leading_dimensions_and_strides(backend, device):
         torch.testing.assert_close(a.t().reshape(-1), b)
 
 
+@without_cpp
 def test_no_rows(backend, device):
     leaf = torch.empty(0, 8, device=device, requires_grad=True)
     weight = torch.randn(5, 8, device=device, requires_grad=True)
@@ -272,6 +282,7 @@ def test_no_rows(backend, device):
     assert leaf.grad.shape == (0, 8) and (weight.grad == 0).all()
 
 
+@without_cpp
 def test_autocast_is_that_of_linear(backend, device):
     """Inputs are cast as for a linear layer; the logits still have float32 precision."""
     head, token_ids = case(4, 65, 16, torch.float32, device)
@@ -296,6 +307,7 @@ def test_gradcheck(monkeypatch):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+@without_cpp
 def test_opcheck(backend, device):
     (hidden, weight, bias), token_ids = case(5, 20, 8, torch.float32, device)
     T = torch.tensor(0.7)
@@ -310,6 +322,7 @@ def test_opcheck(backend, device):
     )
 
 
+@without_cpp
 def test_fullgraph_and_run_time_temperature(backend, device):
     (hidden, weight, bias), token_ids = case(5, 40, 8, torch.float32, device)
 
