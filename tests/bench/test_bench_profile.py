@@ -80,6 +80,8 @@ def test_bench_profiles_the_second_call_and_records_failures():
 )
 def test_suites_that_profile_whole_calls(suite, calls, monkeypatch):
     monkeypatch.setattr(step, "CPU_SIZE", step.Size(prompts=2, group=2, cot=2, batch=1))
+    monkeypatch.setattr(rollout, "CPU_COMPARED", (2,))
+    monkeypatch.setattr(rollout, "PROFILED_TOKENS", 2)
     bench = Bench(torch.device("cpu"))
     suite.profiles(bench)
     assert bench.failures == []
