@@ -197,7 +197,8 @@ def test_every_step_logs_the_alignment_of_its_groups(graded):
 
 def test_the_console_and_the_report_show_the_pooled_alignment_and_warn(graded):
     listed = {name: f"[{', '.join(v)}]" for name, v in SETTINGS.items() if isinstance(v, list)}
-    words = flags(**SETTINGS | listed, max_steps=4, sample_steps=3, output_dir="run")
+    samples = {"sample_steps": 3, "num_sample_prompts": 1}
+    words = flags(**SETTINGS | listed | samples, max_steps=4, output_dir="run")
     finished = run("iris_fast.train", *words, cwd=graded)
     assert (finished.code, finished.err) == (0, "")
     lines = [line for line in finished.out.splitlines() if line.startswith("alignment with")]
@@ -224,13 +225,12 @@ def test_a_report_without_metrics_has_no_alignment(here):
 
 
 def test_ranks_log_the_same_alignment_as_one(graded):
-    listed = {name: f"[{', '.join(v)}]" for name, v in SETTINGS.items() if isinstance(v, list)}
-    listed["reward_funcs"] = "[image_nsc]"
-    listed["metric_funcs"] = "[richness]"
-    for count, prompts in ((1, 4), (2, 2)):
-        changes = {"per_device_train_batch_size": prompts, "output_dir": f"by{count}"}
-        words = flags(**SETTINGS | listed | changes, max_steps=1)
-        assert run("iris_fast.train", *words, cwd=graded, ranks=count).codes == [0] * count
+    names = {"reward_funcs": ["image_nsc"], "metric_funcs": ["richness"]}
+    train(quick("by1", **SETTINGS | names, max_steps=1))
+    changes = {"per_device_train_batch_size": 2, "output_dir": "by2", "max_steps": 1}
+    listed = {name: f"[{value}]" for name, (value,) in names.items()}
+    words = flags(**SETTINGS | listed | changes)
+    assert run("iris_fast.train", *words, cwd=graded, ranks=2).codes == [0, 0]
     for name in ("reward_alignment", "reward_alignment_se", "reward_alignment_groups"):
         key = f"{name}/image_nsc~richness"
         one, two = (metrics(graded / f"by{count}")[0][key] for count in (1, 2))
@@ -284,12 +284,14 @@ def test_generate_writes_and_prints_the_table(two_prompts, capsys):
 
 
 def test_the_table_does_not_depend_on_batches_or_ranks(two_prompts):
+    generate(asked("whole", batch_size=16))
+    generate(asked("small", batch_size=3))
     words = ["--prompts", "p.txt", "--image_token_num_per_image", "9", "--alignment", "true"]
-    words += ["--num_images_per_prompt", "4", "--metric_funcs", "[diversity, richness]"]
-    for folder, count, batch in (("whole", 1, 16), ("small", 1, 3), ("ranks", 2, 5)):
-        more = ["--output_dir", folder, "--batch_size", str(batch)]
-        finished = run("iris_fast.generate", *words, *more, cwd=two_prompts, ranks=count)
-        assert (finished.codes, finished.err) == ([0] * count, ""), finished.err
+    words += ["--num_images_per_prompt", "4", "--metric_funcs", "[richness, diversity]"]
+    words += ["--reward_funcs", "[image_nsc, image_entropy]", "--cfg_weight", "1.5"]
+    words += ["--output_dir", "ranks", "--batch_size", "5"]
+    finished = run("iris_fast.generate", *words, cwd=two_prompts, ranks=2)
+    assert (finished.codes, finished.err) == ([0, 0], "")
     whole = json.loads((two_prompts / "whole/alignment.json").read_text())
     for folder in ("small", "ranks"):
         other = json.loads((two_prompts / folder / "alignment.json").read_text())
