@@ -152,7 +152,7 @@ def test_the_report_shows_the_run(finished_run):
     page = (finished_run / "report.html").read_text()
     assert "5 steps" in page
     assert "max_steps: 5" in page
-    assert page.count("data:image/png;base64,") == 3 * 3  # prompts; before, during, after
+    assert page.count("data:image/png;base64,") == 3 * 3 * 4  # prompts, grids, images
 
 
 def test_a_second_run_starts_like_the_first_and_takes_the_next_folder(here):
