@@ -105,7 +105,7 @@ def direct_backend(
     if (
         not tensor.is_cpu
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0

@@ -21,6 +21,13 @@ inline Vec load(const T* p, Part part) {  // then zeros
     return load(padded);
 }
 
+// The vector, with `fill` behind the part.
+inline Vec filled(Vec v, Whole, float) { return v; }
+inline Vec filled(Vec v, Part part, float fill) {
+    for (int64_t i = part.n; i < LANES; i++) v[i] = fill;
+    return v;
+}
+
 template <class T>
 inline void store(T* p, Vec v, Whole) {
     store(p, v);
@@ -55,5 +62,17 @@ struct ColumnSum {
         return all;
     }
 };
+
+// Without NaN; -INF if there is nothing else.
+template <class T>
+inline float row_maximum(const T* x, int64_t n) {
+    Vec best[4] = {all(-INF), all(-INF), all(-INF), all(-INF)};
+    for_columns<4>(n, [&](int64_t i, int k, auto part) {
+        best[k] = larger(filled(load(x + i, part), part, -INF), best[k]);
+    });
+    return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
+}
+
+inline float safe(float maximum) { return maximum == -INF ? 0.0f : maximum; }
 
 }  // namespace iris

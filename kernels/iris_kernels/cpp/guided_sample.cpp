@@ -37,19 +37,12 @@ inline Vec mix(Vec cond, Vec uncond, float cfg_weight) {
 template <class T>
 float mix_row(const T* cond, const T* uncond, int64_t V, float cfg_weight, float* mixed) {
     Vec best = all(-INF);
-    int64_t i = 0;
-    for (; i + LANES <= V; i += LANES) {
-        Vec x = load(cond + i);
-        if (uncond) x = mix(x, load(uncond + i), cfg_weight);
-        store(mixed + i, x);
-        best = larger(x, best);
-    }
-    if (i < V) {
-        Vec x = load_part(cond + i, V - i, -INF);
-        if (uncond) x = mix(x, load_part(uncond + i, V - i, -INF), cfg_weight);
-        store_part(mixed + i, x, V - i);
-        best = larger(x, best);
-    }
+    for_columns<1>(V, [&](int64_t i, int, auto part) {
+        Vec x = load(cond + i, part);
+        if (uncond) x = mix(x, load(uncond + i, part), cfg_weight);
+        store(mixed + i, x, part);
+        best = larger(filled(x, part, -INF), best);
+    });
     return largest(best);
 }
 
@@ -68,17 +61,11 @@ inline int64_t sum(Longs v) {
 // exp2((mixed - m) scale) of n columns into `e`, and the sum of the weights.
 int64_t weigh_block(const float* mixed, int64_t n, float m, float scale, float threshold, float* e) {
     Longs total = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        const Vec x = load(mixed + i), power = exp2((x - m) * scale);
-        store(e + i, power);
+    for_columns<1>(n, [&](int64_t i, int, auto part) {
+        const Vec x = filled(load(mixed + i, part), part, -INF), power = exp2((x - m) * scale);
+        store(e + i, power, part);
         total += weights(power, x, threshold);
-    }
-    if (i < n) {
-        const Vec x = load_part(mixed + i, n - i, -INF), power = exp2((x - m) * scale);
-        store_part(e + i, power, n - i);
-        total += weights(power, x, threshold);
-    }
+    });
     return sum(total);
 }
 
@@ -103,32 +90,6 @@ int64_t first_maximum(const float* mixed, int64_t V, float maximum) {
     for (int64_t i = 0; i < V; i++)
         if (mixed[i] == maximum) return i;
     return 0;
-}
-
-// Add n columns whose exponentials are known.
-void add_known(const float* x, const float* e, int64_t n, float m, float temperature,
-               RowSums& sums) {
-    const Vec lowest = all(MIN_D * temperature);
-    for (int64_t first = 0; first < n; first += BLOCK) {
-        const int64_t last = first + BLOCK < n ? first + BLOCK : n;
-        Vec e_sum = {}, ed_sum = {}, d_sum = {};
-        int64_t i = first;
-        for (; i + LANES <= last; i += LANES) {
-            const Vec d = load(x + i) - m, power = load(e + i);
-            d_sum += d;
-            e_sum += power;
-            ed_sum += power * larger(d, lowest);
-        }
-        for (int k = 0; i < last; i++, k++) {
-            const float d = x[i] - m;
-            d_sum[k] += d;
-            e_sum[k] += e[i];
-            ed_sum[k] += e[i] * (d > lowest[0] ? d : lowest[0]);
-        }
-        sums.e += iris::sum(e_sum);
-        sums.ed += iris::sum(ed_sum);
-        sums.d += iris::sum(d_sum);
-    }
 }
 
 void write(const RowStats& s, float* place, int64_t stride) {
@@ -156,8 +117,8 @@ void sample_row(const T* cond, const T* uncond, int64_t V, float uniform, float 
     out.tokens[row * out.token_stride] = token;
 
     RowSums sums;
-    add_known(mixed, e, token, m, T_, sums);
-    add_known(mixed + token + 1, e + token + 1, V - token - 1, m, T_, sums);
+    add_columns(mixed, e, token, m, T_, sums);
+    add_columns(mixed + token + 1, e + token + 1, V - token - 1, m, T_, sums);
     sums.d += mixed[token] - m;
     const RowStats guided = row_stats(sums, mixed[token], mixed_maximum, T_, V);
     const int64_t place = row * out.row_stride;

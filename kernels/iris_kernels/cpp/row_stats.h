@@ -1,7 +1,7 @@
 // The statistics of one row of logits, as `_row_stats` describes them: fp32 terms, fp64 sums.
 #pragma once
 
-#include "rows.h"
+#include "columns.h"
 
 namespace iris {
 
@@ -16,36 +16,43 @@ struct RowStats {
     double logprob, nsc, entropy, lse, sum_exp;
 };
 
-// Add the columns of x [n] to the sums.
-template <class T>
-inline void add_columns(const T* x, int64_t n, float m, float T_, RowSums& sums) {
-    const float scale = LOG2_E / T_;
+// Add n columns to the sums; `distance(i, part)` is d of the columns from i on, and
+// `exponential(i, d, part)` their e, of d not below -1000 T.
+template <class Distance, class Exponential>
+inline void add_columns(int64_t n, float T_, Distance distance, Exponential exponential,
+                        RowSums& sums) {
     const Vec lowest = all(MIN_D * T_);
     for (int64_t first = 0; first < n; first += BLOCK) {
-        const int64_t last = first + BLOCK < n ? first + BLOCK : n;
         Vec e_sum = {}, ed_sum = {}, d_sum = {};
-        int64_t i = first;
-        for (; i + LANES <= last; i += LANES) {
-            Vec d = load(x + i) - m;
+        for_columns<1>(n - first < BLOCK ? n - first : BLOCK, [&](int64_t i, int, auto part) {
+            Vec d = filled(distance(first + i, part), part, 0);
             d_sum += d;
             d = larger(d, lowest);
-            Vec e = exp2(d * scale);
+            const Vec e = filled(exponential(first + i, d, part), part, 0);
             e_sum += e;
             ed_sum += e * d;
-        }
-        if (i < last) {
-            Vec d = load_part(x + i, last - i, m) - m;
-            Vec e = exp2(larger(d, lowest) * scale);
-            for (int k = 0; k < last - i; k++) {
-                d_sum[k] += d[k];
-                e_sum[k] += e[k];
-                ed_sum[k] += e[k] * (d[k] > lowest[k] ? d[k] : lowest[k]);
-            }
-        }
+        });
         sums.e += sum(e_sum);
         sums.ed += sum(ed_sum);
         sums.d += sum(d_sum);
     }
+}
+
+// Add the columns of x [n].
+template <class T>
+inline void add_columns(const T* x, int64_t n, float m, float T_, RowSums& sums) {
+    const float scale = LOG2_E / T_;
+    add_columns(
+        n, T_, [=](int64_t i, auto part) { return load(x + i, part) - m; },
+        [=](int64_t, Vec d, auto) { return exp2(d * scale); }, sums);
+}
+
+// The same with known exponentials e [n].
+inline void add_columns(const float* x, const float* e, int64_t n, float m, float T_,
+                        RowSums& sums) {
+    add_columns(
+        n, T_, [=](int64_t i, auto part) { return load(x + i, part) - m; },
+        [=](int64_t i, Vec, auto part) { return load(e + i, part); }, sums);
 }
 
 // The statistics from the sums over all columns but the token's, whose logit is `x_token`;

@@ -103,18 +103,6 @@ inline Vec rounded<bfloat16>(Vec v) {
     return v == v ? (Vec)bits : v;
 }
 
-// The first n elements, then `fill`.
-template <class T>
-inline Vec load_part(const T* p, int64_t n, float fill) {
-    Vec v = all(fill);
-    for (int64_t i = 0; i < n; i++) v[i] = to_float(p[i]);
-    return v;
-}
-template <class T>
-inline void store_part(T* p, Vec v, int64_t n) {
-    for (int64_t i = 0; i < n; i++) p[i] = from_float<T>(v[i]);
-}
-
 // The larger; b if a is NaN.
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -182,18 +170,5 @@ struct Scratch {
         return static_cast<T*>(memory);
     }
 };
-
-template <class T>
-inline float row_maximum(const T* x, int64_t n) {
-    Vec best[4] = {all(-INF), all(-INF), all(-INF), all(-INF)};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= n; i += 4 * LANES)
-        for (int k = 0; k < 4; k++) best[k] = larger(load(x + i + k * LANES), best[k]);
-    for (; i + LANES <= n; i += LANES) best[0] = larger(load(x + i), best[0]);
-    if (i < n) best[0] = larger(load_part(x + i, n - i, -INF), best[0]);
-    return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
-}
-
-inline float safe(float maximum) { return maximum == -INF ? 0.0f : maximum; }
 
 }  // namespace iris

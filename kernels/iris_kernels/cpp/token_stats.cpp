@@ -90,9 +90,9 @@ void backward(const T* logits, Rows rows, T* grad, Rows grad_rows, int64_t R, in
             const Vec d = larger(x - m, lowest);
             return exp2(d * scale) * (f.of_e - d * f.of_ed) + f.of_all;
         };
-        int64_t i = 0;
-        for (; i + LANES <= V; i += LANES) store(g + i, of_column(load(x + i)));
-        if (i < V) store_part(g + i, of_column(load_part(x + i, V - i, 0.0f)), V - i);
+        for_columns<1>(V, [&](int64_t i, int, auto part) {
+            store(g + i, of_column(load(x + i, part)), part);
+        });
         g[token] = from_float<T>(of_column(all(x_token))[0] + f.of_token);
         fill_zero(g + V, V_held - V);
     });
