@@ -26,9 +26,12 @@ import torch.distributed as dist
 TIMEOUT_S = 120.0
 
 _context = multiprocessing.get_context("forkserver")
-# Not iris_fast.train or .generate themselves: `-m` must import them anew.
+# Not iris_fast.train or .generate themselves: `-m` must import them anew. torch._dynamo is imported
+# when a model is created, and takes longer than all else that a refused command does.
 _context.set_forkserver_preload(
     [
+        "torch._dynamo",
+        "iris_fast.cli",
         "iris_fast.grpo.update",
         "iris_fast.preflight.inputs",
         "iris_fast.rewards",

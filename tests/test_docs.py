@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
+import json
 import os
 import re
 import shlex
@@ -70,11 +71,19 @@ def flags_of(words: list[str]) -> set[str]:
     return set(FLAG.findall(" ".join(words)))
 
 
+def takes_flags(module: str) -> bool:
+    source = module_file(module).read_text(encoding="utf-8")
+    return bool(re.search(r"add_argument|parse_command_line", source))
+
+
 @functools.cache
-def help_of(module: str) -> str:
-    finished = run(module, "--help", cwd=ROOT)
+def help_texts() -> dict[str, str]:
+    """The --help of every module that takes flags, or is given some in the documents."""
+    modules = {module for module in MODULES if takes_flags(module)}
+    modules |= {module for module, arguments, _ in module_calls() if flags_of(arguments)}
+    finished = run("help_texts", *sorted(modules), cwd=ROOT)
     assert finished.code == 0, finished.err
-    return finished.out
+    return json.loads(finished.out)
 
 
 def heading_anchors(text: str) -> set[str]:
@@ -133,10 +142,7 @@ def test_settings_that_are_named_exist():
     known, named = set(OTHER_FLAGS), set(FLAG.findall(TEXT))
     for action in get_args_parser()._actions:
         known |= set(action.option_strings)
-    for module in sorted(MODULES, reverse=True):  # the trainer's commands first
-        source = module_file(module).read_text(encoding="utf-8")
-        if not named <= known and re.search(r"add_argument|parse_command_line", source):
-            known |= flags_of([help_of(module)])
+    known |= flags_of(list(help_texts().values()))
     assert named <= known, named - known
 
 
@@ -167,7 +173,7 @@ def test_commands_are_understood(tmp_path, monkeypatch):
         get_args_parser().parse_args([*launcher, "-m", module, *arguments])
         if module not in CONFIGS:
             if flags_of(arguments):
-                assert flags_of(arguments) <= flags_of([help_of(module)]), (module, arguments)
+                assert flags_of(arguments) <= flags_of([help_texts()[module]]), (module, arguments)
             continue
         for flag, value in itertools.pairwise(arguments):
             if flag == "--config":
