@@ -174,7 +174,9 @@ def test_peak_memory_of_a_rollout_is_the_estimate(gpu, name):
 
 
 VARIANTS = {
-    "plain": {"rollout_engine": "plain"},
+    "plain": {
+        "rollout_engine": "plain", "max_completion_length": 4, "image_token_num_per_image": 4,
+    },
     "static": {},
     "fp8 cache": STATIC | {"kv_cache_dtype": "fp8"},
     "fp8 weights": STATIC | {"rollout_weight_dtype": "fp8"},
@@ -183,7 +185,7 @@ VARIANTS = {
     "min_p": {"min_p": 0.1},
     "all": {"top_k": 50, "top_p": 0.9, "min_p": 0.1},
     "no guidance": {"cfg_weight": 1.0},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -197,7 +199,7 @@ def test_a_step_is_captured_without_waits_or_copies(gpu, size, name):
     samples = prompts_of(config, 8)
     before = len(gpu.waits)
     rollout = sampler.rollout(samples, list(range(len(samples))))
-    assert rollout.image.guided.logprob.shape == (8, 16)
+    assert rollout.image.guided.logprob.shape == (8, config.image_token_num_per_image)
     static = name != "plain"
     assert sampler.uses_cuda_graph == static
     assert [bool(step) for step in gpu.captured] == [True, True] * static

@@ -15,20 +15,21 @@ ops = torch.ops.iris_kernels
 module = importlib.import_module("iris_kernels.linear_token_stats.tiles")
 op = importlib.import_module("iris_kernels.linear_token_stats.op")
 INPUTS = ("hidden", "weight", "bias")
-# name: (rows, V, D, dtype). Tiles have up to 160 elements and sums up to 64: with D = 16, 4 rows
-# by 40 columns, or 40 by 4 in the loop for a half-precision weight.
+# name: (rows, V, D, dtype). Tiles have up to 80 elements and sums up to 64: with D = 16, 4 rows
+# by 20 columns, or 20 by 4 in the loop for a half-precision weight. The interpreter takes as long
+# as there are rows of tiles: few here.
 REGIMES = {
-    "one_tile": (3, 40, 16, torch.float32),
-    "many_tiles": (10, 101, 16, torch.float32),
-    "many_tiles_half": (10, 101, 16, torch.bfloat16),
-    "last_tile_of_one_column": (5, 81, 16, torch.float32),
+    "one_tile": (3, 20, 16, torch.float32),
+    "many_tiles": (5, 50, 16, torch.float32),
+    "many_tiles_half": (5, 50, 16, torch.bfloat16),
+    "last_tile_of_one_column": (5, 41, 16, torch.float32),
     "one_class": (3, 1, 4, torch.float32),
 }
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    small = {"CHUNK_ELEMENTS": 160, "TILE_ELEMENTS": 160, "SUM_ELEMENTS": 64, "MIN_TILE_SIDE": 4}
+    small = {"CHUNK_ELEMENTS": 80, "TILE_ELEMENTS": 80, "SUM_ELEMENTS": 64, "MIN_TILE_SIDE": 4}
     monkeypatch.setattr(op, "KEPT_LOGITS_BYTES", 0)
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
@@ -123,10 +124,10 @@ def test_logits_that_fit_are_kept(frozen, tiles, monkeypatch):
 
 
 def test_sums_over_tiles_are_kept_in_fp32(device, monkeypatch):
-    """100 tiles and 50 chunks round a half-precision gradient no more than a single one does."""
+    """50 tiles and 10 chunks round a half-precision gradient no more than a single one does."""
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
-    head, token_ids = case(200, 4000, 16, torch.bfloat16, device)
-    gradients = [g.abs() for g in upstream_gradients((200,), device)]
+    head, token_ids = case(40, 1000, 16, torch.bfloat16, device)
+    gradients = [g.abs() for g in upstream_gradients((40,), device)]
     _, tiled = run(linear_token_stats, head, token_ids, gradients)
     monkeypatch.undo()  # tiles of the normal size, on the same backend
     monkeypatch.setenv("IRIS_KERNELS_BACKEND", "torch")
@@ -139,10 +140,10 @@ def test_sums_over_tiles_are_kept_in_fp32(device, monkeypatch):
 @without_cpp
 @pytest.mark.parametrize("alone", FIELDS)
 def test_each_gradient_alone(alone, backend, device):
-    head, token_ids = case(5, 65, 16, torch.float32, device)
+    head, token_ids = case(3, 45, 16, torch.float32, device)
     gradients = [
         g if name == alone else None
-        for name, g in zip(FIELDS, upstream_gradients((5,), device), strict=True)
+        for name, g in zip(FIELDS, upstream_gradients((3,), device), strict=True)
     ]
     _, mine = run(linear_token_stats, head, token_ids, gradients)
     _, truth = run(linear_token_stats_reference, head, token_ids, gradients, torch.float64)
@@ -152,7 +153,7 @@ def test_each_gradient_alone(alone, backend, device):
 
 @without_cpp
 def test_tiles_agree_with_token_stats_of_whole_logits(backend, device):
-    """Also if whole tiles (of 20 columns) are -inf, huge, or hold only the token."""
+    """Also if whole tiles (of 26 columns) are -inf, huge, or hold only the token."""
     (hidden, weight, _), token_ids = case(3, 70, 8, torch.float32, device)
     for name, shift in {
         "first tiles masked": [-math.inf] * 45 + [0.0] * 25,
@@ -183,8 +184,8 @@ def test_masked_classes_give_no_nan(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frozen_parts_cost_nothing(dtype, backend, device, tiles):
     """A frozen weight costs no matrix product and no tiles."""
-    (hidden, weight, bias), token_ids = case(6, 60, 16, dtype, device)
-    gradients = upstream_gradients((6,), device)
+    (hidden, weight, bias), token_ids = case(3, 30, 16, dtype, device)
+    gradients = upstream_gradients((3,), device)
     _, full = run(linear_token_stats, (hidden, weight, bias), token_ids, gradients)
     trained = sum(name.startswith("backward") for name, _, _ in tiles)
     tiles.clear()
@@ -216,7 +217,7 @@ def test_frozen_weight_costs_no_product(device, monkeypatch):
 
 @without_cpp
 def test_dropped_rows(backend, device):
-    head, token_ids = case(8, 30, 8, torch.float32, device)
+    head, token_ids = case(8, 15, 8, torch.float32, device)
     mask = torch.tensor([True, False] * 4, device=device)
     kept = [head[0][mask], head[1], head[2]]
     head[0][~mask] = math.nan
@@ -234,7 +235,7 @@ def test_dropped_rows(backend, device):
 @without_cpp
 def test_dropped_rows_contribute_nothing_to_weight_and_bias(backend, device):
     """As without these rows (finite ones: 0 * NaN is NaN in any product)."""
-    head, token_ids = case(8, 30, 8, torch.float32, device)
+    head, token_ids = case(8, 15, 8, torch.float32, device)
     mask = torch.tensor([True, False] * 4, device=device)
     gradients = upstream_gradients((8,), device)
     _, mine = run(linear_token_stats, head, token_ids, gradients, mask=mask)
@@ -247,14 +248,14 @@ def test_dropped_rows_contribute_nothing_to_weight_and_bias(backend, device):
 @without_cpp
 def test_vocab_size(backend, device):
     """Classes from vocab_size on are padding; their rows of the weight get gradient 0."""
-    (hidden, weight, bias), token_ids = case(3, 100, 8, torch.float32, device)
-    token_ids.remainder_(83)
+    (hidden, weight, bias), token_ids = case(3, 60, 8, torch.float32, device)
+    token_ids.remainder_(43)
     padded = [hidden, weight.clone(), bias.clone()]
-    padded[1][83:], padded[2][83:] = math.nan, math.nan
+    padded[1][43:], padded[2][43:] = math.nan, math.nan
     gradients = upstream_gradients((3,), device)
-    out, mine = run(linear_token_stats, padded, token_ids, gradients, vocab_size=83)
+    out, mine = run(linear_token_stats, padded, token_ids, gradients, vocab_size=43)
     expected, theirs = run(
-        linear_token_stats, [hidden, weight[:83], bias[:83]], token_ids, gradients
+        linear_token_stats, [hidden, weight[:43], bias[:43]], token_ids, gradients
     )
     assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
     for name, a, b in zip(INPUTS, mine, theirs, strict=True):
@@ -264,7 +265,7 @@ def test_vocab_size(backend, device):
 
 @without_cpp
 def test_leading_dimensions_and_strides(backend, device):
-    (hidden, weight, bias), token_ids = case(6, 50, 8, torch.float32, device)
+    (hidden, weight, bias), token_ids = case(6, 20, 8, torch.float32, device)
     flat = linear_token_stats(hidden, weight, token_ids, bias)
     folded = hidden.view(2, 3, 8).transpose(0, 1)
     out = linear_token_stats(folded, weight, token_ids.view(2, 3).t(), bias)
@@ -285,11 +286,11 @@ def test_no_rows(backend, device):
 @without_cpp
 def test_autocast_is_that_of_linear(backend, device):
     """Inputs are cast as for a linear layer; the logits still have float32 precision."""
-    head, token_ids = case(4, 65, 16, torch.float32, device)
+    head, token_ids = case(3, 30, 16, torch.float32, device)
     half = [t.bfloat16() for t in head]
     expected = linear_token_stats(half[0], half[1], token_ids, half[2])
     with torch.autocast(device, torch.bfloat16):
-        out, gradients = run(linear_token_stats, head, token_ids, upstream_gradients((4,), device))
+        out, gradients = run(linear_token_stats, head, token_ids, upstream_gradients((3,), device))
     for a, b in zip(out, expected, strict=True):
         assert torch.equal(a, b)
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
@@ -309,13 +310,13 @@ def test_gradcheck(monkeypatch):
 
 @without_cpp
 def test_opcheck(backend, device):
-    (hidden, weight, bias), token_ids = case(5, 20, 8, torch.float32, device)
+    (hidden, weight, bias), token_ids = case(2, 20, 8, torch.float32, device)
     T = torch.tensor(0.7)
     for leaf in (weight, weight.clone().requires_grad_()):
         arguments = (hidden, leaf, bias, token_ids, None, T, 20)
         torch.library.opcheck(ops.linear_token_stats.default, arguments)
-    saved = [torch.rand(5, device=device) + 1 for _ in range(3)]
-    upstream = upstream_gradients((5,), device)
+    saved = [torch.rand(2, device=device) + 1 for _ in range(3)]
+    upstream = upstream_gradients((2,), device)
     torch.library.opcheck(
         ops.linear_token_stats_backward.default,
         (hidden, weight, None, token_ids, None, T, 20, *saved, *upstream, [True, False, False]),
@@ -324,7 +325,7 @@ def test_opcheck(backend, device):
 
 @without_cpp
 def test_fullgraph_and_run_time_temperature(backend, device):
-    (hidden, weight, bias), token_ids = case(5, 40, 8, torch.float32, device)
+    (hidden, weight, bias), token_ids = case(3, 30, 8, torch.float32, device)
 
     def loss(hidden, weight, temperature):
         out = linear_token_stats(hidden * 2, weight, token_ids, bias, temperature=temperature)
@@ -333,7 +334,7 @@ def test_fullgraph_and_run_time_temperature(backend, device):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for temperature in (1.1, 0.8, 0.6, 2.0):
+    for temperature in (1.1, 0.8, 2.0):
         found = []
         for function in (compiled, loss):
             leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
