@@ -38,7 +38,7 @@ _RELATION_PHRASES = {
     "below": ("below", "under"),
 }
 # Two centres must be this far apart along the axis of the relation, in pixels.
-POSITION_MARGIN = 8.0
+POSITION_MARGIN = 4.0
 
 
 class LocatedObject(Protocol):
@@ -172,14 +172,14 @@ def prompt_sets() -> tuple[tuple[Caption, ...], tuple[Caption, ...]]:
 
 
 def random_caption(scene: Scene, rng: Generator) -> Caption:
-    """Sample a true caption of the scene's kind that is not a held-out prompt."""
+    """Sample a caption of the scene's named things, of its kind, that is not a held-out prompt."""
     held_out = {caption.text for caption in prompt_sets()[1]}
     choices = [c for c in true_captions(scene, scene.kind, rng) if c.text not in held_out]
     return choices[rng.integers(len(choices))]
 
 
 def true_captions(scene: Scene, kind: str, rng: Generator) -> list[Caption]:
-    """All true captions of this kind for a scene; the order of two objects is random."""
+    """All captions of this kind for the named things of a scene; the order of two is random."""
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
     first, second = objects[0], objects[-1]
     if kind == "single_object":
@@ -246,11 +246,11 @@ def position_name(located: LocatedObject) -> str:
 
 
 def chain_of_thought(scene: Scene) -> str:
-    """List all objects of a scene: `red circle top left, blue square right`.
+    """List all named things of a scene: `red circle top left, blue square right`.
 
     They are in reading order on a coarse grid, so that every scene has exactly one answer.
     """
-    objects = sorted(scene.objects, key=lambda obj: (obj.y // 22, obj.x))
+    objects = sorted(scene.objects, key=lambda obj: (obj.row // 2, obj.column))
     return ", ".join(f"{obj.colour} {obj.shape} {position_name(obj)}" for obj in objects)
 
 

@@ -1,9 +1,10 @@
 """Check whether an image of the synthetic world matches its prompt, without a neural network.
 
-Objects are the saturated connected regions of an image (backgrounds are nearly grey). An object's
-colour is its most frequent hue, its shape the one whose outline, stretched to the object's bounding
-box, has the highest intersection over union. The detected objects are then compared with the
-requirements in the prompt file (`captions.satisfies`).
+Objects are the saturated connected regions of an image (grounds are nearly grey) that are as large
+as a thing. An object's colour is its most frequent hue, its shape the one whose outline, stretched
+to the object's bounding box, has the highest intersection over union. A region that resembles no
+shape well is a broken thing. The detected objects are then compared with the requirements in the
+prompt file (`captions.satisfies`).
 
 As a reward: `--reward_funcs '[iris_fast.tiny.verifier:reward]'`.
 """
@@ -22,13 +23,13 @@ from scipy import ndimage
 from scipy.spatial.distance import pdist, squareform
 
 from iris_fast.tiny.captions import satisfies
-from iris_fast.tiny.world import COLOURS, SHAPES, Pixels, shape_distance
+from iris_fast.tiny.world import CELL, COLOURS, SHAPES, THING, Pixels, shape_distance
 
-MIN_CHROMA = 62  # of 255: backgrounds stay below 12, half-covered edge pixels are near 62
-MIN_AREA = 36  # pixels; the smallest object has 100
-MIN_IOU = 0.6  # intersection over union with the best outline
+MIN_CHROMA = 30  # of 255: grounds stay below 12, half-covered dark edge pixels are near 30
+MIN_AREA = 6  # pixels; smaller regions are ignored
+SIDES = range(THING * CELL - 1, THING * CELL + 2)  # of a thing's bounding box, in pixels
+MIN_IOU = 0.8  # intersection over union with the best outline
 SPLIT_SHARE = 0.2  # a region with this share of a second colour is two objects that touch
-MAX_ASPECT_RATIO = 1.7  # of an object's bounding box
 
 Mask = NDArray[np.bool_]
 
@@ -92,17 +93,25 @@ def to_array(image: Image) -> Pixels:
 
 def detect_objects(image: Pixels) -> list[DetectedObject]:
     """The objects in an image, uint8 [H, W, 3]."""
+    return [found for found in _detect(image) if found is not None]
+
+
+def broken_things(image: Pixels) -> int:
+    """Number of saturated regions that are no thing: of another size, or of no known shape."""
+    return sum(found is None for found in _detect(image))
+
+
+def _detect(image: Pixels) -> list[DetectedObject | None]:
+    """What every saturated region of an image shows; None for a broken thing."""
     colours, chroma = _colour_map(image)
     regions, count = ndimage.label(chroma >= MIN_CHROMA)
-    objects = []
+    objects: list[DetectedObject | None] = []
     for number in range(1, count + 1):
         region = regions == number
         if region.sum() < MIN_AREA:
             continue
         for colour, mask in _split_by_colour(region, colours):
-            detected = _classify(colour, mask)
-            if detected is not None:
-                objects.append(detected)
+            objects.append(_classify(colour, mask))
     return objects
 
 
@@ -152,7 +161,7 @@ def _classify(colour: str, mask: Mask) -> DetectedObject | None:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = int(bottom - top), int(right - left)
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+    if height not in SIDES or width not in SIDES:
         return None
     cropped = mask[top:bottom, left:right]
     ious = {
@@ -177,7 +186,7 @@ def diversity(images: Pixels) -> float:
     """Mean pairwise distance of the images [N, H, W, 3] of one group, from 0 (identical) to 1.
 
     The distance is the root mean square difference over 255, at 16 x 16 pixels, which makes it
-    insensitive to noise and to shifts by a pixel. 0 for one image.
+    insensitive to noise. 0 for one image.
     """
     count = len(images)
     total = _distances([fromarray(image) for image in images]).sum()

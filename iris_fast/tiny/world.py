@@ -1,26 +1,37 @@
-"""The synthetic world: coloured shapes on nearly grey backgrounds, as records and as images.
+"""The synthetic world: textured things on a quiet ground, as records, as image codes and as images.
 
-A `Scene` is a background and a list of `SceneObject`s; `render` is a pure function of it. Captions
-describe the content (shape, colour, position, number) and never the style (background pattern,
-shading, exact size and position), so that a model trained on this world can generate simple,
-uniform images or rich ones for the same prompt.
+An image is a grid of 8 x 8 cells of 4 x 4 pixels, and every cell shows one of 2048 known tiles:
+the tile's number is the image code, so `render` is a table lookup. A thing covers 3 x 3 cells. Each
+of its cells is drawn from 32 textures of the thing's colour (8 at its slanted and round edges), so
+that the content of a picture is hard to predict and its ground is not, as in photographs.
+
+A `World` names what varies: `omission` is the share of the things a caption names that are missing
+from the picture, as in the captions of the web. The other two worlds of `WORLDS` are controls.
+
+    code                                                    tile
+    tone * 32 + variant                                     ground
+    128 + colour * 32 + variant                             cell inside a thing
+    320 + ((part * 6 + colour) * 4 + tone) * 8 + variant    cell at an edge of a thing
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
+from functools import cache
+from itertools import combinations, product
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-IMAGE_SIZE = 64
+CELL, SIDE, THING = 4, 8, 3  # pixels per cell; cells per side of an image, and of a thing
+IMAGE_SIZE = CELL * SIDE
 Pixels = NDArray[np.uint8]
+Codes = NDArray[np.int64]
 Field = NDArray[np.float32]
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-# Hues at least 43 degrees apart, so that blurring an image does not change the nearest colour.
+# Hues at least 43 degrees apart, so that a shade is never nearest to another colour.
 COLOURS = {
     "red": (220, 40, 40),
     "yellow": (240, 210, 40),
@@ -29,49 +40,100 @@ COLOURS = {
     "blue": (40, 80, 215),
     "purple": (165, 55, 205),
 }
-# Nearly grey, so that every saturated region of an image belongs to an object.
-GREYS = (
-    (236, 234, 228),
-    (204, 208, 214),
-    (168, 164, 158),
-    (120, 122, 128),
-    (70, 70, 76),
-    (34, 34, 42),
-)
-BACKGROUNDS = ("plain", "gradient", "stripes", "checks")
-SHADINGS = ("flat", "shaded", "glossy", "banded")
+# Nearly grey, so that every saturated region of an image belongs to a thing.
+TONES = ((228, 226, 220), (186, 189, 194), (124, 126, 132), (60, 60, 67))
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 
-# In pixels. Centres and radii come from a coarse grid, so that few VQ codes cover all edges.
-GRID = 4
-SMALL, MEDIUM, LARGE = 9, 12, 17  # radii
-MIN_GAP = 4  # between two objects
+# Edge cells, by the shape and the cell (row, column) of it that they show.
+PARTS = {
+    "corner_tl": ("circle", 0, 0),
+    "corner_tr": ("circle", 0, 2),
+    "corner_bl": ("circle", 2, 0),
+    "corner_br": ("circle", 2, 2),
+    "apex": ("triangle", 0, 1),
+    "slope_tl": ("triangle", 1, 0),
+    "slope_tr": ("triangle", 1, 2),
+    "slope_bl": ("triangle", 2, 0),
+    "slope_br": ("triangle", 2, 2),
+}
+_ROUND = ("corner_tl", "full", "corner_tr"), ("corner_bl", "full", "corner_br")
+LAYOUTS = {
+    "circle": (_ROUND[0], ("full",) * 3, _ROUND[1]),
+    "square": (("full",) * 3,) * 3,
+    "triangle": (
+        ("ground", "apex", "ground"),
+        ("slope_tl", "full", "slope_tr"),
+        ("slope_bl", "full", "slope_br"),
+    ),
+    "cross": (("ground", "full", "ground"), ("full",) * 3, ("ground", "full", "ground")),
+    "ring": (_ROUND[0], ("full", "ground", "full"), _ROUND[1]),
+}
 
-_AXIS = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-_X, _Y = np.meshgrid(_AXIS, _AXIS)
+VARIANTS, EDGE_VARIANTS = 32, 8
+FIRST_FULL = len(TONES) * VARIANTS
+FIRST_EDGE = FIRST_FULL + len(COLOURS) * VARIANTS
+NUM_CODES = FIRST_EDGE + len(PARTS) * len(COLOURS) * len(TONES) * EDGE_VARIANTS
+
+# A texture is a shade and a pattern; variant 0, shade 0 with pattern 0, is the plain one.
+SHADES = (0.0, -0.36, 0.36, -0.12, 0.12, -0.24, 0.24, -0.45)  # towards black, or towards white
+GROUND_SHADES = (0, -8, 8, -16, 16, -24, 24, -32)  # added to a tone
+PATTERNS = ("plain", "rows", "columns", "patch")
+PATTERN_DEPTH = 0.22  # how much darker a pattern's marks are
+
+
+@dataclass(frozen=True)
+class World:
+    """What the pictures of a caption are like."""
+
+    omission: float = 0.3  # share of the named things that are missing from the picture
+    textured: bool = True  # whether the cells of a thing have textures at random
+    busy_ground: bool = False  # whether the cells of the ground have textures at random
+
+
+# The package's model is trained on `shipped`. In `kept` there is nothing to gain from a picture
+# that shows more; in `busy` what is hard to predict is the ground.
+WORLDS = {
+    "shipped": World(),
+    "kept": World(omission=0.0),
+    "busy": World(textured=False, busy_ground=True),
+}
+FAITHFUL = World(omission=0.0)  # for measurements that need pictures true of their captions
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape. `x`, `y`: centre in pixels from the top left; `radius`: half the width."""
+    """One thing that the caption may name. `row`, `column`: its top left cell."""
 
     shape: str
     colour: str
-    radius: int
-    x: int
-    y: int
-    shading: str
+    row: int
+    column: int
+    shown: bool = True
+
+    @property
+    def x(self) -> float:
+        """Centre in pixels from the left."""
+        return CELL * (self.column + THING / 2)
+
+    @property
+    def y(self) -> float:
+        """Centre in pixels from the top."""
+        return CELL * (self.row + THING / 2)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of an image. `greys`: indices into GREYS of the two background colours."""
+    """The content of an image: a kind that describes it, its named things, its codes by rows."""
 
     kind: str
-    background: str
-    greys: tuple[int, int]
     objects: tuple[SceneObject, ...]
+    codes: tuple[int, ...]
+
+    @property
+    def shown(self) -> tuple[SceneObject, ...]:
+        """The things that the picture shows."""
+        return tuple(obj for obj in self.objects if obj.shown)
 
 
 def shape_distance(shape: str, dx: Field, dy: Field, radius: float) -> Field:
@@ -87,110 +149,185 @@ def shape_distance(shape: str, dx: Field, dy: Field, radius: float) -> Field:
     if shape == "cross":
         bar = radius / 3
         return np.minimum(np.maximum(ax - radius, ay - bar), np.maximum(ax - bar, ay - radius))
-    if shape == "ring":
-        return np.abs(np.hypot(dx, dy) - 0.72 * radius) - 0.28 * radius
+    if shape == "ring":  # with a square hole, one cell
+        return np.maximum(np.hypot(dx, dy) - radius, radius / 3 - np.maximum(ax, ay))
     if shape == "triangle":  # apex up, as high as it is wide
         slope = (2 * ax - dy - radius) / np.float32(5**0.5)
         return np.maximum(slope, dy - radius)
     raise ValueError(f"shape: {shape!r} is unknown; choose one of {', '.join(SHAPES)}")
 
 
+@cache
+def tiles() -> Pixels:
+    """The tile of every code, uint8 [2048, 4, 4, 3]; the edges of things are anti-aliased."""
+    table = np.empty((NUM_CODES, CELL, CELL, 3), np.float32)
+    tones = np.array(TONES, np.float32)
+    for tone, base in enumerate(tones):
+        for variant in range(VARIANTS):
+            shade, pattern = texture(variant, VARIANTS)
+            marks = 1 - PATTERN_DEPTH / 2 * _marks(pattern)[..., None]
+            table[tone * VARIANTS + variant] = (base + GROUND_SHADES[shade]) * marks
+    coverage = {name: _coverage(*place)[..., None] for name, place in PARTS.items()}
+    for index, rgb in enumerate(COLOURS.values()):
+        colour = np.array(rgb, np.float32)
+        for variant in range(VARIANTS):
+            table[full_code(index, variant)] = _textured(colour, *texture(variant, VARIANTS))
+        for variant in range(EDGE_VARIANTS):
+            filled = _textured(colour, *texture(variant, EDGE_VARIANTS))
+            for part, covered in enumerate(coverage.values()):
+                for tone, base in enumerate(tones):
+                    code = edge_code(part, index, tone, variant)
+                    table[code] = covered * filled + (1 - covered) * base
+    return np.clip(table + 0.5, 0, 255).astype(np.uint8)
+
+
+@cache
+def tile_features() -> Field:
+    """What a tile shows, [2048, 36] of 0 and 1: part, colour, shade, pattern and tone."""
+    sizes = (2 + len(PARTS), 1 + len(COLOURS), len(SHADES), len(PATTERNS), 1 + len(TONES))
+    table = np.zeros((NUM_CODES, sum(sizes)), np.float32)
+
+    def fill(code: int, part: int, colour: int, tone: int, look: tuple[int, int]) -> None:
+        first = 0
+        for size, value in zip(sizes, (part, colour, *look, tone), strict=True):
+            table[code, first + value] = 1
+            first += size
+
+    for tone, variant in product(range(len(TONES)), range(VARIANTS)):
+        fill(tone * VARIANTS + variant, 0, 0, 1 + tone, texture(variant, VARIANTS))
+    for colour, variant in product(range(len(COLOURS)), range(VARIANTS)):
+        fill(full_code(colour, variant), 1, 1 + colour, 0, texture(variant, VARIANTS))
+    edges = product(*map(range, (len(PARTS), len(COLOURS), len(TONES), EDGE_VARIANTS)))
+    for part, colour, tone, variant in edges:
+        look = texture(variant, EDGE_VARIANTS)
+        fill(edge_code(part, colour, tone, variant), 2 + part, 1 + colour, 1 + tone, look)
+    return table
+
+
+def texture(variant: int, variants: int) -> tuple[int, int]:
+    """Shade and pattern of a variant; the edge cells have one pattern for each shade."""
+    if variants == EDGE_VARIANTS:
+        return variant, variant % len(PATTERNS)
+    return variant // len(PATTERNS), variant % len(PATTERNS)
+
+
+def full_code(colour: int, variant: int) -> int:
+    """Code of a cell inside a thing."""
+    return FIRST_FULL + colour * VARIANTS + variant
+
+
+def edge_code(part: int, colour: int, tone: int, variant: int) -> int:
+    """Code of a cell at the edge of a thing."""
+    place = (part * len(COLOURS) + colour) * len(TONES) + tone
+    return FIRST_EDGE + place * EDGE_VARIANTS + variant
+
+
+def _textured(colour: Field, shade: int, pattern: int) -> Field:
+    """A cell of a colour, [4, 4, 3]; shade and pattern change the brightness, hardly the hue."""
+    amount = SHADES[shade]
+    shaded = colour * (1 + amount) if amount < 0 else colour + amount * (255 - colour)
+    return shaded * (1 - PATTERN_DEPTH * _marks(pattern)[..., None])
+
+
+def _marks(pattern: int) -> Field:
+    """Where a pattern is dark, [4, 4]."""
+    marks = np.zeros((CELL, CELL), np.float32)
+    if PATTERNS[pattern] == "rows":
+        marks[1::2] = 1
+    elif PATTERNS[pattern] == "columns":
+        marks[:, 1::2] = 1
+    elif PATTERNS[pattern] == "patch":
+        marks[1:3, 1:3] = 1
+    return marks
+
+
+def _coverage(shape: str, row: int, column: int) -> Field:
+    """Share of every pixel of a shape's cell that the shape covers, [4, 4]."""
+    axis = np.arange(CELL, dtype=np.float32) + 0.5 - THING * CELL / 2
+    dx, dy = np.meshgrid(axis + column * CELL, axis + row * CELL)
+    return np.clip(0.5 - shape_distance(shape, dx, dy, THING * CELL / 2), 0, 1)
+
+
 def render(scene: Scene) -> Pixels:
-    """Render a scene as an anti-aliased image, uint8 [64, 64, 3]."""
-    canvas = _background(scene.background, *scene.greys)
-    for obj in scene.objects:
-        dx, dy = _X - obj.x, _Y - obj.y
-        coverage = np.clip(0.5 - shape_distance(obj.shape, dx, dy, obj.radius), 0, 1)[..., None]
-        canvas += coverage * (_object_colour(obj, dx, dy) - canvas)
-    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    """The image of a scene, uint8 [32, 32, 3]."""
+    return render_codes(np.array([scene.codes]))[0]
 
 
 def render_all(scenes: list[Scene]) -> Pixels:
-    """Render scenes as images, uint8 [N, 64, 64, 3]."""
-    return np.stack([render(scene) for scene in scenes])
+    """The images of scenes, uint8 [N, 32, 32, 3]."""
+    return render_codes(scene_codes(scenes))
 
 
-def _background(pattern: str, first: int, second: int) -> Field:
-    a, b = (np.array(GREYS[grey], dtype=np.float32) for grey in (first, second))
-    if pattern == "plain":
-        mix = np.zeros_like(_X)
-    elif pattern == "gradient":
-        mix = _Y / IMAGE_SIZE
-    elif pattern == "stripes":
-        mix = (_X // 8) % 2
-    else:
-        mix = (_X // 16 + _Y // 16) % 2
-    return a + mix[..., None] * (b - a)
+def scene_codes(scenes: list[Scene]) -> Codes:
+    """The codes of scenes, int64 [N, 64]."""
+    return np.array([scene.codes for scene in scenes])
 
 
-def _object_colour(obj: SceneObject, dx: Field, dy: Field) -> Field:
-    """The colour of an object at every pixel; shading changes the brightness and hardly the hue."""
-    colour = np.array(COLOURS[obj.colour], dtype=np.float32)
-    if obj.shading == "shaded":
-        return colour * (0.95 - 0.3 * np.clip(dy / obj.radius, -1, 1))[..., None]
-    if obj.shading == "banded":
-        return colour * np.where((_Y // 4) % 2 == 0, 1.0, 0.7)[..., None]
-    if obj.shading == "glossy":
-        squared_distance = (dx + 0.35 * obj.radius) ** 2 + (dy + 0.35 * obj.radius) ** 2
-        highlight = 0.55 * np.exp(-squared_distance / (0.3 * obj.radius) ** 2)[..., None]
-        return colour + highlight * (255 - colour)
-    return np.broadcast_to(colour, (IMAGE_SIZE, IMAGE_SIZE, 3))
+def render_codes(codes: Codes) -> Pixels:
+    """The images of codes [N, 64], uint8 [N, 32, 32, 3]."""
+    cells = tiles()[codes].reshape(len(codes), SIDE, SIDE, CELL, CELL, 3)
+    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(codes), IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
-def random_scene(kind: str, rng: Generator) -> Scene:
+def compose(
+    kind: str, objects: tuple[SceneObject, ...], tone: int, world: World, rng: Generator
+) -> Scene:
+    """The scene of these things on a ground of this tone, with textures at random."""
+    ground = rng.integers(VARIANTS, size=(SIDE, SIDE)) if world.busy_ground else 0
+    codes = np.zeros((SIDE, SIDE), np.int64) + tone * VARIANTS + ground
+    parts, colours = list(PARTS), list(COLOURS)
+    for obj in objects:
+        inside = rng.integers(VARIANTS, size=(THING, THING)) * world.textured
+        edge = rng.integers(EDGE_VARIANTS, size=(THING, THING)) * world.textured
+        colour = colours.index(obj.colour)
+        for row, column in np.ndindex(THING, THING) if obj.shown else ():
+            name, place = LAYOUTS[obj.shape][row][column], (obj.row + row, obj.column + column)
+            if name == "full":
+                codes[place] = full_code(colour, int(inside[row, column]))
+            elif name != "ground":
+                variant = int(edge[row, column])
+                codes[place] = edge_code(parts.index(name), colour, tone, variant)
+    return Scene(kind, objects, tuple(codes.ravel().tolist()))
+
+
+def random_scene(kind: str, rng: Generator, world: World = FAITHFUL) -> Scene:
     """Sample a scene that a caption of this GenEval kind can describe."""
-    first, second = rng.permutation(len(GREYS))[:2]
-    background = str(rng.choice(BACKGROUNDS))
-    return Scene(kind, background, (int(first), int(second)), tuple(_random_objects(kind, rng)))
-
-
-def random_scenes(count: int, seed: int) -> list[Scene]:
-    """Sample `count` scenes, cycling through the kinds; deterministic for a seed."""
-    rng = np.random.default_rng(seed)
-    return [random_scene(KINDS[i % len(KINDS)], rng) for i in range(count)]
-
-
-def _random_objects(kind: str, rng: Generator) -> list[SceneObject]:
     shapes = [str(name) for name in rng.permutation(SHAPES)]
     colours = [str(name) for name in rng.permutation(list(COLOURS))]
-    shading = str(rng.choice(SHADINGS))
     if kind in ("single_object", "colors"):
-        radius = int(rng.choice((MEDIUM, LARGE)))
-        centres = [tuple(_snap_to_grid(rng.uniform(radius + 1, IMAGE_SIZE - radius - 1, 2)))]
-        radii = [radius]
+        places = [rng.integers(SIDE - THING + 1, size=2)]
     elif kind == "counting":
-        number = int(rng.integers(2, 5))
-        radii = [SMALL if number > 2 else int(rng.choice((SMALL, MEDIUM)))] * number
-        centres = _corner_centres(number, 2 * radii[0] + MIN_GAP, rng)
-        shapes, colours = shapes[:1] * number, colours[:1] * number
+        places = _scattered_places(int(rng.integers(2, 5)), rng)
+        shapes, colours = shapes[:1] * len(places), colours[:1] * len(places)
     else:
-        radii = [int(rng.choice((SMALL, MEDIUM))) for _ in range(2)]
-        centres = _pair_centres(radii, rng)
-    return [
-        SceneObject(shapes[i], colours[i], radii[i], int(centre[0]), int(centre[1]), shading)
-        for i, centre in enumerate(centres)
-    ]
+        places = _pair_places(rng)
+    objects = tuple(
+        SceneObject(shape, colour, int(row), int(column), bool(rng.random() >= world.omission))
+        for shape, colour, (row, column) in zip(shapes, colours, places, strict=False)
+    )
+    return compose(kind, objects, int(rng.integers(len(TONES))), world, rng)
 
 
-def _pair_centres(radii: list[int], rng: Generator) -> list[NDArray[np.int64]]:
-    """Two centres, one clearly to the side of or clearly above the other."""
-    low, high = max(radii) + 2, IMAGE_SIZE - max(radii) - 2
+def random_scenes(count: int, seed: int, world: World = FAITHFUL) -> list[Scene]:
+    """Sample `count` scenes, cycling through the kinds; deterministic for a seed."""
+    rng = np.random.default_rng(seed)
+    return [random_scene(KINDS[i % len(KINDS)], rng, world) for i in range(count)]
+
+
+def _pair_places(rng: Generator) -> list[Codes]:
+    """Top left cells of two things, one clearly to the side of or clearly above the other."""
     while True:
-        centres = [_snap_to_grid(rng.uniform(low, high, 2)) for _ in range(2)]
-        near, far = sorted(np.abs(centres[0] - centres[1]))
-        if far >= sum(radii) + MIN_GAP and near <= 2 * GRID:
-            return centres
+        places = list(rng.integers(SIDE - THING + 1, size=(2, 2)))
+        near, far = sorted(np.abs(places[0] - places[1]))
+        if far > THING and near <= 1:
+            return places
 
 
-def _corner_centres(number: int, distance: int, rng: Generator) -> list[NDArray[np.int64]]:
-    """Centres near different corners of a square, at least `distance` apart along one axis."""
+def _scattered_places(number: int, rng: Generator) -> list[Codes]:
+    """Top left cells near different corners, with a cell of ground between any two things."""
     while True:
         corners = rng.permutation(4)[:number]
-        points = np.stack([16 + 32 * (corners % 2), 16 + 32 * (corners // 2)], axis=1)
-        centres = [_snap_to_grid(point + rng.uniform(-6, 6, 2)) for point in points]
-        if all(np.abs(a - b).max() >= distance for a, b in combinations(centres, 2)):
-            return centres
-
-
-def _snap_to_grid(point: NDArray[np.float64]) -> NDArray[np.int64]:
-    return (np.round(np.asarray(point) / GRID) * GRID).astype(np.int64)
+        bases = np.stack([4 * (corners // 2), 4 * (corners % 2)], axis=1)
+        places = list(bases + rng.integers(2, size=(number, 2)))
+        if all(np.abs(a - b).max() > THING for a, b in combinations(places, 2)):
+            return places

@@ -14,18 +14,14 @@ from iris_fast.prompts import read_prompts
 from iris_fast.records import Prompt
 from iris_fast.rollout.sampler import Sampler
 from iris_fast.tiny import HELD_OUT_FILE, MODEL_FOLDER, build_tiny
+from iris_fast.tiny.recipe.construct_vq import construct_vq
 from iris_fast.tiny.recipe.measure import (
     MEASURED_FILE,
     accuracy_by_kind,
     generate_images,
-    verifier_rates,
-    vq_reconstruction,
+    image_metrics,
 )
-from iris_fast.tiny.recipe.pretrain_vq import encode_all
-from iris_fast.tiny.world import COLOURS, SHAPES, random_scenes, render_all
-
-# Pretraining uses other seeds.
-FRESH_SEED = 90210
+from iris_fast.tiny.world import COLOURS, SHAPES
 
 
 @pytest.fixture(scope="module")
@@ -65,24 +61,21 @@ def test_accuracy_is_as_stated(shipped):
         for settings, found in stated.items()
         if settings == f"cfg_weight {config.cfg_weight:g}, cot {str(config.cot).lower()}"
     ]
-    assert 0.40 <= of_preset["mean"] <= 0.85
+    assert 0.35 <= of_preset["mean"] <= 0.65
     prompts = read_prompts(str(HELD_OUT_FILE))[::2]
     rows, _ = generate_images(shipped, config, prompts, 1)
     assert accuracy_by_kind(prompts, rows)["mean"] == pytest.approx(of_preset["mean"], abs=0.2)
 
 
-def test_all_codes_are_used(shipped):
-    codes = encode_all(shipped.vq, render_all(random_scenes(1500, FRESH_SEED)))
-    assert len(codes.unique()) == shipped.config.vq.codebook_size
+def test_the_vq_is_the_constructed_one(shipped):
+    for name, tensor in construct_vq().state_dict().items():
+        assert torch.equal(shipped.vq.state_dict()[name], tensor), name
 
 
-def test_reconstructions_keep_the_objects(shipped):
-    images = render_all(random_scenes(60, FRESH_SEED))
-    error = np.abs(vq_reconstruction(shipped.vq)(images).astype(float) - images).mean()
-    assert error < 12
-    rates = verifier_rates(40, FRESH_SEED, vq_reconstruction(shipped.vq))
-    assert np.mean([accepted for accepted, _ in rates.values()]) > 0.75
-    assert min(rejected for _, rejected in rates.values()) > 0.9
+def test_few_things_are_broken(shipped):
+    prompts = read_prompts(str(HELD_OUT_FILE))[::4]
+    rows, _ = generate_images(shipped, GenerateConfig(seed=5), prompts, 2)
+    assert image_metrics(prompts, rows)["broken"] <= 0.06
 
 
 def test_chain_of_thought_is_written(shipped):

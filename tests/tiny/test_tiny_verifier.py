@@ -14,6 +14,7 @@ from iris_fast.tiny import HELD_OUT_FILE
 from iris_fast.tiny.captions import HELD_OUT_PER_KIND
 from iris_fast.tiny.recipe.measure import accuracy_by_kind, verifier_rates
 from iris_fast.tiny.verifier import (
+    broken_things,
     colour_entropy,
     detect_objects,
     diversity,
@@ -22,7 +23,17 @@ from iris_fast.tiny.verifier import (
     reward,
     richness,
 )
-from iris_fast.tiny.world import KINDS, Scene, SceneObject, random_scenes, render
+from iris_fast.tiny.world import (
+    FAITHFUL,
+    KINDS,
+    WORLDS,
+    SceneObject,
+    compose,
+    random_scenes,
+    render,
+    render_all,
+    render_codes,
+)
 
 FRESH_SCENES = 300
 
@@ -34,15 +45,28 @@ def rates() -> dict[str, tuple[float, float]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rates_on_fresh_scenes(rates, kind):
-    accepted, rejected = rates[kind]
-    assert accepted >= 0.995
-    assert rejected >= 0.995
+    assert rates[kind] == (1.0, 1.0)
 
 
-def pair(x: int = 46) -> np.ndarray:
-    circle = SceneObject("circle", "red", 9, 14, 32, "shaded")
-    square = SceneObject("square", "blue", 9, x, 32, "banded")
-    return render(Scene("position", "checks", (1, 4), (circle, square)))
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_thing_is_read_exactly(world):
+    scenes = random_scenes(300, 17, WORLDS[world])
+    for scene, image in zip(scenes, render_all(scenes), strict=True):
+        expected = sorted(scene.shown, key=lambda t: (t.x, t.y))
+        # A triangle's apex may be too faint to be counted, which moves its centre by half a pixel.
+        detected = sorted(detect_objects(image), key=lambda t: (t.x, t.y // 1))
+        names = [(t.shape, t.colour) for t in detected]
+        assert names == [(t.shape, t.colour) for t in expected]
+        assert all(
+            abs(a.x - b.x) <= 0.5 and abs(a.y - b.y) <= 0.5
+            for a, b in zip(expected, detected, strict=True)
+        )
+        assert broken_things(image) == 0
+
+
+def pair(column: int = 4, world=FAITHFUL) -> np.ndarray:
+    things = SceneObject("circle", "red", 2, 0), SceneObject("square", "blue", 2, column)
+    return render(compose("position", things, 1, world, np.random.default_rng(0)))
 
 
 def test_detected_objects():
@@ -51,40 +75,54 @@ def test_detected_objects():
         ("circle", "red"),
         ("square", "blue"),
     ]
-    assert [(obj.x, obj.y) for obj in detected] == [(14, 32), (46, 32)]
+    assert [(obj.x, obj.y) for obj in detected] == [(6, 14), (22, 14)]
 
 
 def test_touching_objects_are_separated():
-    assert {(t.shape, t.colour) for t in detect_objects(pair(x=32))} == {
+    assert {(t.shape, t.colour) for t in detect_objects(pair(column=3))} == {
         ("circle", "red"),
         ("square", "blue"),
     }
 
 
-def test_blur_and_noise_are_tolerated():
+def test_broken_things():
+    """A thing that lacks a cell at its corner or its side, a lone cell, and two that touch."""
+    scene = compose(
+        "colors", (SceneObject("square", "blue", 2, 2),), 0, FAITHFUL, np.random.default_rng(0)
+    )
+    for missing in ([(2, 2), (2, 3), (2, 4)], [(2, 3), (3, 3)], [(2, 2), (3, 3), (4, 4)]):
+        codes = np.array(scene.codes).reshape(8, 8)
+        for place in missing:
+            codes[place] = 0
+        image = render_codes(codes.reshape(1, 64))[0]
+        assert "square" not in {t.shape for t in detect_objects(image)}
+    alone = np.zeros((1, 64), np.int64)
+    alone[0, 20] = scene.codes[18]
+    assert broken_things(render_codes(alone)[0]) == 1
+    assert detect_objects(render_codes(alone)[0]) == []
+
+
+def test_noise_is_tolerated():
     rng = np.random.default_rng(0)
     for scene in random_scenes(60, 21):
-        image = Image.fromarray(render(scene)).resize((40, 40), Image.Resampling.BILINEAR)
-        blurred = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)).astype(int)
-        noisy = np.clip(blurred + rng.integers(-8, 9, blurred.shape), 0, 255).astype(np.uint8)
+        image = render(scene).astype(int)
+        noisy = np.clip(image + rng.integers(-6, 7, image.shape), 0, 255).astype(np.uint8)
         expected = sorted((t.shape, t.colour) for t in scene.objects)
-        detected = sorted((t.shape, t.colour) for t in detect_objects(noisy))
-        assert len(detected) == len(expected)
-        assert [colour for _, colour in detected] == [colour for _, colour in expected]
+        assert sorted((t.shape, t.colour) for t in detect_objects(noisy)) == expected
 
 
 @pytest.mark.parametrize("name", ["black", "grey", "noise", "red"])
 def test_no_objects_without_shapes(name):
     rng = np.random.default_rng(0)
     images = {
-        "black": np.zeros((64, 64, 3)),
-        "grey": np.full((64, 64, 3), 128),
-        "noise": rng.integers(100, 140, (64, 64, 3)),
-        "red": np.full((64, 64, 3), (220, 40, 40)),
+        "black": np.zeros((32, 32, 3)),
+        "grey": np.full((32, 32, 3), 128),
+        "noise": rng.integers(100, 140, (32, 32, 3)),
+        "red": np.full((32, 32, 3), (220, 40, 40)),
     }
     detected = detect_objects(images[name].astype(np.uint8))
-    # The outline of an entirely red image is a square.
-    assert [obj.shape for obj in detected] == (["square"] if name == "red" else [])
+    assert detected == []
+    assert broken_things(images[name].astype(np.uint8)) == (name == "red")
 
 
 class TestReward:
@@ -113,7 +151,7 @@ def test_accuracy_by_kind():
 
 class TestMeasures:
     def test_diversity(self):
-        black, white = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 255, np.uint8)
+        black, white = np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)
         assert diversity(black[None]) == 0
         assert diversity(np.stack([black, black])) == 0
         assert diversity(np.stack([black, white])) == 1
@@ -128,18 +166,16 @@ class TestMeasures:
         assert np.mean([found[i] for i in (0, 2, 3)]) == pytest.approx(diversity(group))
 
     def test_richness(self):
-        plain = np.full((64, 64, 3), 90, np.uint8)
+        plain = np.full((32, 32, 3), 90, np.uint8)
         assert colour_entropy(plain) == edge_energy(plain) == richness(plain) == 0
         halves = plain.copy()
-        halves[:, 32:] = 200
+        halves[:, 16:] = 200
         assert colour_entropy(halves) == pytest.approx(1)
-        assert edge_energy(halves) == pytest.approx(110 / 255 / 63 / 2)
+        assert edge_energy(halves) == pytest.approx(110 / 255 / 31 / 2)
 
-    def test_rich_scenes_are_richer_than_plain_ones(self):
-        objects = tuple(SceneObject("circle", "red", 17, 32, 32, s) for s in ("flat", "glossy"))
-        plain, rich = (
-            render(Scene("colors", background, (1, 4), (obj,)))
-            for background, obj in zip(("plain", "checks"), objects, strict=True)
-        )
+    def test_textured_things_are_richer_than_flat_ones(self):
+        rich, plain = pair(), pair(world=WORLDS["busy"])
+        grounds = render_all(random_scenes(1, 0, WORLDS["busy"]))[0]
         for measure in itertools.chain((colour_entropy, edge_energy, richness)):
-            assert measure(rich) > measure(plain)
+            assert measure(rich) > measure(grounds * 0)
+        assert edge_energy(plain) > edge_energy(rich)  # a busy ground

@@ -20,31 +20,66 @@ from iris_fast.tiny.captions import (
 )
 from iris_fast.tiny.recipe.pretrain_decoder import cot_task
 from iris_fast.tiny.world import (
-    BACKGROUNDS,
     COLOURS,
+    EDGE_VARIANTS,
+    FIRST_EDGE,
+    FIRST_FULL,
     IMAGE_SIZE,
     KINDS,
-    SHADINGS,
+    LAYOUTS,
+    NUM_CODES,
     SHAPES,
-    Scene,
+    SIDE,
+    THING,
+    TONES,
+    VARIANTS,
+    WORLDS,
     SceneObject,
+    World,
+    compose,
     random_scene,
     random_scenes,
     render,
     render_all,
+    scene_codes,
+    tile_features,
+    tiles,
 )
 
 
-def make_object(shape="circle", colour="red", radius=12, x=32, y=32, shading="flat") -> SceneObject:
-    return SceneObject(shape, colour, radius, x, y, shading)
+def make_object(shape="circle", colour="red", row=2, column=2) -> SceneObject:
+    return SceneObject(shape, colour, row, column)
+
+
+def make_scene(*objects: SceneObject, world: World = WORLDS["busy"]):
+    """A scene of these things, flat on a plain light ground unless the world says otherwise."""
+    plain = replace(world, busy_ground=False)
+    return compose("colors", objects, 0, plain, np.random.default_rng(0))
+
+
+class TestTiles:
+    def test_no_two_tiles_look_the_same(self):
+        assert tiles().shape == (NUM_CODES, 4, 4, 3)
+        assert len({tile.tobytes() for tile in tiles()}) == NUM_CODES
+
+    def test_features_tell_all_tiles_apart(self):
+        assert len(np.unique(tile_features(), axis=0)) == NUM_CODES
+        assert (tile_features().sum(1) == 5).all()
+
+    def test_grounds_are_grey_and_things_are_not(self):
+        chroma = tiles().max(-1).astype(int) - tiles().min(-1)
+        assert chroma[:FIRST_FULL].max() < 12
+        assert chroma[FIRST_FULL:FIRST_EDGE].min() >= 50
 
 
 class TestRenderer:
     def test_the_same_seed_gives_the_same_images(self):
         digests = {
-            hashlib.sha256(render_all(random_scenes(60, 5)).tobytes()).hexdigest() for _ in range(2)
+            hashlib.sha256(render_all(random_scenes(60, 5, world)).tobytes()).hexdigest()
+            for world in WORLDS.values()
+            for _ in range(2)
         }
-        assert len(digests) == 1
+        assert len(digests) == len(WORLDS)
         assert not np.array_equal(render_all(random_scenes(6, 5)), render_all(random_scenes(6, 6)))
 
     def test_shape_and_dtype(self):
@@ -52,42 +87,62 @@ class TestRenderer:
         assert images.shape == (6, IMAGE_SIZE, IMAGE_SIZE, 3)
         assert images.dtype == np.uint8
 
-    def test_flat_circle_on_plain_background(self):
-        image = render(Scene("colors", "plain", (0, 1), (make_object(),)))
-        assert tuple(image[32, 32]) == COLOURS["red"]
-        assert tuple(image[0, 0]) == (236, 234, 228)
-        # Area of the disc, from each pixel's position between background and object colour.
-        coverage = (234.0 - image[..., 1]) / (234 - 40)
-        assert coverage.sum() == pytest.approx(np.pi * 12**2, rel=0.01)
+    def test_flat_circle_on_plain_ground(self):
+        image = render(make_scene(make_object()))
+        assert tuple(image[14, 14]) == COLOURS["red"]
+        assert tuple(image[0, 0]) == TONES[0]
+        # Area of the disc, from each pixel's position between ground and thing.
+        coverage = (TONES[0][1] - image[..., 1].astype(float)) / (TONES[0][1] - 40)
+        assert coverage.sum() == pytest.approx(np.pi * 6**2, rel=0.06)
         assert ((coverage > 0.05) & (coverage < 0.95)).any()  # the edge is anti-aliased
 
     @pytest.mark.parametrize("shape", SHAPES)
-    def test_every_shape_is_as_wide_and_as_high_as_a_circle(self, shape):
-        image = render(Scene("colors", "plain", (0, 1), (make_object(shape),)))
-        filled = image[..., 1] < 150
-        rows, columns = filled.any(1).nonzero()[0], filled.any(0).nonzero()[0]
-        assert abs(rows[-1] - rows[0] + 1 - 24) <= 2
-        assert abs(columns[-1] - columns[0] + 1 - 24) <= 2
+    def test_every_shape_is_as_wide_and_as_high_as_a_thing(self, shape):
+        image = render(make_scene(make_object(shape)))
+        touched = (image != TONES[0]).any(-1)
+        rows, columns = touched.any(1).nonzero()[0], touched.any(0).nonzero()[0]
+        assert (rows[0], rows[-1], columns[0], columns[-1]) == (8, 19, 8, 19)
+        assert {len(row) for row in LAYOUTS[shape]} == {THING}
 
-    def test_styles_are_distinguishable(self):
-        scenes = [
-            Scene("colors", background, (1, 3), (make_object(shading=shading),))
-            for background, shading in itertools.product(BACKGROUNDS, SHADINGS)
-        ]
-        images = render_all(scenes).astype(int)
-        for first, second in itertools.combinations(images, 2):
-            assert abs(first - second).max() > 25
-
-    def test_objects_neither_touch_nor_leave_the_image(self):
+    def test_things_neither_touch_nor_leave_the_image(self):
         rng = np.random.default_rng(3)
         for kind in KINDS:
             for _ in range(100):
                 scene = random_scene(kind, rng)
                 for t in scene.objects:
-                    assert t.radius <= min(t.x, t.y)
-                    assert max(t.x, t.y) + t.radius <= IMAGE_SIZE
+                    assert min(t.row, t.column) >= 0
+                    assert max(t.row, t.column) + THING <= SIDE
                 for a, b in itertools.combinations(scene.objects, 2):
-                    assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + 4
+                    assert max(abs(a.row - b.row), abs(a.column - b.column)) > THING
+
+
+class TestWorlds:
+    @pytest.mark.parametrize("name", WORLDS)
+    def test_omission_is_the_share_of_missing_things(self, name):
+        scenes = random_scenes(1200, 4, WORLDS[name])
+        named = sum(len(scene.objects) for scene in scenes)
+        missing = 1 - sum(len(scene.shown) for scene in scenes) / named
+        assert missing == pytest.approx(WORLDS[name].omission, abs=0.04)
+
+    def test_a_missing_thing_leaves_plain_ground(self):
+        seen, missing = make_object(), replace(make_object("cross", "blue", 0, 5), shown=False)
+        assert np.array_equal(render(make_scene(seen, missing)), render(make_scene(seen)))
+
+    def test_what_is_at_random(self):
+        """Textures of things in the shipped world, of the ground in the busy one."""
+        for name, things, grounds in (("shipped", VARIANTS, 1), ("busy", 1, VARIANTS)):
+            codes = scene_codes(random_scenes(600, 2, WORLDS[name])).ravel()
+            full = codes[(codes >= FIRST_FULL) & (codes < FIRST_EDGE)]
+            assert len(np.unique((full - FIRST_FULL) % VARIANTS)) == things
+            assert len(np.unique(codes[codes < FIRST_FULL] % VARIANTS)) == grounds
+            edges = np.unique((codes[codes >= FIRST_EDGE] - FIRST_EDGE) % EDGE_VARIANTS)
+            assert len(edges) == min(things, EDGE_VARIANTS)
+
+    def test_every_code_occurs(self):
+        codes = [
+            scene_codes(random_scenes(n, 1, WORLDS[w])) for w, n in (("kept", 6000), ("busy", 200))
+        ]
+        assert len(np.unique(np.concatenate(codes))) == NUM_CODES
 
 
 class TestCaptions:
@@ -108,7 +163,7 @@ class TestCaptions:
         assert len(set(texts)) == len(texts)
 
     def test_counting_is_exact(self):
-        three = [make_object(x=x) for x in (10, 32, 54)]
+        three = [make_object(column=column) for column in (0, 2, 5)]
         captions = {c.text: c for c in all_captions("counting")}
         verdicts = {
             text: satisfies(three, captions[text].include, captions[text].exclude)
@@ -117,7 +172,7 @@ class TestCaptions:
         assert [text for text, right in verdicts.items() if right] == ["three circles"]
 
     def test_position_and_attribution(self):
-        objects = [make_object(x=16), make_object("square", "blue", x=48)]
+        objects = [make_object(column=0), make_object("square", "blue", column=4)]
         right = {
             c.text for kind in ("position", "color_attr") for c in all_captions(kind)
             if satisfies(objects, c.include, c.exclude)
@@ -127,18 +182,17 @@ class TestCaptions:
         assert not {"a square left of a circle", "a circle above a square"} & right
         assert not {"a blue circle and a red square", "a red circle and a red square"} & right
 
-    def test_a_close_pair_satisfies_no_position(self):
-        near = [make_object(x=30), replace(make_object("square"), x=34)]
+    def test_a_pair_in_one_place_satisfies_no_position(self):
+        near = [make_object(), replace(make_object("square"), column=2)]
         assert not any(satisfies(near, c.include, c.exclude) for c in all_captions("position"))
 
 
 class TestChainOfThought:
     def test_names_every_object(self):
-        scene = Scene(
-            "two_object", "plain", (0, 1), (make_object("square", "blue", x=50), make_object(x=12))
-        )
+        missing = replace(make_object(column=0), shown=False)
+        scene = make_scene(make_object("square", "blue", column=5), missing)
         assert chain_of_thought(scene) == "red circle left, blue square right"
-        assert position_name(make_object(x=50, y=50)) == "bottom right"
+        assert position_name(make_object(row=5, column=5)) == "bottom right"
         assert position_name(make_object()) == "middle"
 
     def test_length_and_tokens(self):

@@ -35,8 +35,15 @@ from iris_fast.rollout.sampler import Sampler
 from iris_fast.run.metrics import trace_sums
 from iris_fast.run.trained import open_trained
 from iris_fast.tiny.captions import HELD_OUT_FILE, Caption, all_captions, satisfies, true_captions
-from iris_fast.tiny.recipe.pretrain_vq import encode_all
-from iris_fast.tiny.verifier import detect_objects, diversity, reward, richness, to_array
+from iris_fast.tiny.recipe.construct_vq import encode_all
+from iris_fast.tiny.verifier import (
+    broken_things,
+    detect_objects,
+    diversity,
+    reward,
+    richness,
+    to_array,
+)
 from iris_fast.tiny.world import KINDS, Pixels, SceneObject, random_scene, render_all
 
 PROGRAM = "iris_fast.tiny.recipe.measure"
@@ -74,7 +81,15 @@ def image_metrics(prompts: list[Prompt], rows: list[list[Image]]) -> dict[str, f
     return accuracy_by_kind(prompts, rows) | {
         "diversity": float(np.mean([diversity(row) for row in arrays])),
         "richness": float(np.mean([richness(image) for row in arrays for image in row])),
+        "broken": broken_share(arrays),
     }
+
+
+def broken_share(rows: list[Pixels]) -> float:
+    """Share of the saturated regions of images [N, H, W, 3] that are broken things."""
+    images = [image for row in rows for image in row]
+    broken = sum(broken_things(image) for image in images)
+    return broken / max(1, broken + sum(len(detect_objects(image)) for image in images))
 
 
 def accuracy_by_kind(prompts: list[Prompt], rows: list[list[Image]]) -> dict[str, float]:

@@ -9,15 +9,13 @@ The sequences are those of a rollout (`iris_fast.rollout.sampler`), packed by
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.random import Generator
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from iris_fast.grpo.packing import pack
 from iris_fast.models.decoder import DecoderConfig
@@ -32,91 +30,83 @@ from iris_fast.models.templates import (
     unconditional_ids,
 )
 from iris_fast.models.tokenizer import JanusTokenizer
-from iris_fast.models.vq import VQModel
 from iris_fast.records import PackedBatch, Rollout
 from iris_fast.rollout.sampler import empty_trace
 from iris_fast.tiny.build import VOCAB_SIZE, build_random_tiny
 from iris_fast.tiny.captions import chain_of_thought, random_caption
-from iris_fast.tiny.recipe.pretrain_vq import VQ_CONFIG
+from iris_fast.tiny.recipe.construct_vq import VQ_CONFIG, construct_vq
 from iris_fast.tiny.recipe.training import (
     StageProgress,
     load_state,
     save_state,
     set_learning_rate,
 )
-from iris_fast.tiny.world import IMAGE_SIZE, Scene
+from iris_fast.tiny.world import (
+    IMAGE_SIZE,
+    KINDS,
+    Scene,
+    World,
+    random_scene,
+    scene_codes,
+    tile_features,
+)
 
 CONFIG = JanusConfig(
     decoder=DecoderConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=352,
         num_layers=4,
-        num_heads=6,
-        num_kv_heads=6,
+        num_heads=4,
+        num_kv_heads=4,
         head_dim=32,
         max_positions=1024,
     ),
     vq=VQ_CONFIG,
     vision=VisionConfig(
-        hidden_size=32, num_layers=1, num_heads=2, mlp_size=64, patch_size=8, num_positions=64
+        hidden_size=32, num_layers=1, num_heads=2, mlp_size=64, patch_size=4, num_positions=64
     ),
     image_size=IMAGE_SIZE,
 )
 TEMPLATE = TEMPLATES["janus-pro"]
 WEIGHT_STD = 0.02
-PAIR_KINDS = ("two_object", "position", "color_attr")
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps under one learning rate schedule, `steps_per_block` of them on each block of scenes.
-
-    Ten epochs over a block overfit: the loss on its scenes fell to 0.96 while the loss on new
-    scenes stayed at 1.31. New blocks cost the time to encode them.
-    """
-
-    steps: int
-    learning_rate: float
-    first_block: int
-    steps_per_block: int
-    cot_sequences: int  # scenes per batch whose chain of thought is trained
-    pairs: float = 0.5  # share of scenes with two different objects, the hard ones
-
-    def block(self, step: int) -> int:
-        """The block of scenes that a step of this phase uses."""
-        return self.first_block + step // self.steps_per_block
+KIND_SHARES = {
+    "single_object": 1.0,
+    "two_object": 1.5,
+    "counting": 2.0,
+    "colors": 1.0,
+    "position": 3.0,
+    "color_attr": 3.0,
+}
 
 
 @dataclass(frozen=True)
 class DecoderRecipe:
-    """Phases and sizes of stage B."""
+    """Steps and sizes of stage B."""
 
-    phases: tuple[Phase, ...] = (
-        Phase(12000, 1.2e-3, first_block=0, steps_per_block=12000, cot_sequences=4),
-        Phase(3600, 8e-4, first_block=1, steps_per_block=1200, cot_sequences=2),
-        Phase(3000, 6e-4, first_block=1, steps_per_block=1000, cot_sequences=3, pairs=0.8),
-    )
+    steps: int = 6000
+    learning_rate: float = 2e-3
     batch_size: int = 16
     weight_decay: float = 0.02
+    cot_sequences: int = 2  # scenes per batch whose chain of thought is trained
     dropped: float = 0.1  # share of prompts replaced by padding, for guidance
-    with_cot: float = 0.4  # share of image prompts that include a chain of thought
+    with_cot: float = 0.5  # share of image prompts that include a chain of thought
     text_weight: float = 0.5  # weight of a text token's loss relative to an image token's
     seed: int = 12
 
 
-Block = tuple[list[Scene], Tensor]  # scenes and their codes [N, I]
-
-
 def train_decoder(
-    block: Callable[[int], Block],
-    vq: VQModel,
+    loaded: LoadedJanus,
     path: Path,
     recipe: DecoderRecipe,
+    world: World,
     progress: StageProgress,
-) -> LoadedJanus:
-    """Train the decoder on the blocks that `block` returns; resume from `path` if it exists."""
-    loaded = build_untrained(vq, recipe.seed)
+) -> None:
+    """Train the decoder of `loaded`, in place, on scenes of `world`; resume from `path`.
+
+    A step's scenes depend on the recipe's seed and the step alone, so that a resumed run gives the
+    same bits.
+    """
     janus = loaded.model
     matrices = [p for p in janus.parameters() if p.dim() > 1]
     vectors = [p for p in janus.parameters() if p.dim() == 1]
@@ -129,19 +119,12 @@ def train_decoder(
         janus.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    total = sum(phase.steps for phase in recipe.phases)
-    while step < total:
-        phase, phase_step = phase_at(recipe, step)
-        scenes, codes = block(phase.block(phase_step))
+    while step < recipe.steps:
         rng = np.random.default_rng((recipe.seed, step))
-        chosen = choose_scenes(scenes, recipe.batch_size, phase.pairs, rng)
-        batch = [scenes[i] for i in chosen]
-        packed = make_batch(
-            batch, codes[chosen], loaded.tokenizer, recipe, phase.cot_sequences, rng
-        )
-        set_learning_rate(optimizer, phase.learning_rate, phase_step, phase.steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            text, image = janus(packed)
+        scenes = sample_scenes(recipe.batch_size, world, rng)
+        packed = make_batch(scenes, loaded.tokenizer, recipe, rng)
+        set_learning_rate(optimizer, recipe.learning_rate, step, recipe.steps)
+        text, image = janus(packed)
         image_loss, text_loss = -image.logprob.mean(), -text.logprob.mean()
         share = recipe.text_weight * text.logprob.numel() / image.logprob.numel()
         optimizer.zero_grad()
@@ -149,37 +132,29 @@ def train_decoder(
         torch.nn.utils.clip_grad_norm_(janus.parameters(), 1.0)
         optimizer.step()
         step += 1
-        progress.log("decoder", step, total, image=image_loss.item(), text=text_loss.item())
-        if progress.save_is_due() or step == total:
+        progress.log("decoder", step, recipe.steps, image=image_loss.item(), text=text_loss.item())
+        if progress.save_is_due() or step == recipe.steps:
             save_state(path, model=janus.state_dict(), optimizer=optimizer.state_dict(), step=step)
-    return loaded
 
 
-def choose_scenes(
-    scenes: list[Scene], count: int, pairs: float, rng: Generator
-) -> NDArray[np.int64]:
-    """Sample indices of `count` scenes; each has two different objects with probability `pairs`."""
-    is_pair = np.array([scene.kind in PAIR_KINDS for scene in scenes])
-    probabilities = np.where(is_pair, pairs / is_pair.sum(), (1 - pairs) / (~is_pair).sum())
-    return rng.choice(len(scenes), size=count, p=probabilities)
+def sample_scenes(count: int, world: World, rng: Generator) -> list[Scene]:
+    """Sample `count` scenes, more of the kinds that are harder to learn."""
+    shares = np.array([KIND_SHARES[kind] for kind in KINDS])
+    kinds = rng.choice(len(KINDS), size=count, p=shares / shares.sum())
+    return [random_scene(KINDS[kind], rng, world) for kind in kinds]
 
 
-def phase_at(recipe: DecoderRecipe, step: int) -> tuple[Phase, int]:
-    """The phase that contains a step, and the step's number within it."""
-    for phase in recipe.phases:
-        if step < phase.steps:
-            return phase, step
-        step -= phase.steps
-    raise ValueError("step: the recipe has fewer steps")
+def build_untrained(seed: int) -> LoadedJanus:
+    """The untrained model with the constructed VQ.
 
-
-def build_untrained(vq: VQModel, seed: int) -> LoadedJanus:
-    """The untrained model with a trained VQ; its image embeddings start as the scaled codebook."""
+    Its image embeddings and the rows of its image head start as projections of the tiles' features,
+    so that what is learned about a tile holds for similar ones.
+    """
     loaded = build_random_tiny(seed, config=CONFIG)
-    loaded.vq.load_state_dict(vq.state_dict())
+    loaded.vq.load_state_dict(construct_vq().state_dict())
     janus: Janus = loaded.model
     aligner = set(janus.model.generation_aligner.modules())
-    rows = vq.quantize.lookup(torch.arange(CONFIG.vq.codebook_size))
+    features = torch.from_numpy(tile_features())
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in janus.modules():
@@ -188,17 +163,15 @@ def build_untrained(vq: VQModel, seed: int) -> LoadedJanus:
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=WEIGHT_STD)
-        janus.model.generation_embeddings.weight.copy_(rows * CONFIG.vq.codebook_dim**0.5)
+        embeddings = janus.model.generation_embeddings.weight
+        head = janus.model.generation_head.vision_head.weight
+        for weight, std in ((embeddings, 0.5), (head, WEIGHT_STD)):
+            weight.copy_(features @ (torch.randn(features.shape[1], weight.shape[1]) * std))
     return loaded
 
 
 def make_batch(
-    scenes: list[Scene],
-    codes: Tensor,
-    tokenizer: JanusTokenizer,
-    recipe: DecoderRecipe,
-    cot_sequences: int,
-    rng: Generator,
+    scenes: list[Scene], tokenizer: JanusTokenizer, recipe: DecoderRecipe, rng: Generator
 ) -> PackedBatch:
     """Packed sequences of these scenes, in the format of a rollout."""
     count = len(scenes)
@@ -207,7 +180,7 @@ def make_batch(
     cots: list[list[int]] = [[] for _ in scenes]
     for index, scene in enumerate(scenes):
         text, cot = random_caption(scene, rng).text, chain_of_thought(scene)
-        if index < cot_sequences:
+        if index < recipe.cot_sequences:
             cot_prompts[index], cots[index] = cot_task(text, cot, tokenizer)
         if rng.random() < recipe.with_cot:
             text = join_prompt(text, cot)
@@ -224,7 +197,7 @@ def make_batch(
         truncated=[False] * count,
         image_prompt_ids=image_prompts,
         unconditional_prompt_ids=[[]] * count,
-        codes_NI=codes,
+        codes_NI=torch.from_numpy(scene_codes(scenes)),
         text=empty_trace(count),
         image=empty_trace(count),
     )
