@@ -5,7 +5,11 @@
 Stage A constructs the VQ model (`construct_vq`: seconds, nothing is trained). Stage B (`decoder`)
 trains the decoder on new scenes in every step; `export` writes the model folder in the transformers
 layout. Stage B saves its state every minute and resumes from it; interrupted or not, it gives the
-same bits. `--world kept` or `--world busy` trains the decoder of a control world instead.
+same bits.
+
+The decoder of a control world starts from the package's model, in minutes:
+
+    python -m iris_fast.tiny.recipe.pretrain --world kept --start tiny --target runs/tiny-kept
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from iris_fast.cli import CommandParser
 from iris_fast.errors import UserError, report_error
 from iris_fast.models.pretrained.load import LoadedJanus
 from iris_fast.models.pretrained.save import save_janus
+from iris_fast.preflight.inputs import open_model
 from iris_fast.tiny.build import MODEL_FOLDER
 from iris_fast.tiny.recipe.pretrain_decoder import DecoderRecipe, build_untrained, train_decoder
 from iris_fast.tiny.recipe.training import StageProgress, load_state
@@ -28,13 +33,15 @@ from iris_fast.tiny.world import WORLDS, World
 PROGRAM = "iris_fast.tiny.recipe.pretrain"
 SAVE_EVERY_S = 60.0
 DECODER_RECIPE = DecoderRecipe()
+# From a trained model; its scenes are others than those of the first training.
+FINE_TUNE_RECIPE = DecoderRecipe(steps=800, learning_rate=6e-4, seed=13)
 
 
-def stage_decoder(folder: Path, world: World) -> None:
-    """Stage B: train the decoder and write `decoder.pt`."""
-    loaded = build_untrained(DECODER_RECIPE.seed)
-    path = folder / "decoder.pt"
-    train_decoder(loaded, path, DECODER_RECIPE, world, StageProgress(SAVE_EVERY_S))
+def stage_decoder(folder: Path, world: World, start: str | None) -> None:
+    """Stage B: train the decoder, from nothing or from the model `start`; write `decoder.pt`."""
+    loaded = open_model(start, torch.float32) if start else build_untrained(DECODER_RECIPE.seed)
+    recipe = FINE_TUNE_RECIPE if start else DECODER_RECIPE
+    train_decoder(loaded, folder / "decoder.pt", recipe, world, StageProgress(SAVE_EVERY_S))
 
 
 def export(folder: Path, target: Path = MODEL_FOLDER) -> None:
@@ -70,6 +77,7 @@ def main() -> int:
     parser.add_argument(
         "--world", choices=tuple(WORLDS), default="shipped", help="whose pictures; default: shipped"
     )
+    parser.add_argument("--start", help="model to start from; default: an untrained one")
     parser.add_argument(
         "--target",
         type=Path,
@@ -80,7 +88,7 @@ def main() -> int:
         arguments = parser.parse_args()
         torch.set_num_threads(1)  # so that results do not depend on the number of cores
         if arguments.stage in ("all", "decoder"):
-            stage_decoder(arguments.work_dir, WORLDS[arguments.world])
+            stage_decoder(arguments.work_dir, WORLDS[arguments.world], arguments.start)
         if arguments.stage in ("all", "export"):
             export(arguments.work_dir, arguments.target)
     except UserError as error:
