@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from iris_fast.models.pretrained.load import load_janus
+from iris_fast.models.pretrained.save import save_janus
 from iris_fast.models.vq import to_uint8
 from iris_fast.tiny.recipe.construct_vq import VQ_CONFIG, construct_vq, encode_all
 from iris_fast.tiny.recipe.measure import verifier_rates, vq_reconstruction
+from iris_fast.tiny.recipe.pretrain_decoder import build_untrained
 from iris_fast.tiny.world import NUM_CODES, WORLDS, random_scenes, render_codes, scene_codes
 
 MAX_ERROR = 4  # of 255
@@ -50,6 +53,13 @@ def test_the_verifier_reads_reconstructions_as_it_reads_renders(vq):
 def test_saving_in_bfloat16_changes_nothing(vq):
     for name, tensor in vq.state_dict().items():
         assert torch.equal(tensor, tensor.bfloat16().float()), name
+
+
+@pytest.mark.parametrize("layout", ["original", "transformers"])
+def test_opens_from_both_layouts(layout, tmp_path):
+    """Although the encoder has no res blocks to read the sizes from."""
+    folder = save_janus(build_untrained(1), tmp_path / "model", layout)
+    assert load_janus(folder).config.vq == VQ_CONFIG
 
 
 def test_the_same_bits_every_time(vq):

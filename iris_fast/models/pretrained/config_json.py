@@ -169,15 +169,17 @@ def _rope_theta(section: _Section) -> float:
 def _vq_config(shapes: _Shapes) -> VQConfig:
     vq, codebook = "model.vqmodel.", "model.vqmodel.quantize.embedding.weight"
     base = shapes.size(vq + "encoder.conv_in.weight", 0)
-    levels = (f"{vq}encoder.down.{i}." for i in range(shapes.count(vq + "encoder.down.")))
-    widths = [shapes.size(level + "block.0.conv1.weight", 0) for level in levels]
+    # Read from the pixel decoder, which has a res block at every level even where the encoder has
+    # none; its lowest resolution comes first.
+    levels = (f"{vq}decoder.up.{i}." for i in range(shapes.count(vq + "decoder.up.")))
+    widths = [shapes.size(level + "block.0.conv1.weight", 0) for level in levels][::-1]
     return VQConfig(
         codebook_size=shapes.size(codebook, 0),
         codebook_dim=shapes.size(codebook, 1),
         latent_channels=shapes.size(vq + "encoder.conv_out.weight", 0),
         base_channels=base,
         channel_multiplier=tuple(width // base for width in widths),
-        num_res_blocks=shapes.count(vq + "encoder.down.0.block."),
+        num_res_blocks=shapes.count(vq + "decoder.up.0.block.") - 1,
     )
 
 
