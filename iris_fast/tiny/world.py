@@ -204,6 +204,20 @@ def tile_features() -> Field:
     return table
 
 
+def equally_likely(world: World) -> Codes:
+    """The codes [2048, 32] that a world could have drawn instead, each equally often in a row."""
+    codes = np.arange(NUM_CODES)
+    table = np.repeat(codes[:, None], VARIANTS, axis=1)
+    if world.busy_ground:
+        table[:FIRST_FULL] = (codes - codes % VARIANTS)[:FIRST_FULL, None] + np.arange(VARIANTS)
+    if world.textured:
+        full, edges = slice(FIRST_FULL, FIRST_EDGE), slice(FIRST_EDGE, None)
+        table[full] = (codes - codes % VARIANTS)[full, None] + np.arange(VARIANTS)
+        variants = np.arange(VARIANTS) % EDGE_VARIANTS
+        table[edges] = (codes - codes % EDGE_VARIANTS)[edges, None] + variants
+    return table
+
+
 def texture(variant: int, variants: int) -> tuple[int, int]:
     """Shade and pattern of a variant; the edge cells have one pattern for each shade."""
     if variants == EDGE_VARIANTS:

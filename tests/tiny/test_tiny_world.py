@@ -37,6 +37,7 @@ from iris_fast.tiny.world import (
     SceneObject,
     World,
     compose,
+    equally_likely,
     random_scene,
     random_scenes,
     render,
@@ -137,6 +138,17 @@ class TestWorlds:
             assert len(np.unique(codes[codes < FIRST_FULL] % VARIANTS)) == grounds
             edges = np.unique((codes[codes >= FIRST_EDGE] - FIRST_EDGE) % EDGE_VARIANTS)
             assert len(edges) == min(things, EDGE_VARIANTS)
+
+    @pytest.mark.parametrize("name", WORLDS)
+    def test_equally_likely_codes(self, name):
+        """They differ in texture alone, and hold what scenes show in one place of one layout."""
+        table = equally_likely(WORLDS[name])
+        content = np.delete(tile_features(), np.s_[18:30], axis=1)  # without shade and pattern
+        assert np.array_equal(content[table], np.repeat(content[:, None], VARIANTS, axis=1))
+        rng, scene = np.random.default_rng(3), random_scene("colors", np.random.default_rng(8))
+        drawn = [compose("colors", scene.objects, 2, WORLDS[name], rng).codes for _ in range(400)]
+        for codes in np.array(drawn).T:
+            assert set(codes) == set(table[codes[0]])
 
     def test_every_code_occurs(self):
         codes = [

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.random import Generator
-from torch import nn
+from torch import Tensor, nn
 
 from iris_fast.grpo.packing import pack
+from iris_fast.models.attention import PackedAttention
 from iris_fast.models.decoder import DecoderConfig
 from iris_fast.models.janus import Janus, JanusConfig, VisionConfig
 from iris_fast.models.pretrained.load import LoadedJanus
@@ -46,6 +48,7 @@ from iris_fast.tiny.world import (
     KINDS,
     Scene,
     World,
+    equally_likely,
     random_scene,
     scene_codes,
     tile_features,
@@ -113,6 +116,7 @@ def train_decoder(
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}]
     groups += [{"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    alike = torch.from_numpy(equally_likely(world))
     step = 0
     if path.is_file():
         state = load_state(path)
@@ -124,9 +128,8 @@ def train_decoder(
         scenes = sample_scenes(recipe.batch_size, world, rng)
         packed = make_batch(scenes, loaded.tokenizer, recipe, rng)
         set_learning_rate(optimizer, recipe.learning_rate, step, recipe.steps)
-        text, image = janus(packed)
-        image_loss, text_loss = -image.logprob.mean(), -text.logprob.mean()
-        share = recipe.text_weight * text.logprob.numel() / image.logprob.numel()
+        text_loss, image_loss = expected_losses(janus, packed, alike)
+        share = recipe.text_weight * len(packed.text_targets) / len(packed.image_targets)
         optimizer.zero_grad()
         (image_loss + share * text_loss).backward()
         torch.nn.utils.clip_grad_norm_(janus.parameters(), 1.0)
@@ -135,6 +138,21 @@ def train_decoder(
         progress.log("decoder", step, recipe.steps, image=image_loss.item(), text=text_loss.item())
         if progress.save_is_due() or step == recipe.steps:
             save_state(path, model=janus.state_dict(), optimizer=optimizer.state_dict(), step=step)
+
+
+def expected_losses(janus: Janus, packed: PackedBatch, alike: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropies of the text targets and of the image targets.
+
+    The latter is the mean over the textures that a target's cell could have had as well: `alike`
+    [K, n] names the codes. Its expectation is that of the plain cross-entropy, and it lacks the
+    noise of textures, which nothing can predict.
+    """
+    attention = PackedAttention(packed.sequence_lengths, alike.device, janus.attn_implementation)
+    embeds = janus.embed_packed(packed)
+    hidden = janus.hidden_states(embeds, packed.positions_T, attention)
+    text = F.cross_entropy(janus.text_logits(hidden[packed.text_rows]), packed.text_targets)
+    log_probs = janus.image_logits(hidden[packed.image_rows]).log_softmax(-1)
+    return text, -log_probs.gather(1, alike[packed.image_targets]).mean()
 
 
 def sample_scenes(count: int, world: World, rng: Generator) -> list[Scene]:
