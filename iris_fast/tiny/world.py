@@ -1,9 +1,10 @@
 """The synthetic world: textured things on a quiet ground, as records, as image codes and as images.
 
 An image is a grid of 8 x 8 cells of 4 x 4 pixels, and every cell shows one of 2048 known tiles:
-the tile's number is the image code, so `render` is a table lookup. A thing covers 3 x 3 cells. Each
-of its cells is drawn from 32 textures of the thing's colour (8 at its slanted and round edges), so
-that the content of a picture is hard to predict and its ground is not, as in photographs.
+the tile's number is the image code, so `render` is a table lookup. A thing covers 3 x 3 cells, in
+one of the four corners. Each of its cells is drawn from 32 textures of the thing's colour (8 at its
+slanted and round edges), so that the content of a picture is hard to predict and its ground is not,
+as in photographs.
 
 A `World` names what varies: `omission` is the share of the things a caption names that are missing
 from the picture, as in the captions of the web. The other two worlds of `WORLDS` are controls.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 from numpy.random import Generator
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 CELL, SIDE, THING = 4, 8, 3  # pixels per cell; cells per side of an image, and of a thing
 IMAGE_SIZE = CELL * SIDE
+PLACES = tuple(product((0, SIDE - THING), repeat=2))  # top left cells of the things, four corners
 Pixels = NDArray[np.uint8]
 Codes = NDArray[np.int64]
 Field = NDArray[np.float32]
@@ -308,15 +310,17 @@ def random_scene(kind: str, rng: Generator, world: World = FAITHFUL) -> Scene:
     """Sample a scene that a caption of this GenEval kind can describe."""
     shapes = [str(name) for name in rng.permutation(SHAPES)]
     colours = [str(name) for name in rng.permutation(list(COLOURS))]
+    order = rng.permutation(len(PLACES))
     if kind in ("single_object", "colors"):
-        places = [rng.integers(SIDE - THING + 1, size=2)]
+        order = order[:1]
     elif kind == "counting":
-        places = _scattered_places(int(rng.integers(2, 5)), rng)
-        shapes, colours = shapes[:1] * len(places), colours[:1] * len(places)
-    else:
-        places = _pair_places(rng)
+        order = order[: rng.integers(2, 5)]
+        shapes, colours = shapes[:1] * len(order), colours[:1] * len(order)
+    else:  # beside or above one another: places that differ in one coordinate
+        order = np.array([order[0], order[0] ^ (1 + rng.integers(2))])
+    places = [PLACES[i] for i in order]
     objects = tuple(
-        SceneObject(shape, colour, int(row), int(column), bool(rng.random() >= world.omission))
+        SceneObject(shape, colour, row, column, bool(rng.random() >= world.omission))
         for shape, colour, (row, column) in zip(shapes, colours, places, strict=False)
     )
     return compose(kind, objects, int(rng.integers(len(TONES))), world, rng)
@@ -326,22 +330,3 @@ def random_scenes(count: int, seed: int, world: World = FAITHFUL) -> list[Scene]
     """Sample `count` scenes, cycling through the kinds; deterministic for a seed."""
     rng = np.random.default_rng(seed)
     return [random_scene(KINDS[i % len(KINDS)], rng, world) for i in range(count)]
-
-
-def _pair_places(rng: Generator) -> list[Codes]:
-    """Top left cells of two things, one clearly to the side of or clearly above the other."""
-    while True:
-        places = list(rng.integers(SIDE - THING + 1, size=(2, 2)))
-        near, far = sorted(np.abs(places[0] - places[1]))
-        if far > THING and near <= 1:
-            return places
-
-
-def _scattered_places(number: int, rng: Generator) -> list[Codes]:
-    """Top left cells near different corners, with a cell of ground between any two things."""
-    while True:
-        corners = rng.permutation(4)[:number]
-        bases = np.stack([4 * (corners // 2), 4 * (corners % 2)], axis=1)
-        places = list(bases + rng.integers(2, size=(number, 2)))
-        if all(np.abs(a - b).max() > THING for a, b in combinations(places, 2)):
-            return places
