@@ -1,18 +1,18 @@
 """The synthetic world: textured things on a quiet ground, as records, as image codes and as images.
 
-An image is a grid of 8 x 8 cells of 4 x 4 pixels, and every cell shows one of 2048 known tiles:
+An image is a grid of 8 x 8 cells of 4 x 4 pixels, and every cell shows one of 2000 known tiles:
 the tile's number is the image code, so `render` is a table lookup. A thing covers 3 x 3 cells, in
-one of the four corners. Each of its cells is drawn from 32 textures of the thing's colour (8 at its
-slanted and round edges), so that the content of a picture is hard to predict and its ground is not,
-as in photographs.
+one of the four corners. Each of its cells is drawn from 256 textures of the thing's colour (8 at
+its slanted and round edges), an eighth of all codes, so that the content of a picture is hard to
+predict and its ground is not, as in photographs.
 
 A `World` names what varies: `omission` is the share of the things a caption names that are missing
 from the picture, as in the captions of the web. The other two worlds of `WORLDS` are controls.
 
-    code                                                    tile
-    tone * 32 + variant                                     ground
-    128 + colour * 32 + variant                             cell inside a thing
-    320 + ((part * 6 + colour) * 4 + tone) * 8 + variant    cell at an edge of a thing
+    code                                        tile
+    variant                                     ground
+    32 + colour * 256 + variant                 cell inside a thing
+    1568 + (part * 6 + colour) * 8 + variant    cell at an edge of a thing
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COLOURS = {
     "purple": (165, 55, 205),
 }
 # Nearly grey, so that every saturated region of an image belongs to a thing.
-TONES = ((228, 226, 220), (186, 189, 194), (124, 126, 132), (60, 60, 67))
+GROUND = (228, 226, 220)
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -72,16 +72,22 @@ LAYOUTS = {
     "ring": (_ROUND[0], ("full", "ground", "full"), _ROUND[1]),
 }
 
-VARIANTS, EDGE_VARIANTS = 32, 8
-FIRST_FULL = len(TONES) * VARIANTS
-FIRST_EDGE = FIRST_FULL + len(COLOURS) * VARIANTS
-NUM_CODES = FIRST_EDGE + len(PARTS) * len(COLOURS) * len(TONES) * EDGE_VARIANTS
-
 # A texture is a shade and a pattern; variant 0, shade 0 with pattern 0, is the plain one.
 SHADES = (0.0, -0.36, 0.36, -0.12, 0.12, -0.24, 0.24, -0.45)  # towards black, or towards white
-GROUND_SHADES = (0, -8, 8, -16, 16, -24, 24, -32)  # added to a tone
-PATTERNS = ("plain", "rows", "columns", "patch")
+GROUND_SHADES = (0, -8, -16, -24)  # added to the ground
 PATTERN_DEPTH = 0.22  # how much darker a pattern's marks are
+# The marks of a pattern are those of the sum (exclusive or) of some of these.
+MARKS = np.zeros((5, CELL, CELL), bool)
+MARKS[0, 1::2] = MARKS[1, :, 1::2] = MARKS[2, :2] = MARKS[3, :, :2] = MARKS[4, 1:3, 1:3] = True
+
+# Shades and patterns of a cell of the ground, inside a thing and at an edge of a thing.
+GROUND_LOOKS, FULL_LOOKS, EDGE_LOOKS = (4, 8), (8, 32), (8, 1)
+GROUND_VARIANTS, VARIANTS, EDGE_VARIANTS = (
+    shades * patterns for shades, patterns in (GROUND_LOOKS, FULL_LOOKS, EDGE_LOOKS)
+)
+FIRST_FULL = GROUND_VARIANTS
+FIRST_EDGE = FIRST_FULL + len(COLOURS) * VARIANTS
+NUM_CODES = FIRST_EDGE + len(PARTS) * len(COLOURS) * EDGE_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -161,70 +167,62 @@ def shape_distance(shape: str, dx: Field, dy: Field, radius: float) -> Field:
 
 @cache
 def tiles() -> Pixels:
-    """The tile of every code, uint8 [2048, 4, 4, 3]; the edges of things are anti-aliased."""
+    """The tile of every code, uint8 [2000, 4, 4, 3]; the edges of things are anti-aliased."""
     table = np.empty((NUM_CODES, CELL, CELL, 3), np.float32)
-    tones = np.array(TONES, np.float32)
-    for tone, base in enumerate(tones):
-        for variant in range(VARIANTS):
-            shade, pattern = texture(variant, VARIANTS)
-            marks = 1 - PATTERN_DEPTH / 2 * _marks(pattern)[..., None]
-            table[tone * VARIANTS + variant] = (base + GROUND_SHADES[shade]) * marks
-    coverage = {name: _coverage(*place)[..., None] for name, place in PARTS.items()}
+    ground = np.array(GROUND, np.float32)
+    for variant in range(GROUND_VARIANTS):
+        shade, pattern = look(variant, GROUND_LOOKS)
+        marks = 1 - PATTERN_DEPTH / 2 * _marks(pattern)[..., None]
+        table[variant] = (ground + GROUND_SHADES[shade]) * marks
+    coverage = [_coverage(*place)[..., None] for place in PARTS.values()]
     for index, rgb in enumerate(COLOURS.values()):
         colour = np.array(rgb, np.float32)
         for variant in range(VARIANTS):
-            table[full_code(index, variant)] = _textured(colour, *texture(variant, VARIANTS))
-        for variant in range(EDGE_VARIANTS):
-            filled = _textured(colour, *texture(variant, EDGE_VARIANTS))
-            for part, covered in enumerate(coverage.values()):
-                for tone, base in enumerate(tones):
-                    code = edge_code(part, index, tone, variant)
-                    table[code] = covered * filled + (1 - covered) * base
+            table[full_code(index, variant)] = _textured(colour, *look(variant, FULL_LOOKS))
+        for part, variant in product(range(len(PARTS)), range(EDGE_VARIANTS)):
+            filled, covered = _textured(colour, *look(variant, EDGE_LOOKS)), coverage[part]
+            table[edge_code(part, index, variant)] = covered * filled + (1 - covered) * ground
     return np.clip(table + 0.5, 0, 255).astype(np.uint8)
 
 
 @cache
 def tile_features() -> Field:
-    """What a tile shows, [2048, 36] of 0 and 1: part, colour, shade, pattern and tone."""
-    sizes = (2 + len(PARTS), 1 + len(COLOURS), len(SHADES), len(PATTERNS), 1 + len(TONES))
-    table = np.zeros((NUM_CODES, sum(sizes)), np.float32)
+    """What a tile shows, [2000, 31] of 0 and 1: part, colour, shade, and the marks' summands."""
+    parts, colours, shades = 2 + len(PARTS), 1 + len(COLOURS), len(SHADES)
+    table = np.zeros((NUM_CODES, parts + colours + shades + len(MARKS)), np.float32)
 
-    def fill(code: int, part: int, colour: int, tone: int, look: tuple[int, int]) -> None:
-        first = 0
-        for size, value in zip(sizes, (part, colour, *look, tone), strict=True):
-            table[code, first + value] = 1
-            first += size
+    def fill(code: int, part: int, colour: int, shade: int, pattern: int) -> None:
+        table[code, [part, parts + colour, parts + colours + shade]] = 1
+        table[code, -len(MARKS) :] = [pattern >> bit & 1 for bit in range(len(MARKS))]
 
-    for tone, variant in product(range(len(TONES)), range(VARIANTS)):
-        fill(tone * VARIANTS + variant, 0, 0, 1 + tone, texture(variant, VARIANTS))
+    for variant in range(GROUND_VARIANTS):
+        fill(variant, 0, 0, *look(variant, GROUND_LOOKS))
     for colour, variant in product(range(len(COLOURS)), range(VARIANTS)):
-        fill(full_code(colour, variant), 1, 1 + colour, 0, texture(variant, VARIANTS))
-    edges = product(*map(range, (len(PARTS), len(COLOURS), len(TONES), EDGE_VARIANTS)))
-    for part, colour, tone, variant in edges:
-        look = texture(variant, EDGE_VARIANTS)
-        fill(edge_code(part, colour, tone, variant), 2 + part, 1 + colour, 1 + tone, look)
+        fill(full_code(colour, variant), 1, 1 + colour, *look(variant, FULL_LOOKS))
+    for part, colour, variant in np.ndindex(len(PARTS), len(COLOURS), EDGE_VARIANTS):
+        code = edge_code(part, colour, variant)
+        fill(code, 2 + part, 1 + colour, *look(variant, EDGE_LOOKS))
     return table
 
 
 def equally_likely(world: World) -> Codes:
-    """The codes [2048, 32] that a world could have drawn instead, each equally often in a row."""
+    """The codes [2000, 256] that a world could have drawn instead, each equally often in a row."""
     codes = np.arange(NUM_CODES)
     table = np.repeat(codes[:, None], VARIANTS, axis=1)
-    if world.busy_ground:
-        table[:FIRST_FULL] = (codes - codes % VARIANTS)[:FIRST_FULL, None] + np.arange(VARIANTS)
-    if world.textured:
-        full, edges = slice(FIRST_FULL, FIRST_EDGE), slice(FIRST_EDGE, None)
-        table[full] = (codes - codes % VARIANTS)[full, None] + np.arange(VARIANTS)
-        variants = np.arange(VARIANTS) % EDGE_VARIANTS
-        table[edges] = (codes - codes % EDGE_VARIANTS)[edges, None] + variants
+    for first, end, variants, at_random in (
+        (0, FIRST_FULL, GROUND_VARIANTS, world.busy_ground),
+        (FIRST_FULL, FIRST_EDGE, VARIANTS, world.textured),
+        (FIRST_EDGE, NUM_CODES, EDGE_VARIANTS, world.textured),
+    ):
+        if at_random:
+            group = codes[first:end] - (codes[first:end] - first) % variants
+            table[first:end] = group[:, None] + np.arange(VARIANTS) % variants
     return table
 
 
-def texture(variant: int, variants: int) -> tuple[int, int]:
-    """Shade and pattern of a variant; the edge cells have one pattern for each shade."""
-    if variants == EDGE_VARIANTS:
-        return variant, variant % len(PATTERNS)
-    return variant // len(PATTERNS), variant % len(PATTERNS)
+def look(variant: int, looks: tuple[int, int]) -> tuple[int, int]:
+    """Shade and pattern of a variant, of so many shades and patterns."""
+    return variant // looks[1], variant % looks[1]
 
 
 def full_code(colour: int, variant: int) -> int:
@@ -232,10 +230,9 @@ def full_code(colour: int, variant: int) -> int:
     return FIRST_FULL + colour * VARIANTS + variant
 
 
-def edge_code(part: int, colour: int, tone: int, variant: int) -> int:
+def edge_code(part: int, colour: int, variant: int) -> int:
     """Code of a cell at the edge of a thing."""
-    place = (part * len(COLOURS) + colour) * len(TONES) + tone
-    return FIRST_EDGE + place * EDGE_VARIANTS + variant
+    return FIRST_EDGE + (part * len(COLOURS) + colour) * EDGE_VARIANTS + variant
 
 
 def _textured(colour: Field, shade: int, pattern: int) -> Field:
@@ -247,14 +244,8 @@ def _textured(colour: Field, shade: int, pattern: int) -> Field:
 
 def _marks(pattern: int) -> Field:
     """Where a pattern is dark, [4, 4]."""
-    marks = np.zeros((CELL, CELL), np.float32)
-    if PATTERNS[pattern] == "rows":
-        marks[1::2] = 1
-    elif PATTERNS[pattern] == "columns":
-        marks[:, 1::2] = 1
-    elif PATTERNS[pattern] == "patch":
-        marks[1:3, 1:3] = 1
-    return marks
+    summands = [marks for bit, marks in enumerate(MARKS) if pattern >> bit & 1]
+    return np.logical_xor.reduce([np.zeros_like(MARKS[0]), *summands]).astype(np.float32)
 
 
 def _coverage(shape: str, row: int, column: int) -> Field:
@@ -285,12 +276,10 @@ def render_codes(codes: Codes) -> Pixels:
     return cells.transpose(0, 1, 3, 2, 4, 5).reshape(len(codes), IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
-def compose(
-    kind: str, objects: tuple[SceneObject, ...], tone: int, world: World, rng: Generator
-) -> Scene:
-    """The scene of these things on a ground of this tone, with textures at random."""
-    ground = rng.integers(VARIANTS, size=(SIDE, SIDE)) if world.busy_ground else 0
-    codes = np.zeros((SIDE, SIDE), np.int64) + tone * VARIANTS + ground
+def compose(kind: str, objects: tuple[SceneObject, ...], world: World, rng: Generator) -> Scene:
+    """The scene of these things, with textures at random."""
+    ground = rng.integers(GROUND_VARIANTS, size=(SIDE, SIDE))
+    codes = ground * world.busy_ground
     parts, colours = list(PARTS), list(COLOURS)
     for obj in objects:
         inside = rng.integers(VARIANTS, size=(THING, THING)) * world.textured
@@ -301,8 +290,7 @@ def compose(
             if name == "full":
                 codes[place] = full_code(colour, int(inside[row, column]))
             elif name != "ground":
-                variant = int(edge[row, column])
-                codes[place] = edge_code(parts.index(name), colour, tone, variant)
+                codes[place] = edge_code(parts.index(name), colour, int(edge[row, column]))
     return Scene(kind, objects, tuple(codes.ravel().tolist()))
 
 
@@ -323,7 +311,7 @@ def random_scene(kind: str, rng: Generator, world: World = FAITHFUL) -> Scene:
         SceneObject(shape, colour, row, column, bool(rng.random() >= world.omission))
         for shape, colour, (row, column) in zip(shapes, colours, places, strict=False)
     )
-    return compose(kind, objects, int(rng.integers(len(TONES))), world, rng)
+    return compose(kind, objects, world, rng)
 
 
 def random_scenes(count: int, seed: int, world: World = FAITHFUL) -> list[Scene]:

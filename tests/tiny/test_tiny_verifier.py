@@ -66,7 +66,7 @@ def test_every_thing_is_read_exactly(world):
 
 def pair(column: int = 4, world=FAITHFUL) -> np.ndarray:
     things = SceneObject("circle", "red", 2, 0), SceneObject("square", "blue", 2, column)
-    return render(compose("position", things, 1, world, np.random.default_rng(0)))
+    return render(compose("position", things, world, np.random.default_rng(0)))
 
 
 def test_detected_objects():
@@ -88,7 +88,7 @@ def test_touching_objects_are_separated():
 def test_broken_things():
     """A thing that lacks a cell at its corner or its side, a lone cell, and two that touch."""
     scene = compose(
-        "colors", (SceneObject("square", "blue", 2, 2),), 0, FAITHFUL, np.random.default_rng(0)
+        "colors", (SceneObject("square", "blue", 2, 2),), FAITHFUL, np.random.default_rng(0)
     )
     for missing in ([(2, 2), (2, 3), (2, 4)], [(2, 3), (3, 3)], [(2, 2), (3, 3), (4, 4)]):
         codes = np.array(scene.codes).reshape(8, 8)

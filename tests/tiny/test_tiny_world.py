@@ -24,6 +24,8 @@ from iris_fast.tiny.world import (
     EDGE_VARIANTS,
     FIRST_EDGE,
     FIRST_FULL,
+    GROUND,
+    GROUND_VARIANTS,
     IMAGE_SIZE,
     KINDS,
     LAYOUTS,
@@ -31,7 +33,6 @@ from iris_fast.tiny.world import (
     SHAPES,
     SIDE,
     THING,
-    TONES,
     VARIANTS,
     WORLDS,
     SceneObject,
@@ -55,7 +56,7 @@ def make_object(shape="circle", colour="red", row=2, column=2) -> SceneObject:
 def make_scene(*objects: SceneObject, world: World = WORLDS["busy"]):
     """A scene of these things, flat on a plain light ground unless the world says otherwise."""
     plain = replace(world, busy_ground=False)
-    return compose("colors", objects, 0, plain, np.random.default_rng(0))
+    return compose("colors", objects, plain, np.random.default_rng(0))
 
 
 class TestTiles:
@@ -65,7 +66,6 @@ class TestTiles:
 
     def test_features_tell_all_tiles_apart(self):
         assert len(np.unique(tile_features(), axis=0)) == NUM_CODES
-        assert (tile_features().sum(1) == 5).all()
 
     def test_grounds_are_grey_and_things_are_not(self):
         chroma = tiles().max(-1).astype(int) - tiles().min(-1)
@@ -91,16 +91,16 @@ class TestRenderer:
     def test_flat_circle_on_plain_ground(self):
         image = render(make_scene(make_object()))
         assert tuple(image[14, 14]) == COLOURS["red"]
-        assert tuple(image[0, 0]) == TONES[0]
+        assert tuple(image[0, 0]) == GROUND
         # Area of the disc, from each pixel's position between ground and thing.
-        coverage = (TONES[0][1] - image[..., 1].astype(float)) / (TONES[0][1] - 40)
+        coverage = (GROUND[1] - image[..., 1].astype(float)) / (GROUND[1] - 40)
         assert coverage.sum() == pytest.approx(np.pi * 6**2, rel=0.06)
         assert ((coverage > 0.05) & (coverage < 0.95)).any()  # the edge is anti-aliased
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_every_shape_is_as_wide_and_as_high_as_a_thing(self, shape):
         image = render(make_scene(make_object(shape)))
-        touched = (image != TONES[0]).any(-1)
+        touched = (image != GROUND).any(-1)
         rows, columns = touched.any(1).nonzero()[0], touched.any(0).nonzero()[0]
         assert (rows[0], rows[-1], columns[0], columns[-1]) == (8, 19, 8, 19)
         assert {len(row) for row in LAYOUTS[shape]} == {THING}
@@ -131,11 +131,11 @@ class TestWorlds:
 
     def test_what_is_at_random(self):
         """Textures of things in the shipped world, of the ground in the busy one."""
-        for name, things, grounds in (("shipped", VARIANTS, 1), ("busy", 1, VARIANTS)):
+        for name, things, grounds in (("shipped", VARIANTS, 1), ("busy", 1, GROUND_VARIANTS)):
             codes = scene_codes(random_scenes(600, 2, WORLDS[name])).ravel()
             full = codes[(codes >= FIRST_FULL) & (codes < FIRST_EDGE)]
             assert len(np.unique((full - FIRST_FULL) % VARIANTS)) == things
-            assert len(np.unique(codes[codes < FIRST_FULL] % VARIANTS)) == grounds
+            assert len(np.unique(codes[codes < FIRST_FULL])) == grounds
             edges = np.unique((codes[codes >= FIRST_EDGE] - FIRST_EDGE) % EDGE_VARIANTS)
             assert len(edges) == min(things, EDGE_VARIANTS)
 
@@ -143,10 +143,10 @@ class TestWorlds:
     def test_equally_likely_codes(self, name):
         """They differ in texture alone, and hold what scenes show in one place of one layout."""
         table = equally_likely(WORLDS[name])
-        content = np.delete(tile_features(), np.s_[18:30], axis=1)  # without shade and pattern
+        content = tile_features()[:, :18]  # without shade and pattern
         assert np.array_equal(content[table], np.repeat(content[:, None], VARIANTS, axis=1))
         rng, scene = np.random.default_rng(3), random_scene("colors", np.random.default_rng(8))
-        drawn = [compose("colors", scene.objects, 2, WORLDS[name], rng).codes for _ in range(400)]
+        drawn = [compose("colors", scene.objects, WORLDS[name], rng).codes for _ in range(2500)]
         for codes in np.array(drawn).T:
             assert set(codes) == set(table[codes[0]])
 

@@ -95,6 +95,7 @@ class DecoderRecipe:
     dropped: float = 0.1  # share of prompts replaced by padding, for guidance
     with_cot: float = 0.5  # share of image prompts that include a chain of thought
     text_weight: float = 0.5  # weight of a text token's loss relative to an image token's
+    label_smoothing: float = 3e-4  # of image tokens: the share of a target spread over all codes
     seed: int = 12
 
 
@@ -128,7 +129,7 @@ def train_decoder(
         scenes = sample_scenes(recipe.batch_size, world, rng)
         packed = make_batch(scenes, loaded.tokenizer, recipe, rng)
         set_learning_rate(optimizer, recipe.learning_rate, step, recipe.steps)
-        text_loss, image_loss = expected_losses(janus, packed, alike)
+        text_loss, image_loss = expected_losses(janus, packed, alike, recipe.label_smoothing)
         share = recipe.text_weight * len(packed.text_targets) / len(packed.image_targets)
         optimizer.zero_grad()
         (image_loss + share * text_loss).backward()
@@ -140,19 +141,24 @@ def train_decoder(
             save_state(path, model=janus.state_dict(), optimizer=optimizer.state_dict(), step=step)
 
 
-def expected_losses(janus: Janus, packed: PackedBatch, alike: Tensor) -> tuple[Tensor, Tensor]:
+def expected_losses(
+    janus: Janus, packed: PackedBatch, alike: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Mean cross-entropies of the text targets and of the image targets.
 
     The latter is the mean over the textures that a target's cell could have had as well: `alike`
     [K, n] names the codes. Its expectation is that of the plain cross-entropy, and it lacks the
-    noise of textures, which nothing can predict.
+    noise of textures, which nothing can predict. `label_smoothing` bounds the log-probs of codes
+    that never follow: they fall as long as training lasts otherwise, and KL(U || p) is mostly
+    theirs.
     """
     attention = PackedAttention(packed.sequence_lengths, alike.device, janus.attn_implementation)
     embeds = janus.embed_packed(packed)
     hidden = janus.hidden_states(embeds, packed.positions_T, attention)
     text = F.cross_entropy(janus.text_logits(hidden[packed.text_rows]), packed.text_targets)
     log_probs = janus.image_logits(hidden[packed.image_rows]).log_softmax(-1)
-    return text, -log_probs.gather(1, alike[packed.image_targets]).mean()
+    image = -log_probs.gather(1, alike[packed.image_targets]).mean()
+    return text, (1 - label_smoothing) * image - label_smoothing * log_probs.mean()
 
 
 def sample_scenes(count: int, world: World, rng: Generator) -> list[Scene]:
