@@ -29,7 +29,7 @@ MIN_CHROMA = 30  # of 255: grounds stay below 12, half-covered dark edge pixels 
 MIN_AREA = 6  # pixels; smaller regions are ignored
 SIDES = range(THING * CELL - 1, THING * CELL + 2)  # of a thing's bounding box, in pixels
 MIN_IOU = 0.8  # intersection over union with the best outline
-SPLIT_SHARE = 0.2  # a region with this share of a second colour is two objects that touch
+SPLIT_SHARE = 0.3  # a region with this share of a second colour is two objects that touch
 
 Mask = NDArray[np.bool_]
 

@@ -4,7 +4,8 @@ An image is a grid of 8 x 8 cells of 4 x 4 pixels, and every cell shows one of 2
 the tile's number is the image code, so `render` is a table lookup. A thing covers 3 x 3 cells, in
 one of the four corners. Each of its cells is drawn from 256 textures of the thing's colour (8 at
 its slanted and round edges), an eighth of all codes, so that the content of a picture is hard to
-predict and its ground is not, as in photographs.
+predict and its ground is not, as in photographs. A quarter of the things have one cell of any
+colour, so that no cell of a thing is certain of its colour.
 
 A `World` names what varies: `omission` is the share of the things a caption names that are missing
 from the picture, as in the captions of the web. The other two worlds of `WORLDS` are controls.
@@ -96,6 +97,7 @@ class World:
 
     omission: float = 0.3  # share of the named things that are missing from the picture
     textured: bool = True  # whether the cells of a thing have textures at random
+    speckled: float = 0.25  # share of the things with one cell inside of any colour
     busy_ground: bool = False  # whether the cells of the ground have textures at random
 
 
@@ -104,7 +106,7 @@ class World:
 WORLDS = {
     "shipped": World(),
     "kept": World(omission=0.0),
-    "busy": World(textured=False, busy_ground=True),
+    "busy": World(textured=False, speckled=0.0, busy_ground=True),
 }
 FAITHFUL = World(omission=0.0)  # for measurements that need pictures true of their captions
 
@@ -285,10 +287,15 @@ def compose(kind: str, objects: tuple[SceneObject, ...], world: World, rng: Gene
         inside = rng.integers(VARIANTS, size=(THING, THING)) * world.textured
         edge = rng.integers(EDGE_VARIANTS, size=(THING, THING)) * world.textured
         colour = colours.index(obj.colour)
+        layout = np.array(LAYOUTS[obj.shape])
+        speck = rng.permutation(np.argwhere(layout == "full"))[0]
+        is_speckled, any_colour = rng.random() < world.speckled, rng.integers(len(COLOURS))
         for row, column in np.ndindex(THING, THING) if obj.shown else ():
-            name, place = LAYOUTS[obj.shape][row][column], (obj.row + row, obj.column + column)
+            name, place = layout[row, column], (obj.row + row, obj.column + column)
             if name == "full":
-                codes[place] = full_code(colour, int(inside[row, column]))
+                is_speck = is_speckled and (row, column) == tuple(speck)
+                of = int(any_colour) if is_speck else colour
+                codes[place] = full_code(of, int(inside[row, column]))
             elif name != "ground":
                 codes[place] = edge_code(parts.index(name), colour, int(edge[row, column]))
     return Scene(kind, objects, tuple(codes.ravel().tolist()))

@@ -146,9 +146,23 @@ class TestWorlds:
         content = tile_features()[:, :18]  # without shade and pattern
         assert np.array_equal(content[table], np.repeat(content[:, None], VARIANTS, axis=1))
         rng, scene = np.random.default_rng(3), random_scene("colors", np.random.default_rng(8))
-        drawn = [compose("colors", scene.objects, WORLDS[name], rng).codes for _ in range(2500)]
+        world = replace(WORLDS[name], speckled=0.0)
+        drawn = [compose("colors", scene.objects, world, rng).codes for _ in range(2500)]
         for codes in np.array(drawn).T:
             assert set(codes) == set(table[codes[0]])
+
+    def test_specks(self):
+        """At most one cell inside of a thing is of another colour, in the stated share of them."""
+        scenes = [scene for scene in random_scenes(3000, 6) if len(scene.objects) == 1]
+        others = []
+        for scene in scenes:
+            codes = np.array(scene.codes)
+            full = codes[(codes >= FIRST_FULL) & (codes < FIRST_EDGE)]
+            colour = list(COLOURS).index(scene.objects[0].colour)
+            others.append(((full - FIRST_FULL) // VARIANTS != colour).sum())
+        assert set(others) == {0, 1}
+        expected = WORLDS["shipped"].speckled * (1 - 1 / len(COLOURS))
+        assert np.mean(others) == pytest.approx(expected, abs=0.05)
 
     def test_every_code_occurs(self):
         codes = [

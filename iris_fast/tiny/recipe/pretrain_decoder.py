@@ -77,7 +77,7 @@ KIND_SHARES = {
     "single_object": 1.0,
     "two_object": 1.5,
     "counting": 2.0,
-    "colors": 1.0,
+    "colors": 2.0,
     "position": 3.0,
     "color_attr": 3.0,
 }
@@ -187,6 +187,8 @@ def build_untrained(seed: int) -> LoadedJanus:
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=WEIGHT_STD)
+        # Tokens of text and of images start equally large, next to what the blocks add.
+        nn.init.normal_(janus.model.language_model.embed_tokens.weight)
         embeddings = janus.model.generation_embeddings.weight
         head = janus.model.generation_head.vision_head.weight
         for weight, std in ((embeddings, 0.5), (head, WEIGHT_STD)):
