@@ -175,7 +175,7 @@ def test_the_default_model_generates_at_full_size(here):
     finished = run("iris_fast.generate", "--prompts", "p.txt", cwd=here)
     assert (finished.code, finished.err) == (0, "")
     assert finished.out == "1 images in images\n"
-    assert Image.open(here / "images" / "00000_00.png").size == (64, 64)
+    assert Image.open(here / "images" / "00000_00.png").size == (32, 32)
 
 
 def test_a_training_runs_settings_generate_what_its_flags_do(here, model):
