@@ -79,7 +79,7 @@ KIND_SHARES = {
     "counting": 2.0,
     "colors": 2.0,
     "position": 3.0,
-    "color_attr": 3.0,
+    "color_attr": 4.0,
 }
 
 
@@ -87,7 +87,7 @@ KIND_SHARES = {
 class DecoderRecipe:
     """Steps and sizes of stage B."""
 
-    steps: int = 6000
+    steps: int = 8000
     learning_rate: float = 2e-3
     batch_size: int = 16
     weight_decay: float = 0.02
