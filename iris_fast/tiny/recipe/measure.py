@@ -1,6 +1,7 @@
 """Measure the tiny model on the held-out prompts with the verifier, per GenEval kind.
 
-    python -m iris_fast.tiny.recipe.measure [--samples 4] [--cot] [--cfg_weight 3] [--run FOLDER]
+    python -m iris_fast.tiny.recipe.measure [--samples 4] [--cot] [--cfg_weight 3] [--run FOLDER
+                                            [--checkpoint step_00050]]
     python -m iris_fast.tiny.recipe.measure --verifier 2000
 
 The first command samples images for every prompt and prints the share that the verifier accepts,
@@ -150,7 +151,12 @@ def arguments() -> Namespace:
     parser = CommandParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", default="tiny", help="model to measure; default: tiny")
-    source.add_argument("--run", type=Path, help="run folder; its newest weights are measured")
+    source.add_argument("--run", type=Path, help="run folder; a checkpoint of it is measured")
+    parser.add_argument(
+        "--checkpoint",
+        help="of --run: newest (default), best (by the run's best_metric), or a name such as "
+        "step_00050",
+    )
     parser.add_argument("--prompts", default=str(HELD_OUT_FILE), help="default: held_out.jsonl")
     parser.add_argument("--samples", type=int, default=4, help="images per prompt; default: 4")
     parser.add_argument("--cfg_weight", type=float, default=3.0, help="guidance; default: 3")
@@ -165,6 +171,8 @@ def arguments() -> Namespace:
     for name in ("samples", "verifier"):
         value = getattr(parsed, name)
         require(value is None or value >= 1, name, value, "give 1 or more")
+    named = parsed.checkpoint is None or parsed.run is not None
+    require(named, "checkpoint", parsed.checkpoint, "it is one of a run: add --run FOLDER")
     return parsed
 
 
@@ -206,7 +214,7 @@ def main() -> int:
     try:
         options = arguments()
         if options.run:
-            loaded, _ = open_trained(options.run)
+            loaded, _ = open_trained(options.run, options.checkpoint or "newest")
         else:
             loaded = open_model(options.model, torch.float32)
         if options.verifier:
