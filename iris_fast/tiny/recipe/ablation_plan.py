@@ -137,7 +137,7 @@ class WorldModel:
     def make(self) -> str:
         """Fine-tune the package's decoder on the world's pictures, unless that is done already."""
         if not self.is_there:
-            command = ["iris_fast.tiny.recipe.pretrain", "--world", self.world, "--start", "tiny"]
+            command = ["iris_fast.tiny.recipe.pretrain", "--world", self.world, "--model", "tiny"]
             command += ["--work_dir", str(self.folder / "pretrain"), "--target", self.name]
             run_command(command, self.folder / "model.log")
         return f"{self.world}: model {self.name}"

@@ -9,7 +9,7 @@ same bits.
 
 The decoder of a control world starts from the package's model, in minutes:
 
-    python -m iris_fast.tiny.recipe.pretrain --world kept --start tiny --target runs/tiny-kept
+    python -m iris_fast.tiny.recipe.pretrain --world kept --model tiny --target runs/tiny-kept
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument(
         "--world", choices=tuple(WORLDS), default="shipped", help="whose pictures; default: shipped"
     )
-    parser.add_argument("--start", help="model to start from; default: an untrained one")
+    parser.add_argument("--model", help="model to start from; default: an untrained one")
     parser.add_argument(
         "--target",
         type=Path,
@@ -88,7 +88,7 @@ def main() -> int:
         arguments = parser.parse_args()
         torch.set_num_threads(1)  # so that results do not depend on the number of cores
         if arguments.stage in ("all", "decoder"):
-            stage_decoder(arguments.work_dir, WORLDS[arguments.world], arguments.start)
+            stage_decoder(arguments.work_dir, WORLDS[arguments.world], arguments.model)
         if arguments.stage in ("all", "export"):
             export(arguments.work_dir, arguments.target)
     except UserError as error:
