@@ -74,21 +74,21 @@ def _requirement(shape: str, count: int = 1, **more: Any) -> dict[str, Any]:
 
 
 def single_captions(shape: str) -> list[Caption]:
-    """All phrasings of `a circle`."""
+    """All phrasings of `a cross`."""
     texts = [f"{prefix}a {shape}" for prefix in _PREFIXES]
     texts += [f"one {shape}", f"a single {shape}", f"a lone {shape}", f"just a {shape}"]
     return [Caption(text, "single_object", (_requirement(shape),)) for text in texts]
 
 
 def color_captions(shape: str, colour: str) -> list[Caption]:
-    """All phrasings of `a red circle`."""
+    """All phrasings of `a red cross`."""
     texts = [f"{prefix}a {colour} {shape}" for prefix in _PREFIXES]
     texts += [f"one {colour} {shape}", f"a {shape} in {colour}"]
     return [Caption(text, "colors", (_requirement(shape, color=colour),)) for text in texts]
 
 
 def two_captions(first: str, second: str) -> list[Caption]:
-    """All phrasings of `a circle and a square`."""
+    """All phrasings of `a cross and a corner`."""
     texts = [
         prefix + pair.format(a=f"a {first}", b=f"a {second}")
         for prefix, pair in product(_PREFIXES, _PAIR_TEMPLATES)
@@ -99,7 +99,7 @@ def two_captions(first: str, second: str) -> list[Caption]:
 
 
 def counting_captions(shape: str, number: int) -> list[Caption]:
-    """All phrasings of `three circles`, which requires exactly three."""
+    """All phrasings of `three crosses`, which requires exactly three."""
     many = f"{NUMBERS[number]} {plural(shape)}"
     texts = [f"{prefix}{many}" for prefix in ("", "a picture of ", "a drawing of ", "there are ")]
     texts += [f"a group of {many}", f"exactly {many}"]
@@ -108,7 +108,7 @@ def counting_captions(shape: str, number: int) -> list[Caption]:
 
 
 def position_captions(first: str, relation: str, second: str) -> list[Caption]:
-    """All phrasings of `a circle left of a square`."""
+    """All phrasings of `a cross left of a corner`."""
     include = (_requirement(second), _requirement(first, position=[relation, 0]))
     return [
         Caption(f"{prefix}a {first} {phrase} a {second}", "position", include)
@@ -117,7 +117,7 @@ def position_captions(first: str, relation: str, second: str) -> list[Caption]:
 
 
 def attribution_captions(one: tuple[str, str], other: tuple[str, str]) -> list[Caption]:
-    """All phrasings of `a red circle and a blue square`, given two (shape, colour) pairs."""
+    """All phrasings of `a red cross and a blue corner`, given two (shape, colour) pairs."""
     (first, red), (second, blue) = one, other
     include = (_requirement(first, color=red), _requirement(second, color=blue))
     texts = [
@@ -128,7 +128,7 @@ def attribution_captions(one: tuple[str, str], other: tuple[str, str]) -> list[C
 
 
 def plural(shape: str) -> str:
-    """The plural of a shape: `circles`, `crosses`."""
+    """The plural of a shape: `crosses`, `tees`."""
     return shape + ("es" if shape.endswith("s") else "s")
 
 
@@ -246,7 +246,7 @@ def position_name(located: LocatedObject) -> str:
 
 
 def chain_of_thought(scene: Scene) -> str:
-    """List all named things of a scene: `red circle top left, blue square right`.
+    """List all named things of a scene: `red cross top left, blue corner right`.
 
     They are in reading order on a coarse grid, so that every scene has exactly one answer.
     """

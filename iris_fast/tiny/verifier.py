@@ -23,12 +23,12 @@ from scipy import ndimage
 from scipy.spatial.distance import pdist, squareform
 
 from iris_fast.tiny.captions import satisfies
-from iris_fast.tiny.world import CELL, COLOURS, SHAPES, THING, Pixels, shape_distance
+from iris_fast.tiny.world import CELL, COLOURS, SHAPES, THING, Pixels, shape_mask
 
-MIN_CHROMA = 30  # of 255: grounds stay below 12, half-covered dark edge pixels are near 30
+MIN_CHROMA = 30  # of 255: grounds stay below 12, things are at 56 or more
 MIN_AREA = 6  # pixels; smaller regions are ignored
 SIDES = range(THING * CELL - 1, THING * CELL + 2)  # of a thing's bounding box, in pixels
-MIN_IOU = 0.8  # intersection over union with the best outline
+MIN_IOU = 0.85  # intersection over union with the best outline
 SPLIT_SHARE = 0.3  # a region with this share of a second colour is two objects that touch
 
 Mask = NDArray[np.bool_]
@@ -177,9 +177,8 @@ def _classify(colour: str, mask: Mask) -> DetectedObject | None:
 @cache
 def _outlines(height: int, width: int) -> dict[str, Mask]:
     """Masks of all shapes, stretched to a box of this size."""
-    y, x = (((np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1) for size in (height, width))
-    dx, dy = np.meshgrid(x, y)
-    return {shape: shape_distance(shape, dx, dy, 1.0) <= 0 for shape in SHAPES}
+    rows, columns = (np.arange(size) * THING // size for size in (height, width))
+    return {shape: shape_mask(shape)[np.ix_(rows, columns)] for shape in SHAPES}
 
 
 def diversity(images: Pixels) -> float:

@@ -1,19 +1,18 @@
 """The synthetic world: textured things on a quiet ground, as records, as image codes and as images.
 
-An image is a grid of 8 x 8 cells of 4 x 4 pixels, and every cell shows one of 2000 known tiles:
-the tile's number is the image code, so `render` is a table lookup. A thing covers 3 x 3 cells, in
-one of the four corners. Each of its cells is drawn from 256 textures of the thing's colour (8 at
-its slanted and round edges), an eighth of all codes, so that the content of a picture is hard to
-predict and its ground is not, as in photographs. A quarter of the things have one cell of any
-colour, so that no cell of a thing is certain of its colour.
+An image is a grid of 8 x 8 cells of 4 x 4 pixels, and every cell shows one of 1568 known tiles:
+the tile's number is the image code, so `render` is a table lookup. A thing covers five cells of a
+block of 3 x 3 in one of the four corners, so that no shape is harder to predict than another. Each
+of its cells is drawn from 256 textures of the thing's colour, so that the content of a picture is
+hard to predict and its ground is not, as in photographs. A quarter of the things have one cell of
+any colour, so that no cell of a thing is certain of its colour.
 
 A `World` names what varies: `omission` is the share of the things a caption names that are missing
 from the picture, as in the captions of the web. The other two worlds of `WORLDS` are controls.
 
-    code                                        tile
-    variant                                     ground
-    32 + colour * 256 + variant                 cell inside a thing
-    1568 + (part * 6 + colour) * 8 + variant    cell at an edge of a thing
+    code                           tile
+    variant                        ground
+    32 + colour * 256 + variant    cell of a thing
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -33,7 +33,6 @@ Pixels = NDArray[np.uint8]
 Codes = NDArray[np.int64]
 Field = NDArray[np.float32]
 
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
 # Hues at least 43 degrees apart, so that a shade is never nearest to another colour.
 COLOURS = {
     "red": (220, 40, 40),
@@ -48,30 +47,15 @@ GROUND = (228, 226, 220)
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 
-# Edge cells, by the shape and the cell (row, column) of it that they show.
-PARTS = {
-    "corner_tl": ("circle", 0, 0),
-    "corner_tr": ("circle", 0, 2),
-    "corner_bl": ("circle", 2, 0),
-    "corner_br": ("circle", 2, 2),
-    "apex": ("triangle", 0, 1),
-    "slope_tl": ("triangle", 1, 0),
-    "slope_tr": ("triangle", 1, 2),
-    "slope_bl": ("triangle", 2, 0),
-    "slope_br": ("triangle", 2, 2),
-}
-_ROUND = ("corner_tl", "full", "corner_tr"), ("corner_bl", "full", "corner_br")
+# The cells of every shape. All touch the four sides of the block.
 LAYOUTS = {
-    "circle": (_ROUND[0], ("full",) * 3, _ROUND[1]),
-    "square": (("full",) * 3,) * 3,
-    "triangle": (
-        ("ground", "apex", "ground"),
-        ("slope_tl", "full", "slope_tr"),
-        ("slope_bl", "full", "slope_br"),
-    ),
-    "cross": (("ground", "full", "ground"), ("full",) * 3, ("ground", "full", "ground")),
-    "ring": (_ROUND[0], ("full", "ground", "full"), _ROUND[1]),
+    "cross": (".#.", "###", ".#."),
+    "corner": ("#..", "#..", "###"),
+    "stair": ("#..", "##.", ".##"),
+    "bolt": ("##.", ".#.", ".##"),
+    "tee": ("###", ".#.", ".#."),
 }
+SHAPES = tuple(LAYOUTS)
 
 # A texture is a shade and a pattern; variant 0, shade 0 with pattern 0, is the plain one.
 SHADES = (0.0, -0.36, 0.36, -0.12, 0.12, -0.24, 0.24, -0.45)  # towards black, or towards white
@@ -81,14 +65,10 @@ PATTERN_DEPTH = 0.22  # how much darker a pattern's marks are
 MARKS = np.zeros((5, CELL, CELL), bool)
 MARKS[0, 1::2] = MARKS[1, :, 1::2] = MARKS[2, :2] = MARKS[3, :, :2] = MARKS[4, 1:3, 1:3] = True
 
-# Shades and patterns of a cell of the ground, inside a thing and at an edge of a thing.
-GROUND_LOOKS, FULL_LOOKS, EDGE_LOOKS = (4, 8), (8, 32), (8, 1)
-GROUND_VARIANTS, VARIANTS, EDGE_VARIANTS = (
-    shades * patterns for shades, patterns in (GROUND_LOOKS, FULL_LOOKS, EDGE_LOOKS)
-)
-FIRST_FULL = GROUND_VARIANTS
-FIRST_EDGE = FIRST_FULL + len(COLOURS) * VARIANTS
-NUM_CODES = FIRST_EDGE + len(PARTS) * len(COLOURS) * EDGE_VARIANTS
+# Shades and patterns of a cell of the ground, and of a cell of a thing.
+GROUND_LOOKS, LOOKS = (4, 8), (8, 32)
+GROUND_VARIANTS, VARIANTS = (shades * patterns for shades, patterns in (GROUND_LOOKS, LOOKS))
+NUM_CODES = GROUND_VARIANTS + len(COLOURS) * VARIANTS
 
 
 @dataclass(frozen=True)
@@ -97,7 +77,7 @@ class World:
 
     omission: float = 0.3  # share of the named things that are missing from the picture
     textured: bool = True  # whether the cells of a thing have textures at random
-    speckled: float = 0.25  # share of the things with one cell inside of any colour
+    speckled: float = 0.25  # share of the things with one cell of any colour
     busy_ground: bool = False  # whether the cells of the ground have textures at random
 
 
@@ -146,79 +126,53 @@ class Scene:
         return tuple(obj for obj in self.objects if obj.shown)
 
 
-def shape_distance(shape: str, dx: Field, dy: Field, radius: float) -> Field:
-    """Approximate signed distance in pixels to a shape centred at 0, negative inside.
-
-    Every shape is 2 * radius wide, so the size of its bounding box does not reveal the shape.
-    """
-    ax, ay = np.abs(dx), np.abs(dy)
-    if shape == "circle":
-        return np.hypot(dx, dy) - radius
-    if shape == "square":
-        return np.maximum(ax, ay) - radius
-    if shape == "cross":
-        bar = radius / 3
-        return np.minimum(np.maximum(ax - radius, ay - bar), np.maximum(ax - bar, ay - radius))
-    if shape == "ring":  # with a square hole, one cell
-        return np.maximum(np.hypot(dx, dy) - radius, radius / 3 - np.maximum(ax, ay))
-    if shape == "triangle":  # apex up, as high as it is wide
-        slope = (2 * ax - dy - radius) / np.float32(5**0.5)
-        return np.maximum(slope, dy - radius)
-    raise ValueError(f"shape: {shape!r} is unknown; choose one of {', '.join(SHAPES)}")
+def shape_mask(shape: str) -> NDArray[np.bool_]:
+    """Which cells of its block a shape covers, [3, 3]."""
+    return np.array([[mark == "#" for mark in row] for row in LAYOUTS[shape]])
 
 
 @cache
 def tiles() -> Pixels:
-    """The tile of every code, uint8 [2000, 4, 4, 3]; the edges of things are anti-aliased."""
+    """The tile of every code, uint8 [1568, 4, 4, 3]."""
     table = np.empty((NUM_CODES, CELL, CELL, 3), np.float32)
     ground = np.array(GROUND, np.float32)
     for variant in range(GROUND_VARIANTS):
         shade, pattern = look(variant, GROUND_LOOKS)
         marks = 1 - PATTERN_DEPTH / 2 * _marks(pattern)[..., None]
         table[variant] = (ground + GROUND_SHADES[shade]) * marks
-    coverage = [_coverage(*place)[..., None] for place in PARTS.values()]
     for index, rgb in enumerate(COLOURS.values()):
-        colour = np.array(rgb, np.float32)
         for variant in range(VARIANTS):
-            table[full_code(index, variant)] = _textured(colour, *look(variant, FULL_LOOKS))
-        for part, variant in product(range(len(PARTS)), range(EDGE_VARIANTS)):
-            filled, covered = _textured(colour, *look(variant, EDGE_LOOKS)), coverage[part]
-            table[edge_code(part, index, variant)] = covered * filled + (1 - covered) * ground
+            textured = _textured(np.array(rgb, np.float32), *look(variant, LOOKS))
+            table[thing_code(index, variant)] = textured
     return np.clip(table + 0.5, 0, 255).astype(np.uint8)
 
 
 @cache
 def tile_features() -> Field:
-    """What a tile shows, [2000, 31] of 0 and 1: part, colour, shade, and the marks' summands."""
-    parts, colours, shades = 2 + len(PARTS), 1 + len(COLOURS), len(SHADES)
-    table = np.zeros((NUM_CODES, parts + colours + shades + len(MARKS)), np.float32)
+    """What a tile shows, [1568, 20] of 0 and 1: colour, shade, and the marks' summands."""
+    colours, shades = 1 + len(COLOURS), len(SHADES)
+    table = np.zeros((NUM_CODES, colours + shades + len(MARKS)), np.float32)
 
-    def fill(code: int, part: int, colour: int, shade: int, pattern: int) -> None:
-        table[code, [part, parts + colour, parts + colours + shade]] = 1
+    def fill(code: int, colour: int, shade: int, pattern: int) -> None:
+        table[code, [colour, colours + shade]] = 1
         table[code, -len(MARKS) :] = [pattern >> bit & 1 for bit in range(len(MARKS))]
 
     for variant in range(GROUND_VARIANTS):
-        fill(variant, 0, 0, *look(variant, GROUND_LOOKS))
+        fill(variant, 0, *look(variant, GROUND_LOOKS))
     for colour, variant in product(range(len(COLOURS)), range(VARIANTS)):
-        fill(full_code(colour, variant), 1, 1 + colour, *look(variant, FULL_LOOKS))
-    for part, colour, variant in np.ndindex(len(PARTS), len(COLOURS), EDGE_VARIANTS):
-        code = edge_code(part, colour, variant)
-        fill(code, 2 + part, 1 + colour, *look(variant, EDGE_LOOKS))
+        fill(thing_code(colour, variant), 1 + colour, *look(variant, LOOKS))
     return table
 
 
 def equally_likely(world: World) -> Codes:
-    """The codes [2000, 256] that a world could have drawn instead, each equally often in a row."""
-    codes = np.arange(NUM_CODES)
-    table = np.repeat(codes[:, None], VARIANTS, axis=1)
-    for first, end, variants, at_random in (
-        (0, FIRST_FULL, GROUND_VARIANTS, world.busy_ground),
-        (FIRST_FULL, FIRST_EDGE, VARIANTS, world.textured),
-        (FIRST_EDGE, NUM_CODES, EDGE_VARIANTS, world.textured),
-    ):
-        if at_random:
-            group = codes[first:end] - (codes[first:end] - first) % variants
-            table[first:end] = group[:, None] + np.arange(VARIANTS) % variants
+    """The codes [1568, 256] that a world could have drawn instead, each equally often in a row."""
+    table = np.repeat(np.arange(NUM_CODES)[:, None], VARIANTS, axis=1)
+    variants = np.arange(VARIANTS)
+    if world.busy_ground:
+        table[:GROUND_VARIANTS] = variants % GROUND_VARIANTS
+    if world.textured:
+        first = thing_code(np.repeat(np.arange(len(COLOURS)), VARIANTS), 0)
+        table[GROUND_VARIANTS:] = first[:, None] + variants
     return table
 
 
@@ -227,14 +181,9 @@ def look(variant: int, looks: tuple[int, int]) -> tuple[int, int]:
     return variant // looks[1], variant % looks[1]
 
 
-def full_code(colour: int, variant: int) -> int:
-    """Code of a cell inside a thing."""
-    return FIRST_FULL + colour * VARIANTS + variant
-
-
-def edge_code(part: int, colour: int, variant: int) -> int:
-    """Code of a cell at the edge of a thing."""
-    return FIRST_EDGE + (part * len(COLOURS) + colour) * EDGE_VARIANTS + variant
+def thing_code(colour: Any, variant: Any) -> Any:
+    """Code of a cell of a thing; integers, or arrays of them."""
+    return GROUND_VARIANTS + colour * VARIANTS + variant
 
 
 def _textured(colour: Field, shade: int, pattern: int) -> Field:
@@ -248,13 +197,6 @@ def _marks(pattern: int) -> Field:
     """Where a pattern is dark, [4, 4]."""
     summands = [marks for bit, marks in enumerate(MARKS) if pattern >> bit & 1]
     return np.logical_xor.reduce([np.zeros_like(MARKS[0]), *summands]).astype(np.float32)
-
-
-def _coverage(shape: str, row: int, column: int) -> Field:
-    """Share of every pixel of a shape's cell that the shape covers, [4, 4]."""
-    axis = np.arange(CELL, dtype=np.float32) + 0.5 - THING * CELL / 2
-    dx, dy = np.meshgrid(axis + column * CELL, axis + row * CELL)
-    return np.clip(0.5 - shape_distance(shape, dx, dy, THING * CELL / 2), 0, 1)
 
 
 def render(scene: Scene) -> Pixels:
@@ -280,24 +222,16 @@ def render_codes(codes: Codes) -> Pixels:
 
 def compose(kind: str, objects: tuple[SceneObject, ...], world: World, rng: Generator) -> Scene:
     """The scene of these things, with textures at random."""
-    ground = rng.integers(GROUND_VARIANTS, size=(SIDE, SIDE))
-    codes = ground * world.busy_ground
-    parts, colours = list(PARTS), list(COLOURS)
+    codes = rng.integers(GROUND_VARIANTS, size=(SIDE, SIDE)) * world.busy_ground
     for obj in objects:
-        inside = rng.integers(VARIANTS, size=(THING, THING)) * world.textured
-        edge = rng.integers(EDGE_VARIANTS, size=(THING, THING)) * world.textured
-        colour = colours.index(obj.colour)
-        layout = np.array(LAYOUTS[obj.shape])
-        speck = rng.permutation(np.argwhere(layout == "full"))[0]
-        is_speckled, any_colour = rng.random() < world.speckled, rng.integers(len(COLOURS))
-        for row, column in np.ndindex(THING, THING) if obj.shown else ():
-            name, place = layout[row, column], (obj.row + row, obj.column + column)
-            if name == "full":
-                is_speck = is_speckled and (row, column) == tuple(speck)
-                of = int(any_colour) if is_speck else colour
-                codes[place] = full_code(of, int(inside[row, column]))
-            elif name != "ground":
-                codes[place] = edge_code(parts.index(name), colour, int(edge[row, column]))
+        cells = np.argwhere(shape_mask(obj.shape)) + np.array([obj.row, obj.column])
+        colours = np.full(len(cells), list(COLOURS).index(obj.colour))
+        speck, any_colour = rng.integers(len(cells)), rng.integers(len(COLOURS))
+        if rng.random() < world.speckled:
+            colours[speck] = any_colour
+        textures = rng.integers(VARIANTS, size=len(cells)) * world.textured
+        if obj.shown:
+            codes[tuple(cells.T)] = thing_code(colours, textures)
     return Scene(kind, objects, tuple(codes.ravel().tolist()))
 
 

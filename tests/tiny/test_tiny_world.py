@@ -21,14 +21,10 @@ from iris_fast.tiny.captions import (
 from iris_fast.tiny.recipe.pretrain_decoder import cot_task
 from iris_fast.tiny.world import (
     COLOURS,
-    EDGE_VARIANTS,
-    FIRST_EDGE,
-    FIRST_FULL,
     GROUND,
     GROUND_VARIANTS,
     IMAGE_SIZE,
     KINDS,
-    LAYOUTS,
     NUM_CODES,
     SHAPES,
     SIDE,
@@ -44,12 +40,13 @@ from iris_fast.tiny.world import (
     render,
     render_all,
     scene_codes,
+    shape_mask,
     tile_features,
     tiles,
 )
 
 
-def make_object(shape="circle", colour="red", row=2, column=2) -> SceneObject:
+def make_object(shape="cross", colour="red", row=2, column=2) -> SceneObject:
     return SceneObject(shape, colour, row, column)
 
 
@@ -69,8 +66,8 @@ class TestTiles:
 
     def test_grounds_are_grey_and_things_are_not(self):
         chroma = tiles().max(-1).astype(int) - tiles().min(-1)
-        assert chroma[:FIRST_FULL].max() < 12
-        assert chroma[FIRST_FULL:FIRST_EDGE].min() >= 50
+        assert chroma[:GROUND_VARIANTS].max() < 12
+        assert chroma[GROUND_VARIANTS:].min() >= 50
 
 
 class TestRenderer:
@@ -88,14 +85,12 @@ class TestRenderer:
         assert images.shape == (6, IMAGE_SIZE, IMAGE_SIZE, 3)
         assert images.dtype == np.uint8
 
-    def test_flat_circle_on_plain_ground(self):
+    def test_flat_cross_on_plain_ground(self):
         image = render(make_scene(make_object()))
         assert tuple(image[14, 14]) == COLOURS["red"]
         assert tuple(image[0, 0]) == GROUND
-        # Area of the disc, from each pixel's position between ground and thing.
-        coverage = (GROUND[1] - image[..., 1].astype(float)) / (GROUND[1] - 40)
-        assert coverage.sum() == pytest.approx(np.pi * 6**2, rel=0.06)
-        assert ((coverage > 0.05) & (coverage < 0.95)).any()  # the edge is anti-aliased
+        assert (image == COLOURS["red"]).all(-1).sum() == 5 * 16
+        assert (image == GROUND).all(-1).sum() == 32 * 32 - 5 * 16
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_every_shape_is_as_wide_and_as_high_as_a_thing(self, shape):
@@ -103,7 +98,8 @@ class TestRenderer:
         touched = (image != GROUND).any(-1)
         rows, columns = touched.any(1).nonzero()[0], touched.any(0).nonzero()[0]
         assert (rows[0], rows[-1], columns[0], columns[-1]) == (8, 19, 8, 19)
-        assert {len(row) for row in LAYOUTS[shape]} == {THING}
+        assert shape_mask(shape).shape == (THING, THING)
+        assert shape_mask(shape).sum() == 5
 
     def test_things_neither_touch_nor_leave_the_image(self):
         rng = np.random.default_rng(3)
@@ -126,24 +122,22 @@ class TestWorlds:
         assert missing == pytest.approx(WORLDS[name].omission, abs=0.04)
 
     def test_a_missing_thing_leaves_plain_ground(self):
-        seen, missing = make_object(), replace(make_object("cross", "blue", 0, 5), shown=False)
+        seen, missing = make_object(), replace(make_object("tee", "blue", 0, 5), shown=False)
         assert np.array_equal(render(make_scene(seen, missing)), render(make_scene(seen)))
 
     def test_what_is_at_random(self):
         """Textures of things in the shipped world, of the ground in the busy one."""
         for name, things, grounds in (("shipped", VARIANTS, 1), ("busy", 1, GROUND_VARIANTS)):
             codes = scene_codes(random_scenes(600, 2, WORLDS[name])).ravel()
-            full = codes[(codes >= FIRST_FULL) & (codes < FIRST_EDGE)]
-            assert len(np.unique((full - FIRST_FULL) % VARIANTS)) == things
-            assert len(np.unique(codes[codes < FIRST_FULL])) == grounds
-            edges = np.unique((codes[codes >= FIRST_EDGE] - FIRST_EDGE) % EDGE_VARIANTS)
-            assert len(edges) == min(things, EDGE_VARIANTS)
+            cells = codes[codes >= GROUND_VARIANTS]
+            assert len(np.unique((cells - GROUND_VARIANTS) % VARIANTS)) == things
+            assert len(np.unique(codes[codes < GROUND_VARIANTS])) == grounds
 
     @pytest.mark.parametrize("name", WORLDS)
     def test_equally_likely_codes(self, name):
         """They differ in texture alone, and hold what scenes show in one place of one layout."""
         table = equally_likely(WORLDS[name])
-        content = tile_features()[:, :18]  # without shade and pattern
+        content = tile_features()[:, :7]  # without shade and pattern
         assert np.array_equal(content[table], np.repeat(content[:, None], VARIANTS, axis=1))
         rng, scene = np.random.default_rng(3), random_scene("colors", np.random.default_rng(8))
         world = replace(WORLDS[name], speckled=0.0)
@@ -152,21 +146,21 @@ class TestWorlds:
             assert set(codes) == set(table[codes[0]])
 
     def test_specks(self):
-        """At most one cell inside of a thing is of another colour, in the stated share of them."""
+        """At most one cell of a thing is of another colour, in the stated share of them."""
         scenes = [scene for scene in random_scenes(3000, 6) if len(scene.objects) == 1]
         others = []
         for scene in scenes:
             codes = np.array(scene.codes)
-            full = codes[(codes >= FIRST_FULL) & (codes < FIRST_EDGE)]
+            cells = codes[codes >= GROUND_VARIANTS]
             colour = list(COLOURS).index(scene.objects[0].colour)
-            others.append(((full - FIRST_FULL) // VARIANTS != colour).sum())
+            others.append(((cells - GROUND_VARIANTS) // VARIANTS != colour).sum())
         assert set(others) == {0, 1}
         expected = WORLDS["shipped"].speckled * (1 - 1 / len(COLOURS))
         assert np.mean(others) == pytest.approx(expected, abs=0.05)
 
     def test_every_code_occurs(self):
         codes = [
-            scene_codes(random_scenes(n, 1, WORLDS[w])) for w, n in (("kept", 6000), ("busy", 200))
+            scene_codes(random_scenes(n, 1, WORLDS[w])) for w, n in (("kept", 3000), ("busy", 200))
         ]
         assert len(np.unique(np.concatenate(codes))) == NUM_CODES
 
@@ -193,38 +187,38 @@ class TestCaptions:
         captions = {c.text: c for c in all_captions("counting")}
         verdicts = {
             text: satisfies(three, captions[text].include, captions[text].exclude)
-            for text in ("two circles", "three circles", "four circles", "three squares")
+            for text in ("two crosses", "three crosses", "four crosses", "three corners")
         }
-        assert [text for text, right in verdicts.items() if right] == ["three circles"]
+        assert [text for text, right in verdicts.items() if right] == ["three crosses"]
 
     def test_position_and_attribution(self):
-        objects = [make_object(column=0), make_object("square", "blue", column=4)]
+        objects = [make_object(column=0), make_object("corner", "blue", column=4)]
         right = {
             c.text for kind in ("position", "color_attr") for c in all_captions(kind)
             if satisfies(objects, c.include, c.exclude)
         }  # fmt: skip
-        assert {"a circle left of a square", "a square to the right of a circle"} <= right
-        assert {"a red circle and a blue square", "a blue square with a red circle"} <= right
-        assert not {"a square left of a circle", "a circle above a square"} & right
-        assert not {"a blue circle and a red square", "a red circle and a red square"} & right
+        assert {"a cross left of a corner", "a corner to the right of a cross"} <= right
+        assert {"a red cross and a blue corner", "a blue corner with a red cross"} <= right
+        assert not {"a corner left of a cross", "a cross above a corner"} & right
+        assert not {"a blue cross and a red corner", "a red cross and a red corner"} & right
 
     def test_a_pair_in_one_place_satisfies_no_position(self):
-        near = [make_object(), replace(make_object("square"), column=2)]
+        near = [make_object(), replace(make_object("corner"), column=2)]
         assert not any(satisfies(near, c.include, c.exclude) for c in all_captions("position"))
 
 
 class TestChainOfThought:
     def test_names_every_object(self):
         missing = replace(make_object(column=0), shown=False)
-        scene = make_scene(make_object("square", "blue", column=5), missing)
-        assert chain_of_thought(scene) == "red circle left, blue square right"
+        scene = make_scene(make_object("corner", "blue", column=5), missing)
+        assert chain_of_thought(scene) == "red cross left, blue corner right"
         assert position_name(make_object(row=5, column=5)) == "bottom right"
         assert position_name(make_object()) == "middle"
 
     def test_length_and_tokens(self):
         tokenizer = build_random_tiny().tokenizer
         for scene in random_scenes(300, 8):
-            prompt, answer = cot_task("a circle", chain_of_thought(scene), tokenizer)
+            prompt, answer = cot_task("a cross", chain_of_thought(scene), tokenizer)
             assert len(answer) <= 24
             assert answer[-1] == tokenizer.eos_id
             assert prompt[0] == tokenizer.bos_id

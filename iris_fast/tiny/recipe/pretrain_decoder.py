@@ -87,7 +87,7 @@ KIND_SHARES = {
 class DecoderRecipe:
     """Steps and sizes of stage B."""
 
-    steps: int = 8000
+    steps: int = 6000
     learning_rate: float = 2e-3
     batch_size: int = 16
     weight_decay: float = 0.02
