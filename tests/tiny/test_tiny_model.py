@@ -47,15 +47,16 @@ def test_opens_from_both_layouts(shipped, tmp_path):
         assert torch.equal(opened.model.state_dict()[name], tensor), name
 
 
+def preset_config(**settings) -> GenerateConfig:
+    """Sampling as in the preset."""
+    names = ("cot", "cfg_weight", "max_completion_length")
+    return GenerateConfig(**{name: PRESETS["tiny"][name] for name in names} | settings)
+
+
 def test_accuracy_is_as_stated(shipped):
     """On every second held-out prompt; the tolerance is about three standard deviations."""
     stated = json.loads(MEASURED_FILE.read_text())
-    preset = PRESETS["tiny"]
-    config = GenerateConfig(
-        cot=preset["cot"],
-        cfg_weight=preset["cfg_weight"],
-        max_completion_length=preset["max_completion_length"],
-    )
+    config = preset_config()
     (of_preset,) = [
         found
         for settings, found in stated.items()
@@ -74,14 +75,14 @@ def test_the_vq_is_the_constructed_one(shipped):
 
 def test_few_things_are_broken(shipped):
     prompts = read_prompts(str(HELD_OUT_FILE))[::4]
-    rows, _ = generate_images(shipped, GenerateConfig(seed=5), prompts, 2)
+    rows, _ = generate_images(shipped, preset_config(seed=5), prompts, 2)
     assert image_metrics(prompts, rows)["broken"] <= 0.06
 
 
 def test_chain_of_thought_is_written(shipped):
     config = GenerateConfig(cot=True, max_completion_length=24)
     sampler = Sampler(shipped.model, shipped.tokenizer, config, shipped.config.image_tokens)
-    rollout = sampler.rollout([Prompt("a red circle and a blue square")] * 8, list(range(8)))
+    rollout = sampler.rollout([Prompt("a red cross and a blue corner")] * 8, list(range(8)))
     assert sum(rollout.truncated) <= 1
     pieces = [piece.split(" ", 2) for text in rollout.cot_texts for piece in text.split(", ")]
     well_formed = [
