@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import commands
 import pytest
+from tiny_plans import quick_plan, record_commands
 
 from iris_fast.config import to_yaml
 from iris_fast.errors import UserError
@@ -25,51 +28,88 @@ from iris_fast.tiny.recipe.ablation_plan import (
 from iris_fast.tiny.recipe.ablation_results import read_alignments
 from iris_fast.tiny.world import WORLDS
 
+BEFORE = "before-cot_true-cfg_5-x1"
 
-def test_finished_runs_are_not_repeated(plan, called):
-    called.append("broken kept/model")
-    results = ablate.ablate(plan)
-    before = "before-cot_true-cfg_5-x1"
-    assert called[1:] == [
-        f"measure shipped/{before}", "generate shipped/alignment-5", "train shipped/nsc-5",
-        "measure shipped/nsc-5/held_out-x1",
+
+class Call(NamedTuple):
+    """What one call of `ablate` started and returned, and its page."""
+
+    called: list[str]
+    results: dict[str, Any]
+    page: str
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, list[Call]]:
+    """Two arms in two worlds by three calls: in the first a model fails, in the second the runs
+    that need it, the third asks for the world that is complete. Tests only read it."""
+    plan = dataclasses.replace(
+        quick_plan(tmp_path_factory.mktemp("ablation")), arms=["nsc", "constant"]
+    )
+    calls = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        called = record_commands(plan, monkeypatch)
+        for broken, worlds in (
+            (["kept/model"], plan.worlds),
+            (["kept/alignment-5", "kept/nsc-5", "kept/constant-5"], plan.worlds),
+            ([], ["shipped"]),
+        ):
+            called[:] = [f"broken {name}" for name in broken]
+            results = ablate.ablate(dataclasses.replace(plan, worlds=worlds))
+            text = (plan.folder / "ablation.md").read_text(encoding="utf-8")
+            calls.append(Call(called[len(broken) :], results, text))
+    return plan, calls
+
+
+def test_finished_runs_are_not_repeated(ablation):
+    plan, (first, second, third) = ablation
+    assert first.called == [
+        f"measure shipped/{BEFORE}", "generate shipped/alignment-5", "train shipped/nsc-5",
+        "measure shipped/nsc-5/held_out-x1", "train shipped/constant-5",
     ]  # fmt: skip
-    assert results["failed"] == {"kept/model": "broken"}
-    text = (plan.folder / "ablation.md").read_text()
-    assert "- kept/model: broken" in text
-    assert "\n- kept: nsc-5, sc-5, " in text
+    assert second.called == ["pretrain kept/model", f"measure kept/{BEFORE}"]
+    assert third.called == []
+    assert json.loads((plan.folder / "results.json").read_text()) == third.results
+    assert third.results == second.results | {"failed": {}}
 
-    called.clear()
-    constant = dataclasses.replace(plan, worlds=["kept"], arms=["constant"])
-    results = ablate.ablate(constant)
-    assert results["failed"] == {}
-    assert called == [
-        "pretrain kept/model", f"measure kept/{before}", "generate kept/alignment-5",
-        "train kept/constant-5",
-    ]  # fmt: skip
 
-    called.clear()
-    assert ablate.ablate(dataclasses.replace(plan, worlds=["shipped"])) == results
-    assert called == []
-    assert json.loads((plan.folder / "results.json").read_text()) == results
-    trained = results["worlds"]["shipped"]["arms"]["nsc"]["after"]["5"]
+def test_a_failed_command_does_not_stop_the_others(ablation):
+    _, (first, second, _) = ablation
+    assert first.results["failed"] == {"kept/model": "broken"}
+    assert "- kept/model: broken" in first.page
+    assert "\n- kept: nsc-5, sc-5, " in first.page
+    assert {name.partition("/")[2] for name in second.results["failed"]} >= {"nsc-5", "constant-5"}
+    assert "- kept/nsc-5: broken" in second.page
+    missing = second.results["not_run"]
+    assert {"kept/nsc-5", "kept/constant-5", "busy/nsc-5", "shipped/sc-5"} <= set(missing)
+    assert {"shipped/nsc-5", "shipped/constant-5"}.isdisjoint(missing)
+
+
+def test_results_hold_every_measurement(ablation):
+    plan, (*_, last) = ablation
+    arms = last.results["worlds"]["shipped"]["arms"]
+    trained = arms["nsc"]["after"]["5"]
     assert {*MEASURES, "kl"} <= set(trained)
     assert not trained["unchanged"]
-    arm = results["worlds"]["kept"]["arms"]["constant"]
-    assert arm["after"]["5"] == arm["before"] | {"kl": 0.0, "unchanged": True}
-    assert arm["before"]["images"] == 6
-    assert {"kept/nsc-5", "kept/sc-5", "busy/nsc-5"} <= set(results["not_run"])
-    assert {"shipped/nsc-5", "kept/constant-5"}.isdisjoint(results["not_run"])
+    before = arms["constant"]["before"]
+    assert before["images"] == 6
+    assert arms["constant"]["after"]["5"] == before | {"kl": 0.0, "unchanged": True}
+    # Its model is a copy here, and the random numbers are the same.
+    assert last.results["worlds"]["kept"]["arms"]["nsc"]["before"] == before
     ElementTree.parse(plan.folder / "ablation.svg")
 
 
-def test_an_interrupted_training_run_is_resumed(plan, called):
+def test_an_interrupted_training_run_is_resumed(ablation, tmp_path, monkeypatch):
+    shared, _ = ablation
+    plan = dataclasses.replace(shared, folder=tmp_path / "runs")
     run = Run(plan, "shipped", "nsc", 5)
-    run.train()
+    shutil.copytree(Run(shared, "shipped", "nsc", 5).folder, run.folder)
     (run.folder / "metrics.jsonl").write_text("")
+    called = record_commands(plan, monkeypatch)
+    # A run that is started anew refuses a folder that is not empty.
     with pytest.raises(UserError, match="nsc-5 was interrupted; run the same command"):
         run.train()
-    assert called == ["train shipped/nsc-5"] * 2
+    assert called == ["train shipped/nsc-5"]
 
 
 def test_runs_with_other_settings_are_an_error(plan):
@@ -102,8 +142,8 @@ def test_every_arm_is_a_valid_run_and_differs_from_the_others(tmp_path):
     settings = [dataclasses.replace(run.config, output_dir=None, seed=0) for run in runs]
     assert len(settings) == len(WORLDS) * (3 * (len(ARMS) - 1) + 1)
     assert len({str(config) for config in settings}) == len(WORLDS) * len(ARMS)
-    assert {arm for _, arm in PAPER} < {INITIAL, *ARMS}
-    assert {measure for measure, _ in PAPER} == set(MEASURES)
+    assert {arm for _, *pair in PAPER for arm in pair} < {INITIAL, *ARMS}
+    assert {measure for measure, *_ in PAPER} == set(MEASURES)
 
 
 def test_the_most_important_runs_come_first(tmp_path):
@@ -115,21 +155,23 @@ def test_the_most_important_runs_come_first(tmp_path):
 
 
 def test_the_alignment_of_an_arm_is_that_of_its_weighted_sum(tmp_path):
-    """Two groups of three; NSC of the image orders the first as the verifier, the second against
-    it but for a tie, and twice as strongly in the text."""
-    values = {name: [[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]] for name in TERMS}
+    """Two groups of three. NSC of the image orders both as the verifier does but for a tie; NSC of
+    the text the first against it, twice as strongly, and the second not at all."""
+    values = {name: [[0.0, 1.0, 2.0]] * 2 for name in TERMS}
     values |= {"text_nsc": [[0.0, -2.0, -4.0], [4.0, 4.0, 4.0]], "random": [[0.0] * 3] * 2}
     values |= {METRIC: [[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]}
     path = tmp_path / "alignment.json"
     path.write_text(json.dumps({"values": values, "images_per_prompt": 3, "seed": 11, "cot": True}))
     found = read_alignments(Plan(tmp_path), "shipped", path)
     strong = 3**0.5 / 2  # Spearman's correlation of 0 1 2 with 0 0 1
-    assert found["terms"]["image_nsc"]["value"] == pytest.approx(0)
+    assert found["terms"]["image_nsc"]["value"] == pytest.approx(strong)
     assert found["terms"]["random"] == {"value": None, "standard_error": None, "groups": 0}
     arms = found["arms"]
-    assert arms["nsc"]["value"] == pytest.approx(-strong)
-    assert arms["sc"]["value"] == pytest.approx(strong)
-    assert arms["image_nsc_text_sc"]["value"] == pytest.approx(0)
+    assert arms["nsc"]["value"] == pytest.approx(strong)
+    assert arms["sc"]["value"] == pytest.approx(-strong)
+    assert arms["image_nsc_text_nsc"]["value"] == pytest.approx(0)
+    assert arms["image_nsc_text_sc"]["value"] == pytest.approx(strong)
+    assert arms["image_sc_text_nsc"]["value"] == pytest.approx(-strong)
     # Other images, no intrinsic reward, or no selection.
     assert {"no_cot", "verifier", "constant", "direct"}.isdisjoint(arms)
 
@@ -149,5 +191,5 @@ def test_a_dry_run_lists_the_runs(tmp_path):
 def test_a_full_ablation_is_estimated_below_two_hours(tmp_path, capsys):
     ablate.print_plan(Plan(Path(tmp_path)))
     *_, last = capsys.readouterr().out.splitlines()
-    assert last.startswith("84 runs to do")
+    assert last.startswith("93 runs to do")
     assert int(last.partition("about ")[2].split()[0]) < 120

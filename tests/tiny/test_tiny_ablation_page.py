@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict
 from xml.etree import ElementTree
 
+import pytest
+
 from iris_fast.rewards.alignment import Alignment
 from iris_fast.tiny import HELD_OUT_FILE
 from iris_fast.tiny.recipe.ablation_figure import figure
@@ -51,21 +53,33 @@ def a_world(alignment: float | None = None, **accuracies: list[float]) -> dict:
 
 
 def results(**worlds: dict) -> dict:
-    rest = {"commit": "c", "hardware": "h", "steps": 60, "pictures": 880}
+    rest = {"commit": "c", "hardware": "h", "steps": 40, "pictures": 880}
     return {"seeds": SEEDS, "worlds": worlds, "not_run": [], "failed": {}, **rest}
 
 
 def test_differences_are_per_seed_and_their_signs_decide():
-    world = a_world(nsc=[0.5, 0.6, 0.7], sc=[0.4, 0.5, 0.6], direct=[0.6, 0.7], no_cot=[0.5, 0.6])
-    assert [round(d, 3) for d in differences(world, "mean", "sc")] == [0.1, 0.1, 0.1]
-    assert [round(d, 3) for d in differences(world, "mean", INITIAL)] == [0.1, 0.2, 0.3]
+    world = a_world(
+        nsc=[0.5, 0.6, 0.7],
+        sc=[0.4, 0.5, 0.6],
+        direct=[0.6, 0.7],
+        no_cot=[0.5, 0.6],
+        image_nsc_text_nsc=[0.4, 0.5, 0.4],
+        image_nsc_text_sc=[0.2, 0.2, 0.2],
+    )
+    assert [round(d, 3) for d in differences(world, "mean", "nsc", "sc")] == [0.1, 0.1, 0.1]
+    assert [round(d, 3) for d in differences(world, "mean", "nsc", INITIAL)] == [0.1, 0.2, 0.3]
+    assert differences(world, "mean", "constant", "nsc") == []
+    assert differences(world, "mean", "constant", INITIAL) == []
     found = results(shipped=world, busy=a_world(nsc=[0.3, 0.3, 0.3]))
     rows = {
         line.split(" | ")[0].strip("| "): line
         for line in claims(found, found["worlds"]).splitlines()
     }
-    helps = "| agrees (+0.200) | disagrees (-0.100) |"
+    helps = "| nsc vs initial model | agrees (+0.200) | disagrees (-0.100) |"
     assert rows["training with NSC improves images"].endswith(helps)
+    assert "| image NSC, text NSC vs nsc | disagrees (-0.167) |" in rows["the text's NSC helps"]
+    signs = "| image NSC, text NSC vs image NSC, text SC | agrees (+0.233) | not run |"
+    assert rows["the text's reward is NSC, not SC"].endswith(signs)
     collapses = "| disagrees (-0.100), 2 of 3 seeds | not run |"
     assert rows["direct optimisation collapses"].endswith(collapses)
     assert "undecided (+0.000), 2 of 3 seeds" in rows["a chain of thought helps"]
@@ -152,6 +166,8 @@ def test_the_figure_has_one_panel_per_world_and_one_dot_per_run():
 
 def test_the_committed_page_and_figure_show_the_committed_results():
     folder = HELD_OUT_FILE.parent / "recipe" / "ablation"
+    if not (folder / "results.json").is_file():
+        pytest.skip("no results of the present model are committed")
     committed = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert page(committed) == (folder / "ablation.md").read_text(encoding="utf-8")
     assert figure(committed) == (folder / "ablation.svg").read_text(encoding="utf-8")

@@ -15,27 +15,28 @@ from iris_fast.tiny.world import KINDS
 Results = dict[str, Any]
 World = dict[str, Any]
 
-BASE = "nsc"
 INITIAL = "initial model"
 LABELS = {
     "entropy": "entropy (backward KL)",
+    "image_nsc_text_nsc": "image NSC, text NSC",
     "image_nsc_text_sc": "image NSC, text SC",
     "image_sc_text_nsc": "image SC, text NSC",
     "no_cot": "no chain of thought",
     "direct": "direct optimisation",
 }
-# (measure, arm) -> what the paper (arXiv 2509.25562) claims about NSC compared with the arm, or
-# which choice of its method the arm changes. Agreement means that NSC has more of the measure.
+# (measure, arm, other) -> what the paper (arXiv 2509.25562) claims, or which choice of its method
+# the two arms differ in. Agreement means that the first arm has more of the measure.
 PAPER = {
-    ("mean", INITIAL): "training with NSC improves images",
-    ("mean", "sc"): "rewarding uncertainty, not certainty, improves images",
-    ("mean", "entropy"): "NSC is a better reward than entropy (backward KL)",
-    ("mean", "image_nsc_text_sc"): "the text's reward is NSC, not SC",
-    ("mean", "image_sc_text_nsc"): "the image's reward is NSC, not SC",
-    ("mean", "no_cot"): "a chain of thought helps",
-    ("mean", "direct"): "direct optimisation collapses",
-    ("diversity", "sc"): "rewarding certainty makes images uniform",
-    ("richness", "sc"): "rewarding certainty makes images simple",
+    ("mean", "nsc", INITIAL): "training with NSC improves images",
+    ("mean", "nsc", "sc"): "rewarding uncertainty, not certainty, improves images",
+    ("mean", "nsc", "entropy"): "NSC is a better reward than entropy (backward KL)",
+    ("mean", "image_nsc_text_nsc", "nsc"): "the text's NSC helps",
+    ("mean", "image_nsc_text_nsc", "image_nsc_text_sc"): "the text's reward is NSC, not SC",
+    ("mean", "image_nsc_text_nsc", "image_sc_text_nsc"): "the image's reward is NSC, not SC",
+    ("mean", "nsc", "no_cot"): "a chain of thought helps",
+    ("mean", "nsc", "direct"): "direct optimisation collapses",
+    ("diversity", "nsc", "sc"): "rewarding certainty makes images uniform",
+    ("richness", "nsc", "sc"): "rewarding certainty makes images simple",
 }
 MEASURES = {"mean": "accuracy", "diversity": "diversity", "richness": "richness"}
 OTHERS = {
@@ -65,10 +66,11 @@ def page(results: Results) -> str:
         "verifier before training. Values outside the axis are shown at its edge.",
         "## The paper's claims",
         claims(results, worlds),
-        "In brackets: NSC minus the other arm in accuracy, or in the measure named. Differences "
-        "are per seed. A world agrees if the difference is positive for every seed, disagrees if "
-        "it is negative for every seed, and is undecided otherwise. With three seeds and no "
-        "effect, one claim in four is decided by chance.",
+        "`nsc` rewards NSC of the image alone. In brackets: the first of the compared arms minus "
+        "the second in accuracy, or in the measure named. Differences are per seed. A world agrees "
+        "if the difference is positive for every seed, disagrees if it is negative for every seed, "
+        "and is undecided otherwise. With three seeds and no effect, one claim in four is decided "
+        "by chance.",
         "## Known before training?",
         foretold_table(worlds),
         "Alignment: Spearman's rank correlation of the arm's reward with the verifier within "
@@ -104,28 +106,29 @@ def textured_parts(world: World) -> str:
 
 
 def claims(results: Results, worlds: dict[str, World]) -> str:
-    """Table of the paper's claims, with every world's verdict and difference."""
-    lines = [f"| the paper | {' | '.join(worlds)} |", "|---|" + "---|" * len(worlds)]
-    for (measure, other), claim in PAPER.items():
+    """Table of the paper's claims: the compared arms, every world's verdict and difference."""
+    lines = [f"| the paper | compared | {' | '.join(worlds)} |", "|---|---|" + "---|" * len(worlds)]
+    for (measure, arm, other), claim in PAPER.items():
         cells = []
         for world in worlds.values():
-            values = differences(world, measure, other)
+            values = differences(world, measure, arm, other)
             cell = f"{verdict(values)} ({fmean(values):+.3f})" if values else "not run"
             if 0 < len(values) < len(results["seeds"]):
                 cell += f", {len(values)} of {len(results['seeds'])} seeds"
             cells.append(cell)
         named = "" if measure == "mean" else f" ({MEASURES[measure]})"
-        lines.append(f"| {claim}{named} | {' | '.join(cells)} |")
+        pair = " vs ".join(LABELS.get(name, name) for name in (arm, other))
+        lines.append(f"| {claim}{named} | {pair} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def differences(world: World, measure: str, name: str) -> list[float]:
-    """Per seed: a measure of the paper's arm minus that of arm `name` or of the initial model."""
-    base = world["arms"].get(BASE, {"before": None, "after": {}})
-    ours = {seed: run[measure] for seed, run in base["after"].items()}
-    if name == INITIAL:
-        return [value - base["before"][measure] for value in ours.values()]
-    theirs = world["arms"].get(name, {"after": {}})["after"]
+def differences(world: World, measure: str, name: str, other: str) -> list[float]:
+    """Per seed: a measure of arm `name` minus that of arm `other` or of the initial model."""
+    arm = world["arms"].get(name, {"before": None, "after": {}})
+    ours = {seed: run[measure] for seed, run in arm["after"].items()}
+    if other == INITIAL:
+        return [value - arm["before"][measure] for value in ours.values()]
+    theirs = world["arms"].get(other, {"after": {}})["after"]
     return [ours[seed] - theirs[seed][measure] for seed in ours if seed in theirs]
 
 
