@@ -51,15 +51,23 @@ needs_scaled_products = pytest.mark.skipif(
 
 def quick(output_dir: Path | str, **changes: Any) -> TrainConfig:
     """Settings of a quick run."""
-    return TrainConfig(**QUICK | {"output_dir": str(output_dir)} | changes)
+    return TrainConfig(**_settings(changes) | {"output_dir": str(output_dir)})
 
 
 def flags(**changes: Any) -> list[str]:
     """The settings of a quick run as a command line."""
     words = []
-    for name, value in (QUICK | changes).items():
+    for name, value in _settings(changes).items():
         words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return words
+
+
+def _settings(changes: dict[str, Any]) -> dict[str, Any]:
+    """With both rewards where there is text: the preset `tiny`, of commands, has one."""
+    settings = QUICK | changes
+    if settings["cot"] and "reward_funcs" not in changes:
+        settings["reward_funcs"] = ["image_nsc", "text_nsc"]
+    return settings
 
 
 def open_run(config: TrainConfig, ranks: Ranks) -> tuple[Models, PromptSource]:

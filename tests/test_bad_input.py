@@ -84,6 +84,7 @@ def test_sequences_longer_than_the_model_has_positions_for(here, module, cot):
     (here / "p.txt").write_text(f"a cube\n{long}a cone\n")
     words = ["--prompts", "p.txt", "--output_dir", "out", "--cot", str(cot).lower()]
     words += ["--max_completion_length", "1000"] if cot else ["--max_prompt_length", "9999"]
+    words += ["--reward_funcs", "[image_nsc]"]
     line = refused(here, *words, module=module)
     assert "longest prompt ('a red ball and" in line
     assert "tiny has 1024" in line

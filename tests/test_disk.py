@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(tmp_path, monkeypatch)
 
 
 def test_a_run_on_a_small_disk_does_not_start(here):
-    with small_disk(here / "disk", megabytes=40) as disk:
+    with small_disk(here / "disk", megabytes=26) as disk:
         settings = flags(max_steps=3, save_steps=1, output_dir=disk / "run")
         finished = run("iris_fast.train", *settings, cwd=here)
         assert finished.code == 2

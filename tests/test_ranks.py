@@ -136,7 +136,8 @@ def test_real_layouts_and_prompts_on_one_and_two_ranks(shared, here, layout, pro
         "seed": 7,
     }
     words = [word for name, value in common.items() for word in (f"--{name}", value)]
-    two = run("iris_fast.train", *words, "--output_dir", "two", cwd=here, ranks=2)
+    own = ["--output_dir", "two", "--per_device_train_batch_size", "2"]
+    two = run("iris_fast.train", *words, *own, cwd=here, ranks=2)
     assert (two.codes, two.err) == ([0, 0], "")
     one = ["--output_dir", "one", "--per_device_train_batch_size", "4"]
     train(parse(TrainConfig, "t", [*map(str, words), *one]))

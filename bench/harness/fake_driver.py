@@ -91,6 +91,7 @@ def stand_ins(gpu: FakeCuda) -> Iterator[Any]:
         get_current_stream=lambda _: 0,
     )
     yield mock.patch.object(triton.runtime.driver, "_active", driver)
+    yield triton.knobs.runtime.scope()  # setting a knob also sets its environment variable
     yield mock.patch.object(triton.knobs.runtime, "interpret", False)
     for kernels in (JITFunction, InterpretedFunction):
         yield mock.patch.object(kernels, "run", _method(gpu.launch))

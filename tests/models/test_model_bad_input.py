@@ -348,7 +348,7 @@ def test_tokenizer_larger_than_the_model(hf):
 
     edit_weights(hf, change)
     edit_json(hf / "config.json", text_config__vocab_size=400)
-    assert "ids up to 489, the model only 400 rows" in refused(hf)
+    assert "ids up to 488, the model only 400 rows" in refused(hf)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
