@@ -5,7 +5,7 @@
 Reads bench/results/*.json, as `bench.run` wrote them; files of the same machine and the same code
 are pieces of one run. The table of docs/benchmarks.md is the part
 between `<!-- benchmark table -->` and `<!-- end of benchmark table -->`; it shows the newest run on
-a GPU, or on a CPU if there is none. The plots go to bench/plots/.
+a GPU, or, if there is none, the newest of most threads on a CPU. The plots go to bench/plots/.
 """
 
 import argparse
@@ -88,7 +88,8 @@ def gates_section(path: Path) -> str:
 def _head_line(run: Run) -> str:
     head = run["head"]
     facts = [f"torch {head['torch']}", f"triton {head['triton']}"]
-    facts += [f"driver {head['driver']}"] if head["driver"] else []
+    facts += [f"driver {head['driver']}" if head["driver"] else f"threads {head['threads']}"]
+    facts += [f"beside {head['busy']} busy processes"] if head.get("busy") else []
     facts += [f"commit {head['commit']}"]
     facts += [f"{name} {version}" for name, version in head.get("peers", {}).items()]
     if head.get("absent"):
@@ -129,15 +130,20 @@ def _errors(rows: list[Row]) -> list[str]:
 
 
 def summary(runs: dict[str, Run]) -> str:
-    """The newest run on a GPU, or on a CPU if there is none: head line and tables."""
-    on_gpu = {stem: run for stem, run in runs.items() if run["head"]["driver"]}
-    run = next(iter((on_gpu or runs).values()))
+    """The newest run on a GPU, else of most threads on a CPU: head line and tables."""
+    on_gpu = [run for run in runs.values() if run["head"]["driver"]]
+    run = on_gpu[0] if on_gpu else max(runs.values(), key=_idle_threads)
     hidden = ("images", HOURS)
     rows = [r for r in run["rows"] if r["suite"] != CEILINGS and r["metric"] not in hidden]
     where = f"{run['head']['device']}, {run['head']['date'][:10]}. {_head_line(run)}"
     suites = dict.fromkeys(row["suite"] for row in rows)
     tables = [brief_table(row for row in rows if row["suite"] == suite) for suite in suites]
     return "\n\n".join([where, *tables, *_hours_line(runs)])
+
+
+def _idle_threads(run: Run) -> int:
+    """Threads of a run that had the machine to itself, else 0."""
+    return 0 if run["head"].get("busy") else run["head"]["threads"]
 
 
 def _hours_line(runs: dict[str, Run]) -> list[str]:

@@ -1,7 +1,7 @@
 """Run the benchmarks and write the measurements as JSON.
 
     python -m bench.run [--suite kernels] [--only token_stats ...] [--model 1B] [--case TEXT]
-                        [--out FILE.json] [--append] [--profile false]
+                        [--out FILE.json] [--append] [--profile false] [--busy N]
 
 Runs on a GPU if there is one, else on the CPU with smaller shapes. Every benchmark file runs in its
 own process, and rows are on disk as soon as they are measured: an interrupted run keeps its rows,
@@ -14,6 +14,7 @@ A run in pieces writes one file per call, which `bench.report` merges: `--suite`
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import importlib.metadata
@@ -158,6 +159,9 @@ def main() -> int:
     parser.add_argument(
         "--profile", choices=("true", "false"), default="true", help="also profile whole calls"
     )
+    parser.add_argument(
+        "--busy", type=int, default=0, metavar="N", help="keep N other processes busy meanwhile"
+    )
     parser.add_argument("--commit", help="name of the code, for a copy without git")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--profiling", action="store_true", help=argparse.SUPPRESS)
@@ -169,6 +173,7 @@ def main() -> int:
         leave(run_one(arguments.child, arguments.out, arguments.profiling, *chosen))
 
     run = {"head": head(arguments.commit), "rows": []}
+    run["head"] |= {"busy": arguments.busy} if arguments.busy else {}
     if arguments.model and not run["head"]["driver"]:
         parser.error(
             "--model: there is no GPU, and on a CPU the model is a small one; leave it out"
@@ -181,6 +186,14 @@ def main() -> int:
     else:
         write(out, run)
     print(json.dumps(run["head"], indent=1), flush=True)
+    with busy_processes(arguments.busy):
+        status = measure_all(found, arguments, out)
+    print(f"wrote {out}")
+    return status
+
+
+def measure_all(found: dict[str, Benchmark], arguments: argparse.Namespace, out: Path) -> int:
+    """Run the chosen benchmarks, the ceilings first; return the exit status."""
     status = _run_in_process(CEILINGS, found.pop(CEILINGS).suite, out)
     if status:
         return status  # there is no floor to compare with
@@ -192,8 +205,20 @@ def main() -> int:
             status |= _run_in_process(stem, benchmark.suite, out, *flags)
             if arguments.profile == "true" and benchmark.has_profiles:
                 status |= _run_in_process(stem, benchmark.suite, out, "--profiling", *flags)
-    print(f"wrote {out}")
     return status
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Keep `count` processes busy: on a machine that others use, threads wait for one another."""
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def _run_in_process(stem: str, suite: str, out: Path, *flags: str) -> int:
@@ -207,9 +232,10 @@ def _run_in_process(stem: str, suite: str, out: Path, *flags: str) -> int:
 
 
 def _file_name(head: dict[str, Any], chosen: list[str | None]) -> str:
-    """Device, date and what was chosen, so that pieces do not overwrite each other."""
-    kind = "gpu" if head["driver"] else "cpu"
-    words = [kind, head["device"], head["date"][:10], *(word for word in chosen if word)]
+    """Device, threads, date and what was chosen, so that pieces do not overwrite each other."""
+    kind = ["gpu"] if head["driver"] else ["cpu", f"{head['threads']} threads"]
+    kind += [f"{head['busy']} busy"] if head.get("busy") else []
+    words = [*kind, head["device"], head["date"][:10], *(word for word in chosen if word)]
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 

@@ -41,7 +41,8 @@ def load_all(folder: Path) -> dict[str, Run]:
     return dict(sorted(runs.items(), key=lambda item: item[1]["head"]["date"], reverse=True))
 
 
-SAME = ("device", "torch", "triton", "driver", "commit")  # in the heads of one run's pieces
+# What the heads of one run's pieces agree in.
+SAME = ("device", "threads", "busy", "torch", "triton", "driver", "commit")
 
 
 def merge(runs: dict[str, Run]) -> dict[str, Run]:
@@ -70,8 +71,9 @@ def merge(runs: dict[str, Run]) -> dict[str, Run]:
 def check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     """Exit with a message unless both heads are of the same machine and the same code."""
     for key in SAME:
-        if before[key] != now[key]:
+        if before.get(key) != now.get(key):
             sys.exit(
-                f"--append: {out} was written with {key} {before[key]}, this run has {now[key]}; "
+                f"--append: {out} was written with {key} {before.get(key)}, this run has "
+                f"{now.get(key)}; "
                 "write to another --out"
             )

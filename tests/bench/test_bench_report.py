@@ -8,7 +8,7 @@ import pytest
 
 from bench import report
 from bench.harness import plots
-from bench.harness.results import load_all, write
+from bench.harness.results import load_all, merge, write
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nlast line\n"
@@ -26,7 +26,7 @@ def make_row(R=64, V=16384, value=50.0, **changes):
 
 def make_run(rows, driver="580", date="2026-01-02T00:00:00+00:00", device="NVIDIA H200"):
     head = {"device": device, "torch": "2", "triton": "3", "driver": driver, "commit": "c",
-            "date": date, "absent": ["xformers"]}  # fmt: skip
+            "threads": 2, "date": date, "absent": ["xformers"]}  # fmt: skip
     return {"head": head, "rows": rows}
 
 
@@ -90,6 +90,10 @@ def test_the_summary_shows_the_newest_gpu_run():
     new = make_run([make_row(value=60.0)], date="2026-02-01T00:00:00+00:00")
     assert "60 us" in report.summary({"cpu": cpu, "new": new, "old": old})
     assert "999 us" in report.summary({"cpu": cpu})
+    one = make_run([make_row(value=888.0)], None, "2026-04-01T00:00:00+00:00", "some CPU")
+    one["head"]["threads"] = 1
+    assert "999 us" in report.summary({"one": one, "cpu": cpu})
+    assert len(merge({"one": one, "cpu": cpu})) == 2
 
 
 def hours_row(value):

@@ -13,7 +13,7 @@ from bench import run
 from bench.harness import results
 
 ROOT = Path(__file__).parent.parent.parent
-HEAD = {"device", "torch", "triton", "driver", "commit", "date"}
+HEAD = {"device", "threads", "torch", "triton", "driver", "commit", "date"}
 
 GOOD = """
 SUITE = "kernels"
