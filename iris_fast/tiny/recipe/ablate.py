@@ -23,7 +23,7 @@ from typing import Any
 
 from iris_fast.cli import CommandParser
 from iris_fast.config import PRESETS
-from iris_fast.errors import UserError, atomic_write, report_error, require
+from iris_fast.errors import require
 from iris_fast.tiny.recipe.ablation_figure import figure
 from iris_fast.tiny.recipe.ablation_page import page
 from iris_fast.tiny.recipe.ablation_plan import (
@@ -34,7 +34,9 @@ from iris_fast.tiny.recipe.ablation_plan import (
     STEP_S,
     Plan,
     finish_all,
+    resumable,
     sampling_s,
+    write_files,
 )
 from iris_fast.tiny.recipe.ablation_results import collect_results
 from iris_fast.tiny.recipe.pretrain import FINE_TUNE_RECIPE
@@ -76,9 +78,7 @@ def write_results(plan: Plan, failed: dict[str, str]) -> dict[str, Any]:
         "ablation.md": page(results),
         "ablation.svg": figure(results),
     }
-    for name, text in files.items():
-        with atomic_write("runs", plan.folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write_files(plan.folder, files)
     return results
 
 
@@ -107,8 +107,8 @@ def print_plan(plan: Plan) -> None:
     print(f"{len(remaining)} runs to do, about {minutes:.0f} min with {plan.jobs} in parallel")
 
 
-def main() -> int:
-    """Run the command and return its exit code."""
+def command() -> int:
+    """Parse the command line and run what it names; the exit code."""
     parser = CommandParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs"
@@ -132,30 +132,29 @@ def main() -> int:
     parser.add_argument(
         "--dry_run", choices=("true", "false"), default="false", help="only list the runs"
     )
-    try:
-        options = parser.parse_args()
-        for name in ("jobs", "samples"):
-            require(getattr(options, name) >= 1, name, getattr(options, name), "give 1 or more")
-        plan = Plan(
-            folder=options.runs,
-            worlds=[name for name in WORLDS if name in options.worlds],
-            arms=[name for name in ARMS if name in options.arms],
-            seeds=list(dict.fromkeys(options.seeds)),
-            settings={"max_steps": options.max_steps},
-            samples=options.samples,
-            jobs=options.jobs,
-        )
-        if options.dry_run == "true":
-            print_plan(plan)
-            return 0
-        failed = ablate(plan)["failed"]
-        print(f"results: {plan.folder / 'ablation.md'}")
-        return 1 if failed else 0
-    except UserError as error:
-        return report_error(PROGRAM, error)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to resume", file=sys.stderr)
-        return 130
+    options = parser.parse_args()
+    for name in ("jobs", "samples"):
+        require(getattr(options, name) >= 1, name, getattr(options, name), "give 1 or more")
+    plan = Plan(
+        folder=options.runs,
+        worlds=[name for name in WORLDS if name in options.worlds],
+        arms=[name for name in ARMS if name in options.arms],
+        seeds=list(dict.fromkeys(options.seeds)),
+        settings={"max_steps": options.max_steps},
+        samples=options.samples,
+        jobs=options.jobs,
+    )
+    if options.dry_run == "true":
+        print_plan(plan)
+        return 0
+    failed = ablate(plan)["failed"]
+    print(f"results: {plan.folder / 'ablation.md'}")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """Run the command and return its exit code."""
+    return resumable(PROGRAM, command)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from iris_fast.config import PRESETS, TrainConfig
-from iris_fast.errors import UserError, writing
+from iris_fast.errors import UserError, atomic_write, report_error, writing
 from iris_fast.run.log import read_metrics
 from iris_fast.tiny import HELD_OUT_FILE, MODEL_FOLDER, PROMPTS_FILE
 from iris_fast.tiny.world import WORLDS
@@ -350,3 +350,21 @@ def finish_all(
             pool.shutdown(cancel_futures=True)
             raise
     return failed
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Write texts by name into the folder of the runs."""
+    for name, text in files.items():
+        with atomic_write("runs", folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def resumable(program: str, command: Callable[[], int]) -> int:
+    """The exit code of a command that, repeated, runs what is missing."""
+    try:
+        return command()
+    except UserError as error:
+        return report_error(program, error)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to resume", file=sys.stderr)
+        return 130

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from iris_fast.cli import CommandParser
-from iris_fast.errors import UserError, atomic_write, report_error, require
+from iris_fast.errors import require
 from iris_fast.run.best import Judge
 from iris_fast.run.checkpoint import step_folders
 from iris_fast.run.provenance import commit, hardware
@@ -32,7 +32,9 @@ from iris_fast.tiny.recipe.ablation_plan import (
     Run,
     finish_all,
     read_measurements,
+    resumable,
     sampling_s,
+    write_files,
 )
 from iris_fast.tiny.recipe.goodhart_page import figure, page
 
@@ -99,9 +101,7 @@ def write_results(plan: Plan, failed: dict[str, str]) -> dict[str, Any]:
         "goodhart.md": page(results),
         "goodhart.svg": figure(results),
     }
-    for name, text in files.items():
-        with atomic_write("runs", plan.folder / name) as partial:
-            partial.write_text(text, encoding="utf-8")
+    write_files(plan.folder, files)
     return results
 
 
@@ -130,8 +130,8 @@ def print_plan(plan: Plan, save_steps: int) -> None:
     print(f"{runs} runs, from nothing about {minutes:.0f} min with {plan.jobs} in parallel")
 
 
-def main() -> int:
-    """Run the command and return its exit code."""
+def command() -> int:
+    """Parse the command line and run what it names; the exit code."""
     parser = CommandParser(prog=PROGRAM, description=__doc__.splitlines()[0])
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/goodhart"), help="folder of the runs"
@@ -152,34 +152,33 @@ def main() -> int:
     parser.add_argument(
         "--dry_run", choices=("true", "false"), default="false", help="only list the runs"
     )
-    try:
-        options = parser.parse_args()
-        for name in ("jobs", "samples", "max_steps", "save_steps"):
-            require(getattr(options, name) >= 1, name, getattr(options, name), "give 1 or more")
-        plan = Plan(
-            folder=options.runs,
-            worlds=[SHIPPED],
-            arms=[name for name in ARMS if name in options.rewards],
-            seeds=list(dict.fromkeys(options.seeds)),
-            settings={
-                "max_steps": options.max_steps,
-                "save_steps": options.save_steps,
-                "save_total_limit": KEEP_ALL,
-            },
-            samples=options.samples,
-            jobs=options.jobs,
-        )
-        if options.dry_run == "true":
-            print_plan(plan, options.save_steps)
-            return 0
-        failed = goodhart(plan)["failed"]
-        print(f"results: {plan.folder / 'goodhart.md'}")
-        return 1 if failed else 0
-    except UserError as error:
-        return report_error(PROGRAM, error)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to resume", file=sys.stderr)
-        return 130
+    options = parser.parse_args()
+    for name in ("jobs", "samples", "max_steps", "save_steps"):
+        require(getattr(options, name) >= 1, name, getattr(options, name), "give 1 or more")
+    plan = Plan(
+        folder=options.runs,
+        worlds=[SHIPPED],
+        arms=[name for name in ARMS if name in options.rewards],
+        seeds=list(dict.fromkeys(options.seeds)),
+        settings={
+            "max_steps": options.max_steps,
+            "save_steps": options.save_steps,
+            "save_total_limit": KEEP_ALL,
+        },
+        samples=options.samples,
+        jobs=options.jobs,
+    )
+    if options.dry_run == "true":
+        print_plan(plan, options.save_steps)
+        return 0
+    failed = goodhart(plan)["failed"]
+    print(f"results: {plan.folder / 'goodhart.md'}")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """Run the command and return its exit code."""
+    return resumable(PROGRAM, command)
 
 
 if __name__ == "__main__":
